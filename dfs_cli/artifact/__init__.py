@@ -1,0 +1,1 @@
+"""The file that a conversion writes: tensors and a manifest in one safetensors file."""

@@ -1,0 +1,115 @@
+"""Saving and loading converted networks, strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors
+import timm
+import torch
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from dfs_cli.artifact.files import check_writable, write_atomically
+from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.errors import ArtifactError, DfsError
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.convert import to_dynamic
+
+_MANIFEST, _DIGEST = "dfs_manifest", "dfs_sha256"
+_MODEL_ARGS = {"num_classes", "in_chans"}
+
+
+def save_artifact(path: Path, network: DynamicResNet, manifest: Manifest, force: bool = False) -> None:
+    """Write ``network`` and ``manifest`` to one safetensors file, atomically, once it has proved to load.
+
+    Raises:
+        OutputError: the file exists (unless ``force``) or cannot be written.
+        ArtifactError: loaded back, the file gives other logits or decisions than ``network``.
+    """
+    check_writable([path], force)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    text = manifest.to_json()
+    metadata = {"format": "pt", _MANIFEST: text, _DIGEST: _digest(text, tensors)}
+    write_atomically(
+        path, serialise(tensors, metadata=metadata), check=lambda p: _check_identical(p, network, manifest)
+    )
+
+
+@torch.inference_mode()
+def _check_identical(path: Path, network: DynamicResNet, manifest: Manifest) -> None:
+    """Raises ArtifactError unless the file gives bit-identical logits and decisions on random images."""
+    device = network.prices.device
+    loaded, _ = load_artifact(path, device)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, *manifest.preprocessing.input_size, generator=generator).to(device)
+    was_training = network.training
+    expected, found = network.eval().run(images), loaded.run(images)
+    network.train(was_training)
+    if not (torch.equal(expected.logits, found.logits) and torch.equal(expected.decisions, found.decisions)):
+        raise ArtifactError("the file that was written gives other logits than the network: nothing was kept")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest alone; tensors are not read.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, or not one of dfs.
+    """
+    return Manifest.from_json(_open(path)[0][_MANIFEST])
+
+
+def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[DynamicResNet, Manifest]:
+    """The network, in evaluation mode, and its manifest. Nothing in the file is executed.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, not one of dfs, or was changed after it was written.
+    """
+    metadata, tensors = _open(path, with_tensors=True)
+    if metadata.get(_DIGEST) != _digest(metadata[_MANIFEST], tensors):
+        raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
+    manifest = Manifest.from_json(metadata[_MANIFEST])
+    try:
+        network = _rebuild(manifest)
+        network.load_state_dict(tensors, strict=True)
+    except (DfsError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{path} does not fit the network it describes: {reason}") from None
+    return network.to(device).eval(), manifest
+
+
+def _rebuild(manifest: Manifest) -> DynamicResNet:
+    if not timm.is_model(manifest.architecture) or ":" in manifest.architecture:
+        raise ArtifactError(f"unknown architecture {manifest.architecture!r}")
+    if unknown := set(manifest.model_args) - _MODEL_ARGS:
+        raise ArtifactError(f"unknown model argument {sorted(unknown)[0]!r}")
+    model = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args)
+    with torch.random.fork_rng(devices=[]):
+        network = to_dynamic(model.eval(), manifest.dynamic, manifest.table)
+    network.operating_point = manifest.operating_point
+    return network
+
+
+def _open(path: Path, with_tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not an intact safetensors file: {' '.join(str(error).split())[:160]}") from None
+    if _MANIFEST not in metadata:
+        raise ArtifactError(f"{path} is a safetensors file, but not one that dfs convert wrote: it has no manifest")
+    return metadata, tensors
+
+
+def _digest(manifest: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the manifest and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(manifest.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

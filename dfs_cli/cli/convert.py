@@ -1,0 +1,159 @@
+"""``dfs convert``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from dfs_cli.cli import options
+from dfs_cli.config import DEFAULT_EDGE_BITS, PRESET_EDGE_BITS, DynamicConfig, check_budget, parse_bits
+from dfs_cli.errors import BudgetMissedError, ConfigError
+
+
+def convert(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A timm architecture, as resnet50 or resnet50.a1_in1k; see dfs list.")
+    ],
+    budget: Annotated[
+        float,
+        typer.Option("--budget", "-b", help="Target cost, gate included, as a fraction of the dense 32-bit network's."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = Path(
+        "model.safetensors"
+    ),
+    bits: Annotated[
+        str, typer.Option("--bits", help="Options of a block, as 0,4,8,32, or hardware, paper, skipnet, lowbit.")
+    ] = "hardware",
+    edge_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--edge-bits", help="Bitwidth of stem, shortcuts and classifier [default: 8; paper, skipnet: 32]."
+        ),
+    ] = None,
+    gate: Annotated[Literal["rnn", "ff"], typer.Option("--gate", help="Recurrent, or feed-forward per block.")] = "rnn",
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth, .pt or .tar.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option(help="Start from timm's weights.")] = True,
+    data: options.DataDir = None,
+    dataset: options.Dataset = "",
+    train_split: Annotated[
+        str | None, typer.Option("--train-split", metavar="NAME", help="Name of the training split.")
+    ] = None,
+    val_split: options.ValSplit = None,
+    num_samples: options.NumSamples = None,
+    dataset_download: options.Download = False,
+    img_size: Annotated[int | None, typer.Option("--img-size", help="Image size [default: the model's].")] = None,
+    crop_pct: Annotated[float | None, typer.Option("--crop-pct", help="Centre crop [default: the model's].")] = None,
+    mean: Annotated[str | None, typer.Option("--mean", metavar="M,M,M", help="Mean per channel.")] = None,
+    std: Annotated[str | None, typer.Option("--std", metavar="S,S,S", help="Standard deviation per channel.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Passes over the data [default: for 600 steps].")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", help="Images per step [default: 128; digits 64].")
+    ] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of the step sizes [default: 0.001].")] = None,
+    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Tune gates and quantizers only.")] = False,
+    hflip: Annotated[float | None, typer.Option("--hflip", help="Flip probability [default: 0.5; digits 0].")] = None,
+    min_crop: Annotated[
+        float | None, typer.Option("--min-crop", help="Smallest area of a training crop [default: 0.6; digits 0.9].")
+    ] = None,
+    amp: options.Amp = False,
+    device: options.DeviceOption = "auto",
+    workers: options.Workers = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its costs; train and write nothing.")
+    ] = False,
+    force: options.Force = False,
+) -> None:
+    """Convert a pretrained ResNet to a budget, tune it, and write it with a cost report."""
+    check_budget(budget)
+    dynamic = DynamicConfig(
+        bits=parse_bits(bits),
+        edge_bits=PRESET_EDGE_BITS.get(bits, DEFAULT_EDGE_BITS) if edge_bits is None else edge_bits,
+        gate=gate,
+    )
+    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "hflip": hflip, "min_crop": min_crop}
+    given |= {"workers": workers, "amp": amp, "freeze_backbone": freeze_backbone, "device": device, "seed": seed}
+    statistics = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
+    data_config = options.data_config(data, dataset, train_split, val_split, num_samples, dataset_download)
+    reports = (output.with_suffix(".report.json"), output.with_suffix(".report.md"))
+
+    # Everything above needs no torch, so that a misspelt option answers at once.
+    import dataclasses
+
+    from dfs_cli import api
+    from dfs_cli.artifact.files import check_writable, write_atomically
+    from dfs_cli.cli.progress import create_observer, stderr_console
+    from dfs_cli.data.preprocessing import resolve_preprocessing
+    from dfs_cli.models.zoo import check_convertible, load_model
+    from dfs_cli.report.markdown import render_markdown
+    from dfs_cli.report.terminal import print_plan
+
+    check_convertible(model)
+    if not dry_run:
+        check_writable((output, *reports), force)
+        data_config = api.default_data(model.partition(".")[0], data_config)
+    defaults = api.default_tuning(data_config)
+    tuning = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
+    api.resolve_device(tuning.device)
+    module = load_model(model, pretrained, checkpoint)
+    preprocessing = resolve_preprocessing(module, img_size, crop_pct, **statistics)
+    console = stderr_console()
+    if dry_run:
+        from rich.console import Console
+
+        table = api.plan(module, dynamic, preprocessing)
+        print_plan(Console(), model, table, budget)
+        table.check_budget(budget)
+        return
+    weights = str(checkpoint) if checkpoint else None if pretrained else "random"
+    with create_observer(console) as observer:
+        converted = api.convert(
+            module,
+            budget,
+            data_config,
+            dynamic=dynamic,
+            tuning=tuning,
+            preprocessing=preprocessing,
+            source=api.describe_source(module, weights),
+            observer=observer,
+        )
+    api.save(converted, output, force)
+    report = api.cost_report(converted)
+    write_atomically(reports[0], json.dumps(report, indent=1) + "\n")
+    write_atomically(reports[1], render_markdown(report))
+    _print_summary(console, report, (output, *reports))
+    if not converted.keeps_budget:
+        raise BudgetMissedError(
+            f"the budget was missed: cost {report['cost']:.4f} on the validation split is outside "
+            f"[{0.9 * budget:.4f}, {1.01 * budget:.4f}]; {output} was written as it is"
+        )
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas") from None
+
+
+def _print_summary(console: Any, report: dict[str, Any], paths: tuple[Path, ...]) -> None:
+    unreadable = report["unreadable_images"] + report["configuration"]["unreadable_training_images"]
+    lines = [
+        f"top-1   {report['top1_before']:.2f} % -> {report['top1_after']:.2f} % on {report['images']} images",
+        f"cost    {report['cost']:.4f} of dense 32-bit, budget {report['budget']:g} "
+        f"(everything statically at 8 bits: {report['cost_all_8_bit']:.4f})",
+        f"wrote   {', '.join(map(str, paths))}",
+    ]
+    if unreadable:
+        lines.insert(2, f"skipped {len(unreadable)} unreadable images: {', '.join(unreadable[:10])}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

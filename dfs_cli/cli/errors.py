@@ -1,0 +1,44 @@
+"""The one place that turns errors into text."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import typer
+
+from dfs_cli.errors import DfsError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
+    """End a command that raises a DfsError with one line on stderr and the error's exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        _quieten_libraries()
+        try:
+            return command(*args, **kwargs)
+        except DfsError as error:
+            message = " ".join(str(error).split())
+            print(f"dfs: error: {message}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("dfs: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _quieten_libraries() -> None:
+    """Keep what libraries say to their developers out of the user's terminal."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("timm", "fvcore", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)

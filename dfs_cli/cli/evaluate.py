@@ -1,0 +1,76 @@
+"""``dfs eval``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dfs_cli.cli import options
+
+
+def evaluate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What dfs convert wrote.")],
+    data: options.DataDir = None,
+    dataset: options.Dataset = "",
+    val_split: options.ValSplit = None,
+    num_samples: options.NumSamples = None,
+    dataset_download: options.Download = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Images per batch; decisions do not depend on it.")
+    ] = 256,
+    amp: options.Amp = False,
+    device: options.DeviceOption = "auto",
+    workers: options.Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    results_file: Annotated[
+        Path | None, typer.Option("--results-file", metavar="FILE", help="Write the figures: JSON for .json, else CSV.")
+    ] = None,
+    force: options.Force = False,
+) -> None:
+    """Evaluate a converted network: accuracy, cost, and what it chose."""
+    data_config = options.data_config(data, dataset, None, val_split, num_samples, dataset_download)
+
+    from rich.console import Console
+
+    from dfs_cli import api
+    from dfs_cli.artifact.files import check_writable, write_atomically
+    from dfs_cli.cli.progress import create_observer, stderr_console
+    from dfs_cli.report.cost import evaluation_record
+    from dfs_cli.report.terminal import print_evaluation
+
+    if results_file is not None:
+        check_writable([results_file], force)
+    converted = api.load(file, device)
+    console = stderr_console()
+    with create_observer(console) as observer:
+        evaluation = api.evaluate(
+            converted, data_config, batch_size=batch_size, workers=workers, amp=amp, observer=observer
+        )
+    parameters = sum(p.numel() for p in converted.network.parameters())
+    record = evaluation_record(converted.manifest, evaluation, round(parameters / 1e6, 2))
+    if results_file is not None:
+        write_atomically(
+            results_file, _to_csv(record) if results_file.suffix != ".json" else json.dumps(record, indent=1)
+        )
+    if evaluation.unreadable:
+        names = ", ".join(evaluation.unreadable[:10])
+        console.print(f"skipped {len(evaluation.unreadable)} unreadable images: {names}", highlight=False, markup=False)
+    if as_json:
+        typer.echo(json.dumps(record))
+    else:
+        print_evaluation(Console(), record)
+
+
+def _to_csv(record: dict[str, Any]) -> str:
+    """One header line and one row; lists and mappings are left out."""
+    flat = {k: v for k, v in record.items() if not isinstance(v, (list, dict))}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(flat), lineterminator="\n")
+    writer.writeheader()
+    writer.writerow(flat)
+    return text.getvalue()

@@ -1,0 +1,165 @@
+"""How a run is shown: bars in a terminal, plain lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from dfs_cli.api import Observer
+from dfs_cli.cost.table import CostTable
+from dfs_cli.tuning.loop import StepRecord
+
+_SMOOTHING = 0.95
+_PLAIN_LINES = 10
+
+
+class _Averages:
+    """Running averages of what a step reports."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def update(self, record: StepRecord) -> str:
+        for key in ("loss", "accuracy", "cost"):
+            new = getattr(record, key)
+            self.values[key] = _SMOOTHING * self.values.get(key, new) + (1 - _SMOOTHING) * new
+        v = self.values
+        return f"loss {v['loss']:.3f}  acc {v['accuracy']:.1f}%  cost {v['cost']:.4f}  target {record.target:.4f}"
+
+
+class _Optional(ProgressColumn):
+    """A column that is shown only where the total is known."""
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self.column = column
+
+    def render(self, task: Task) -> Any:
+        return Text("") if task.total is None else self.column(task)
+
+
+class TerminalObserver(Observer):
+    """A bar per stage, with loss, accuracy, cost and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.averages = _Averages()
+        self.progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            _Optional(BarColumn(bar_width=20)),
+            _Optional(MofNCompleteColumn()),
+            TextColumn("{task.fields[figures]}", style="cyan"),
+            TimeElapsedColumn(),
+            _Optional(TimeRemainingColumn(compact=True)),
+            console=console,
+        )
+        self.task: Any = None
+
+    def __enter__(self) -> TerminalObserver:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+        self.progress.stop()
+
+    def configured(self, configuration: dict[str, Any], table: CostTable) -> None:
+        print_configuration(self.console, configuration, table)
+
+    def stage(self, name: str, total: int | None) -> None:
+        self._finish()
+        self.task = self.progress.add_task(name, total=total, figures="")
+
+    def advance(self, units: int) -> None:
+        self.progress.advance(self.task, units)
+
+    def step(self, record: StepRecord) -> None:
+        phase = "gate warm-up" if record.phase == "gate" else "tuning"
+        self.progress.update(self.task, completed=record.step, description=phase, figures=self.averages.update(record))
+
+    def calibrated(self, price: float, cost: float) -> None:
+        self.progress.update(self.task, figures=f"price {price:.4g}  cost {cost:.4f}")
+
+    def _finish(self) -> None:
+        if self.task is not None:
+            task = next(t for t in self.progress.tasks if t.id == self.task)
+            self.progress.update(self.task, total=task.total or 1, completed=task.total or 1)
+            self.progress.stop_task(self.task)
+
+
+class PlainObserver(Observer):
+    """A line now and then, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.averages = _Averages()
+        self.began = time.monotonic()
+
+    def __enter__(self) -> PlainObserver:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def configured(self, configuration: dict[str, Any], table: CostTable) -> None:
+        print_configuration(self.console, configuration, table)
+
+    def stage(self, name: str, total: int | None) -> None:
+        self.began = time.monotonic()
+        self._print(name if total is None else f"{name}: {total}")
+
+    def step(self, record: StepRecord) -> None:
+        figures = self.averages.update(record)
+        if record.step % max(1, record.total_steps // _PLAIN_LINES) == 0:
+            left = (time.monotonic() - self.began) * (record.total_steps / record.step - 1)
+            self._print(f"step {record.step}/{record.total_steps}  {figures}  {left:.0f} s left")
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def stderr_console() -> Console:
+    """The console for everything that is not a result."""
+    return Console(stderr=True)
+
+
+def create_observer(console: Console) -> TerminalObserver | PlainObserver:
+    """Bars where ``console`` is a terminal, lines elsewhere."""
+    return TerminalObserver(console) if console.is_terminal else PlainObserver(console)
+
+
+def print_configuration(console: Console, configuration: dict[str, Any], table: CostTable) -> None:
+    """The resolved settings of a conversion, a line per group."""
+    tuning, dynamic, data = configuration["tuning"], configuration["dynamic"], configuration["data"] or {}
+    images = configuration["images"]
+    preprocessing = configuration["preprocessing"]
+    lines = {
+        "model": f"{configuration['model']}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4f} GMACs",
+        "budget": f"{configuration['budget']:g} of dense 32-bit (all at 8 bits: {table.uniform_cost(8):.4f}; "
+        f"reachable: {table.cheapest:.4f} to {table.dearest:.4f})",
+        "options": f"{','.join(map(str, dynamic['bits']))} bits, edges {dynamic['edge_bits']} bits, gate {dynamic['gate']}",
+        "data": f"{data.get('dataset') or data.get('data_dir') or 'given'}: {images['train']} to tune, "
+        f"{images['calibration']} held out, {images['validation']} to validate; "
+        f"{'x'.join(map(str, preprocessing['input_size']))}, crop {preprocessing['crop_pct']:g}, "
+        f"mean {','.join(f'{m:g}' for m in preprocessing['mean'])}, std {','.join(f'{s:g}' for s in preprocessing['std'])}",
+        "tuning": f"{tuning['epochs']} epochs, {configuration['steps']} steps of {tuning['batch_size']}, lr {tuning['lr']:g}"
+        f"{', backbone frozen' if tuning['freeze_backbone'] else ''}{', amp' if tuning['amp'] else ''}, "
+        f"flips {tuning['hflip']:g}, crops from {tuning['min_crop']:g}, "
+        f"{configuration['device']}, {tuning['workers']} workers, seed {tuning['seed']}",
+    }
+    for name, text in lines.items():
+        console.print(f"[bold]{name:8}[/bold]{text}", highlight=False, soft_wrap=True)

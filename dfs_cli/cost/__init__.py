@@ -1,0 +1,1 @@
+"""What a decision costs: multiply-accumulates, weighted by bits."""

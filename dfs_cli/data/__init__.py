@@ -1,0 +1,1 @@
+"""Images: on top of timm's readers and transforms, and the embedded dataset."""

@@ -1,0 +1,107 @@
+"""Datasets whose unreadable images are counted and named instead of being fatal or silently replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dfs_cli.errors import DataError
+
+UNREADABLE_LIMIT = 0.01
+"""Share of a split's images that may be unreadable."""
+
+
+class Unreadable(NamedTuple):
+    """Stands in a batch for an image that could not be read."""
+
+    name: str
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Images (N, C, H, W), targets (N,), and what could not be read."""
+
+    images: Tensor
+    targets: Tensor
+    unreadable: tuple[Unreadable, ...]
+
+
+Sample = tuple[Tensor, int] | Unreadable
+
+
+class Images(Dataset[Sample]):
+    """A map-style dataset of (image, class index), transformed, in the order of ``indices``."""
+
+    def __init__(
+        self, source: Any, transform: Callable[[Any], Tensor] | None = None, indices: Sequence[int] | None = None
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.indices = range(len(source)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        position = self.indices[index]
+        try:
+            image, target = self._read(position)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return Unreadable(self._name(position), str(error) or type(error).__name__)
+        return (image if self.transform is None else self.transform(image)), int(target)
+
+    def subset(self, indices: Sequence[int]) -> Images:
+        """Some of the images, by position in this dataset."""
+        return Images(self.source, self.transform, [self.indices[i] for i in indices])
+
+    def with_transform(self, transform: Callable[[Any], Tensor]) -> Images:
+        """The same images under another transform."""
+        return Images(self.source, transform, self.indices)
+
+    def _read(self, position: int) -> tuple[Any, int]:
+        if isinstance(self.source, ImageDataset):
+            # Not ImageDataset's own way: that one replaces an unreadable image by the next.
+            file, target = self.source.reader[position][:2]
+            with Image.open(file) as image:
+                return image.convert(self.source.input_img_mode), target
+        sample = self.source[position]
+        return sample[0], sample[1]
+
+    def _name(self, position: int) -> str:
+        return str(self.source.filename(position)) if hasattr(self.source, "filename") else f"image {position}"
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack what could be read."""
+    readable = [s for s in samples if not isinstance(s, Unreadable)]
+    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
+    targets = torch.tensor([target for _, target in readable], dtype=torch.long)
+    return Batch(images, targets, tuple(s for s in samples if isinstance(s, Unreadable)))
+
+
+class UnreadableLog:
+    """Counts and names the unreadable images of one split.
+
+    Args:
+        split: its name, for messages.
+        total: how many images it has.
+    """
+
+    def __init__(self, split: str, total: int) -> None:
+        self.split, self.total = split, total
+        self.found: dict[str, str] = {}
+
+    def add(self, unreadable: Sequence[Unreadable]) -> None:
+        """Raises DataError once more than ``UNREADABLE_LIMIT`` of the images were unreadable."""
+        self.found.update((u.name, u.reason) for u in unreadable)
+        if len(self.found) > UNREADABLE_LIMIT * self.total:
+            name, reason = next(iter(self.found.items()))
+            raise DataError(
+                f"more than 1% of the {self.total} {self.split} images are unreadable, the first is {name}: {reason}"
+            )

@@ -1,0 +1,58 @@
+"""Loaders whose order depends on seed and position alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from dfs_cli.data.digits import Digits
+from dfs_cli.data.images import Batch, Images, collate
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of the images for each epoch, fixed by seed and epoch, from any position on."""
+
+    def __init__(self, images: int, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return self.images - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from torch.randperm(self.images, generator=generator).tolist()[self.start :]
+
+
+def default_workers(images: Images) -> int:
+    """None for the embedded digits, which are in memory, else up to two."""
+    return 0 if isinstance(images.source, Digits) else min(2, os.cpu_count() or 1)
+
+
+def train_loader(images: Images, sampler: EpochSampler, batch_size: int, workers: int, pin: bool) -> DataLoader[Batch]:
+    """Whole batches in the sampler's order."""
+    return DataLoader(
+        images,  # type: ignore[arg-type]  # collated to batches
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        drop_last=True,
+        generator=torch.Generator().manual_seed(sampler.seed),
+    )
+
+
+def eval_loader(images: Images, batch_size: int, workers: int, pin: bool = False) -> DataLoader[Batch]:
+    """Every image once, in order."""
+    return DataLoader(
+        images,  # type: ignore[arg-type]  # collated to batches
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+    )

@@ -1,0 +1,78 @@
+"""The model's own preprocessing, resolved by timm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+from dfs_cli.config import Preprocessing
+
+
+def resolve_preprocessing(
+    model: nn.Module,
+    img_size: int | None = None,
+    crop_pct: float | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Preprocessing:
+    """The preprocessing of a timm model, at its test-time size for evaluation; every argument overrides its own.
+
+    Raises:
+        ConfigError: a value is out of range or does not fit the number of channels.
+    """
+    cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    in_chans = getattr(model, "in_chans", 3)
+    args: dict[str, Any] = {"crop_pct": crop_pct, "in_chans": in_chans}
+    if img_size is not None:
+        args["input_size"] = (in_chans, img_size, img_size)
+    test = resolve_data_config(args, pretrained_cfg=cfg, use_test_size=True)
+    train = resolve_data_config(args, pretrained_cfg=cfg, use_test_size=False)
+
+    def per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(values) * in_chans if len(values) == 1 else tuple(values)
+
+    def with_channels(size: tuple[int, ...]) -> tuple[int, int, int]:
+        return (in_chans, size[-2], size[-1])
+
+    return Preprocessing(
+        input_size=with_channels(test["input_size"]),
+        train_size=with_channels(train["input_size"]),
+        interpolation=test["interpolation"],
+        crop_pct=test["crop_pct"],
+        crop_mode=test["crop_mode"],
+        mean=per_channel(mean or test["mean"]),
+        std=per_channel(std or test["std"]),
+    )
+
+
+def eval_transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
+    """timm's evaluation transform: resize, crop, normalise."""
+    transform: Callable[[Any], Tensor] = create_transform(
+        input_size=preprocessing.input_size,
+        is_training=False,
+        interpolation=preprocessing.interpolation,
+        crop_pct=preprocessing.crop_pct,
+        crop_mode=preprocessing.crop_mode,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+    )
+    return transform
+
+
+def train_transform(preprocessing: Preprocessing, hflip: float, min_crop: float) -> Callable[[Any], Tensor]:
+    """timm's training transform with mild augmentation: random resized crops and horizontal flips, colours as they are."""
+    transform: Callable[[Any], Tensor] = create_transform(
+        input_size=preprocessing.train_size,
+        is_training=True,
+        scale=(min_crop, 1.0),
+        ratio=(0.9, 1 / 0.9),
+        hflip=hflip,
+        color_jitter=0.0,
+        interpolation=preprocessing.interpolation,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+    )
+    return transform

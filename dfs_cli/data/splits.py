@@ -1,0 +1,186 @@
+"""Opening datasets: a folder, a reader of timm, or the embedded digits, divided into train, calibration, validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import IterableDataset
+
+from dfs_cli.config import DataConfig, Preprocessing
+from dfs_cli.data import digits
+from dfs_cli.data.images import Images
+from dfs_cli.data.preprocessing import eval_transform
+from dfs_cli.errors import ConfigError, DataError
+
+DIGITS = "digits"
+_TRAIN_FOLDERS = ("train",)
+_VALIDATION_FOLDERS = ("val", "validation", "test")
+_CALIBRATION_SHARE, _CALIBRATION_LIMIT = 0.1, 2000
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The images of a conversion.
+
+    Args:
+        train: what the network is tuned on.
+        calibration: held out of ``train``; the operating point is set on it.
+        validation: used once, for the reported figures.
+        class_names: in the order of the class indices.
+    """
+
+    train: Images
+    calibration: Images
+    validation: Images
+    class_names: tuple[str, ...]
+
+
+def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0) -> Splits:
+    """Open train and validation split, and hold a tenth of the training images (2,000 at most) out for calibration.
+
+    All three have the evaluation transform.
+
+    Raises:
+        DataError: a split is missing, empty, has one class, or the splits' classes differ.
+    """
+    transform = eval_transform(preprocessing)
+    if config.dataset == DIGITS:
+        opened = {s: _limit(Images(digits.Digits(s), transform), config, seed) for s in ("train", "validation")}
+        calibration = Images(digits.Digits("calibration"), transform)
+        return Splits(opened["train"], calibration, opened["validation"], digits.CLASS_NAMES)
+    mode = _image_mode(preprocessing)
+    train_source = _open(config, "train", config.train_split, mode, None)
+    class_names = _class_names(train_source)
+    validation_source = _open(config, "validation", config.val_split, mode, class_names)
+    train = _limit(Images(train_source, transform), config, seed)
+    validation = _limit(Images(validation_source, transform), config, seed)
+    held_out = min(int(len(train) * _CALIBRATION_SHARE), _CALIBRATION_LIMIT)
+    if held_out < 1:
+        raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for calibration")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Splits(
+        train.subset(sorted(order[held_out:])), train.subset(sorted(order[:held_out])), validation, class_names
+    )
+
+
+def open_validation(
+    config: DataConfig, preprocessing: Preprocessing, class_names: tuple[str, ...], seed: int = 0
+) -> Images:
+    """The validation split alone, its classes mapped by name to the indices of ``class_names``.
+
+    Raises:
+        DataError: it is missing or empty, or its classes are others.
+    """
+    transform = eval_transform(preprocessing)
+    if config.dataset == DIGITS:
+        return _limit(Images(digits.Digits("validation"), transform), config, seed)
+    source = _open(config, "validation", config.val_split, _image_mode(preprocessing), class_names)
+    return _limit(Images(source, transform), config, seed)
+
+
+def check_class_count(class_names: tuple[str, ...], num_classes: int) -> None:
+    """Raises DataError unless the data has as many classes as the network."""
+    if len(class_names) != num_classes:
+        raise DataError(
+            f"the data has {len(class_names)} classes and the model's classifier has {num_classes}: they must agree"
+        )
+
+
+def _image_mode(preprocessing: Preprocessing) -> str:
+    channels = preprocessing.input_size[0]
+    if channels not in (1, 3):
+        raise ConfigError(f"the model takes {channels} channels: image files give 1 or 3")
+    return "L" if channels == 1 else "RGB"
+
+
+def _limit(images: Images, config: DataConfig, seed: int) -> Images:
+    if config.num_samples is None or config.num_samples >= len(images):
+        return images
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    return images.subset(sorted(order[: config.num_samples]))
+
+
+def _open(config: DataConfig, role: str, split: str | None, mode: str, class_names: tuple[str, ...] | None) -> Any:
+    if not config.dataset:
+        return _open_folder(config, role, split, mode, class_names)
+    try:
+        source = create_dataset(
+            config.dataset,
+            root=config.data_dir,
+            split=split or role,
+            is_training=False,
+            download=config.download,
+            input_img_mode=mode,
+        )
+    except Exception as error:  # readers of many libraries, each with errors of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"dataset {config.dataset!r} could not be opened: {reason[:200]}") from None
+    if isinstance(source, IterableDataset):
+        raise DataError(f"dataset {config.dataset!r} is a stream: held-out images need a reader with random access")
+    if class_names is not None and (own := _class_names(source)) != class_names:
+        check_class_count(own, len(class_names))
+    return source
+
+
+def _open_folder(
+    config: DataConfig, role: str, split: str | None, mode: str, class_names: tuple[str, ...] | None
+) -> ImageDataset:
+    assert config.data_dir is not None, "checked by the caller"
+    folder = _split_folder(Path(config.data_dir), role, split)
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise DataError(f"{folder} has no class folders: expected one folder of images per class")
+    if len(names) == 1:
+        raise DataError(f"{folder} has one class folder only, {names[0]!r}: at least two are needed")
+    class_map = None
+    if class_names is not None and set(names) <= set(class_names):
+        class_map = {name: i for i, name in enumerate(class_names)}
+    elif class_names is not None and len(names) == len(class_names):
+        stranger = next(name for name in names if name not in class_names)
+        raise DataError(f"{folder} has a class {stranger!r} that is not among {_shorten(class_names)}")
+    try:
+        source = ImageDataset(str(folder), class_map=class_map, input_img_mode=mode)
+    except RuntimeError:
+        raise DataError(f"{folder} has no images in its class folders") from None
+    if class_names is not None and class_map is None:
+        check_class_count(tuple(names), len(class_names))
+    return source
+
+
+def _split_folder(root: Path, role: str, split: str | None) -> Path:
+    if not root.is_dir():
+        raise DataError(f"data folder {root} does not exist")
+    if split is not None:
+        if not (root / split).is_dir():
+            raise DataError(f"data folder {root} has no split {split!r}")
+        return root / split
+    candidates = _TRAIN_FOLDERS if role == "train" else _VALIDATION_FOLDERS
+    for name in candidates:
+        if (root / name).is_dir():
+            return root / name
+    if role != "train" and not any((root / name).is_dir() for name in _TRAIN_FOLDERS):
+        return root  # a split's own folder was given
+    raise DataError(f"data folder {root} has no {', '.join(c + '/' for c in candidates)} with a folder per class")
+
+
+def _class_names(source: Any) -> tuple[str, ...]:
+    reader = getattr(source, "reader", source)
+    if isinstance(mapping := getattr(reader, "class_to_idx", None), dict):
+        names = tuple(str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1]))
+    elif classes := getattr(source, "classes", None):
+        names = tuple(map(str, classes))
+    else:
+        features = getattr(getattr(reader, "dataset", None), "features", {})
+        label = features.get(getattr(reader, "label_key", ""), None)
+        names = tuple(getattr(label, "names", None) or ())
+    if len(names) < 2:
+        raise DataError(f"the data has {len(names)} class{'' if len(names) == 1 else 'es'}: at least two are needed")
+    return names
+
+
+def _shorten(names: tuple[str, ...], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

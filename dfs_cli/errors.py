@@ -1,0 +1,49 @@
+"""The exceptions of dfs. Each message is one line that a person can act on."""
+
+
+class DfsError(Exception):
+    """Base of every error that dfs raises on purpose.
+
+    ``exit_code`` is what the command line ends with: 2 for a mistake in the input, 1 for work that was done but
+    failed.
+    """
+
+    exit_code = 2
+
+
+class ConfigError(DfsError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class UnsupportedModelError(DfsError, ValueError):
+    """The model is unknown, or not a residual network that dfs can convert."""
+
+
+class WeightsError(DfsError):
+    """Weights could not be found, read or matched with the architecture."""
+
+
+class DataError(DfsError):
+    """A dataset is missing, empty, inconsistent or mostly unreadable."""
+
+
+class ArtifactError(DfsError):
+    """A file is not a dfs artifact, or not an intact one."""
+
+
+class OutputError(DfsError):
+    """An output file exists already or cannot be written."""
+
+
+class MissingDependencyError(DfsError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+class DivergedError(DfsError, ArithmeticError):
+    """The tuning loss became NaN or infinite."""
+
+
+class BudgetMissedError(DfsError):
+    """Tuning ended outside the promised interval of the budget."""
+
+    exit_code = 1

@@ -1,0 +1,1 @@
+"""Accuracy, cost and decisions over a dataset."""

@@ -1,0 +1,171 @@
+"""Finding and loading models: timm's names, timm's weights, or a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg, is_model_pretrained, load_state_dict, split_model_name_tag
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dfs_cli.models.cifar as cifar
+from dfs_cli.errors import UnsupportedModelError, WeightsError
+from dfs_cli.surgery.convert import find_blocks
+
+_MODULES = ("resnet", cifar.__name__.split(".")[-1])
+"""Registry modules that are searched for convertible models."""
+
+
+class ModelSummary(NamedTuple):
+    """One line of ``dfs list``: MACs are those of one image at the size that evaluation uses."""
+
+    name: str
+    family: str
+    blocks: int
+    macs: int
+    params: int
+    image_size: int
+    weights: tuple[str, ...]
+
+
+def _candidates() -> list[str]:
+    return sorted({name for module in _MODULES for name in timm.list_models(module=module)})
+
+
+def close_matches(name: str) -> str:
+    """A hint that names convertible models spelt like ``name``; empty where there are none."""
+    found = difflib.get_close_matches(split_model_name_tag(name)[0], _candidates(), n=3, cutoff=0.5)
+    return f"; close matches: {', '.join(found)}" if found else "; see dfs list"
+
+
+def check_name(name: str) -> None:
+    """Raises UnsupportedModelError unless ``name`` is a registered timm architecture, with a valid weight tag if any."""
+    if not timm.is_model(name):
+        raise UnsupportedModelError(f"unknown model {name!r}{close_matches(name)}")
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError:
+        arch = split_model_name_tag(name)[0]
+        tags = ", ".join(t for t in timm.list_pretrained(arch + ".*")) or "none"
+        raise UnsupportedModelError(f"unknown weights {name!r}: {arch} has {tags}") from None
+
+
+def _build(name: str, **kwargs: Any) -> nn.Module:
+    model: nn.Module = timm.create_model(name, **kwargs)
+    return model
+
+
+def check_convertible(name: str) -> None:
+    """Raises UnsupportedModelError, with the reason, unless the architecture ``name`` can be converted."""
+    check_name(name)
+    with torch.device("meta"):
+        model = _build(name)
+    try:
+        find_blocks(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}{close_matches(name)}") from None
+
+
+def load_model(
+    name: str,
+    pretrained: bool = True,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+) -> nn.Module:
+    """A convertible timm model in evaluation mode.
+
+    Args:
+        name: a timm architecture, with or without a weight tag.
+        pretrained: load timm's weights, unless ``checkpoint`` is given.
+        checkpoint: a file of weights (.safetensors, .pth, .pt, .tar) that match the architecture strictly; the number
+            of classes is taken from it.
+        num_classes, in_chans: other than the model's own; only for random weights.
+
+    Raises:
+        UnsupportedModelError: the architecture is unknown or cannot be converted.
+        WeightsError: weights are missing, unreachable, unreadable or do not match.
+    """
+    check_convertible(name)
+    kwargs = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
+    if checkpoint is not None:
+        return _load_checkpoint(name, checkpoint, kwargs).eval()
+    if not pretrained:
+        return _build(name, **kwargs).eval()
+    if not is_model_pretrained(name):
+        raise WeightsError(f"timm has no pretrained weights for {name}: pass --checkpoint FILE (or --no-pretrained)")
+    try:
+        return _build(name, pretrained=True, **kwargs).eval()
+    except Exception as error:  # the hub's client raises many kinds, none of them documented as complete
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"the weights of {name} could not be loaded ({reason[:120]}): pass --checkpoint FILE, "
+            "or --no-pretrained for random weights"
+        ) from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a checkpoint file; wrappers' prefixes and a ``state_dict`` key are understood, no code is run.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, or holds something else than named tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(f"checkpoint {path} does not exist")
+    try:
+        state = load_state_dict(str(path), device="cpu", weights_only=True)
+    except Exception as error:  # unpickling hostile or truncated bytes can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"checkpoint {path} cannot be read as weights: {reason[:160]}") from None
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"checkpoint {path} holds no plain dictionary of tensors: save model.state_dict()")
+    return state
+
+
+def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
+    state = read_weights(path)
+    with torch.device("meta"):
+        outline = _build(name, **kwargs)
+    classifier = outline.get_classifier(name_only=True)  # type: ignore[operator]
+    if "num_classes" not in kwargs and (bias := state.get(f"{classifier}.bias")) is not None:
+        kwargs = kwargs | {"num_classes": len(bias)}
+    model = _build(name, **kwargs)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = lines[1] if len(lines) > 1 else lines[0]
+        raise WeightsError(f"checkpoint {path} does not fit {name}: {reason[:160]}") from None
+    return model
+
+
+def list_convertible(pattern: str = "*") -> Iterator[ModelSummary]:
+    """Every architecture that can be converted and whose name matches the wildcard ``pattern``, in order."""
+    for name in _candidates():
+        if not fnmatch.fnmatch(name, pattern):
+            continue
+        with torch.device("meta"):
+            model = _build(name).eval()
+        try:
+            blocks = find_blocks(model)
+        except UnsupportedModelError:
+            continue
+        cfg = get_pretrained_cfg(name)
+        size = (cfg.test_input_size or cfg.input_size) if cfg else (3, 224, 224)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.empty(1, *size, device="meta"))
+        yield ModelSummary(
+            name=name,
+            family=type(next(iter(blocks.values()))).__name__,
+            blocks=len(blocks),
+            macs=counter.get_total_flops() // 2,
+            params=sum(p.numel() for p in model.parameters()),
+            image_size=size[-1],
+            weights=tuple(timm.list_pretrained(name + ".*")),
+        )

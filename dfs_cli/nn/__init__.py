@@ -1,0 +1,1 @@
+"""What runs: quantizers, fractional layers, gates and the dynamic network."""

@@ -1,0 +1,136 @@
+"""Gates: what looks at the features computed so far and scores the options of the next block."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfs_cli.config import DynamicConfig
+
+State = tuple[Tensor, Tensor]
+
+_BIAS_SCALE = 6.0
+_NOISE = 0.05
+
+
+def initial_preference(bits: tuple[int, ...]) -> Tensor:
+    """Scores (K,) that prefer full execution and, under a growing price of cost, each lower bitwidth in turn.
+
+    A concave function of the relative cost ``(b / max b)**2``: the fourth root. Every option is then the best one for
+    some price, from the highest bitwidth down to skipping, and the first choice is the highest.
+    """
+    relative = torch.tensor(bits, dtype=torch.float32) / max(bits)
+    return _BIAS_SCALE * relative.sqrt()
+
+
+class Gate(nn.Module):
+    """A gate scores K options for each of L blocks, from the spatially averaged features that enter the block.
+
+    In evaluation it computes in double precision: the same image then gets the same scores in every batch, up to
+    differences far below what a decision depends on.
+
+    Args:
+        channels: width of the features that enter each block, in order.
+        config: options and widths.
+    """
+
+    def __init__(self, channels: list[int], config: DynamicConfig) -> None:
+        super().__init__()
+        self.channels = channels
+        self.options = len(config.bits)
+        self.embedding, self.hidden = config.embedding, config.hidden
+        self.embed = nn.ModuleList(nn.Linear(c, config.embedding) for c in channels)
+
+    def start(self, images: int, like: Tensor) -> State:
+        """The state before the first block: zeros, (``images``, hidden) each."""
+        dtype = torch.float32 if self.training else torch.float64
+        zeros = torch.zeros(images, self.hidden, dtype=dtype, device=like.device)
+        return zeros, zeros
+
+    def forward(self, block: int, features: Tensor, state: State) -> tuple[Tensor, State]:
+        """Scores for one block.
+
+        Args:
+            block: its index.
+            features: (N, C, H, W), the input of the block.
+            state: as returned for the block before.
+
+        Returns:
+            Logits (N, K), and the state for the next block.
+        """
+        dtype = state[0].dtype
+        with torch.autocast(features.device.type, enabled=False):
+            pooled = features.mean(dim=(2, 3), dtype=dtype)
+            return self._score(block, _linear(self.embed[block], pooled), state)
+
+    @torch.no_grad()
+    def normalise_input(self, block: int, features: Tensor) -> None:
+        """Scale a block's embedding so that pooled features like ``features`` have zero mean and unit deviation."""
+        pooled = features.float().mean(dim=(2, 3))
+        deviation = pooled.std(dim=0).clamp_min(1e-3)
+        layer = cast(nn.Linear, self.embed[block])
+        layer.weight.div_(deviation)
+        layer.bias.sub_(layer.weight @ pooled.mean(dim=0))
+
+    @abstractmethod
+    def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]: ...
+
+    @abstractmethod
+    def macs(self) -> list[int]:
+        """Multiply-accumulates of the gate's linear maps for one image, per block."""
+
+
+class RecurrentGate(Gate):
+    """One LSTM along depth, shared by all blocks: the gate of DFS (Shen et al., 2020)."""
+
+    def __init__(self, channels: list[int], config: DynamicConfig) -> None:
+        super().__init__(channels, config)
+        self.cell = nn.LSTMCell(config.embedding, config.hidden)
+        self.head = nn.Linear(config.hidden, self.options)
+        nn.init.normal_(self.head.weight, std=_NOISE)
+        with torch.no_grad():
+            self.head.bias.copy_(initial_preference(config.bits))
+
+    def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]:  # noqa: ARG002
+        cell, dtype = self.cell, embedded.dtype
+        weights = [p.to(dtype) for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+        hidden, memory = torch.lstm_cell(embedded, state, *weights)
+        return _linear(self.head, hidden), (hidden, memory)
+
+    def macs(self) -> list[int]:
+        recurrent = 4 * self.hidden * (self.embedding + self.hidden)
+        return [c * self.embedding + recurrent + self.hidden * self.options for c in self.channels]
+
+
+class FeedForwardGate(Gate):
+    """A small gate per block that sees only that block's input."""
+
+    def __init__(self, channels: list[int], config: DynamicConfig) -> None:
+        super().__init__(channels, config)
+        self.heads = nn.ModuleList(nn.Linear(config.embedding, self.options) for _ in channels)
+        for head in self.heads:
+            assert isinstance(head, nn.Linear)
+            nn.init.normal_(head.weight, std=_NOISE)
+            with torch.no_grad():
+                head.bias.copy_(initial_preference(config.bits))
+
+    def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]:
+        return _linear(self.heads[block], embedded.relu()), state
+
+    def macs(self) -> list[int]:
+        return [c * self.embedding + self.embedding * self.options for c in self.channels]
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer applied in the precision of ``x``."""
+    layer = cast(nn.Linear, layer)
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def create_gate(channels: list[int], config: DynamicConfig) -> Gate:
+    """The gate that ``config`` names."""
+    return {"rnn": RecurrentGate, "ff": FeedForwardGate}[config.gate](channels, config)

@@ -1,0 +1,191 @@
+"""Convolution and linear layers that run at the bitwidth their block is set to.
+
+They keep the parameter names of the layers they replace (``weight``, ``bias``) and add step sizes. Weights have a step
+size per output channel and bitwidth, inputs one per layer and bitwidth. Training runs quantized values; evaluation runs
+integer codes and scales the result, as integer hardware does: sums of small integers are exact in floating point, so
+they come out the same in any batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import FULL_BITS
+from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.quantization import best_step, code_range, fake_quantize, quantize_codes, route_gradient
+
+if TYPE_CHECKING:
+    _Layer = nn.Module
+else:
+    _Layer = object
+
+# PyTorch sends a lone image with fewer values than this to another CPU convolution, which rounds differently.
+_SMALL_INPUT = 20480
+
+
+class _CachedWeight(NamedTuple):
+    codes: Tensor
+    scale: Tensor
+    key: tuple[Any, ...]
+
+
+class FractionalLayer(_Layer):
+    """What :class:`FractionalConv2d` and :class:`FractionalLinear` share."""
+
+    weight: Tensor
+    bias: Tensor | None
+    log_weight_steps: nn.Parameter  # (Q, C_out): natural logarithms of the step sizes
+    log_input_steps: nn.Parameter  # (Q,)
+    input_signed: Tensor  # (), bool
+
+    def _set_up(self, bitwidths: tuple[int, ...], precision: Precision) -> None:
+        self.bitwidths = bitwidths
+        self.precision = precision
+        channels = self.weight.shape[0]
+        device = self.weight.device
+        self.log_weight_steps = nn.Parameter(torch.zeros(len(bitwidths), channels, device=device))
+        self.log_input_steps = nn.Parameter(torch.zeros(len(bitwidths), device=device))
+        self.register_buffer("input_signed", torch.tensor(False, device=device))
+        self._cache: dict[int, _CachedWeight] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": {}}
+
+    @torch.no_grad()
+    def calibrate_weight(self) -> None:
+        """Set the weights' step sizes to those of least squared error."""
+        rows = self.weight.detach().flatten(1)
+        for i, bits in enumerate(self.bitwidths):
+            self.log_weight_steps[i] = best_step(rows, bits, signed=True).log().flatten()
+
+    @torch.no_grad()
+    def calibrate_input(self, x: Tensor) -> None:
+        """Set the input's step sizes, and whether it is signed, from a sample of it of any shape."""
+        values = x.detach().float().reshape(1, -1)
+        if values.shape[1] > 1 << 18:
+            values = values[:, :: values.shape[1] >> 18]
+        self.input_signed.fill_(bool((values < 0).any()))
+        for i, bits in enumerate(self.bitwidths):
+            self.log_input_steps[i] = best_step(values, bits, bool(self.input_signed)).log().squeeze()
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (-1,) + (1,) * (self.weight.dim() - 1)
+
+    def _output_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        bits = self.precision.bits
+        if self.training:
+            return self._forward_training(x, bits)
+        if bits == FULL_BITS:
+            return self._apply_weight(x, self.weight, self.bias)
+        codes, scale, _ = self._quantized_weight(bits)
+        low, high = code_range(bits, self._signed())
+        step = self.log_input_steps[self.bitwidths.index(bits)].exp()
+        y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
+        y = y * (scale * step).reshape(self._output_shape())
+        return y if self.bias is None else y + self.bias.reshape(self._output_shape())
+
+    def _forward_training(self, x: Tensor, bits: int) -> Tensor:
+        weight, quantized = self.weight, x
+        if bits != FULL_BITS:
+            row = self.bitwidths.index(bits)
+            x = x.float()
+            quantized = fake_quantize(x, self.log_input_steps[row].exp(), *code_range(bits, self._signed()))
+            weight_step = self.log_weight_steps[row].exp().reshape(self._weight_shape())
+            weight = fake_quantize(weight, weight_step, *code_range(bits, signed=True))
+        if (routing := self.precision.routing) is not None:
+            others = tuple(
+                (column, None, 0, 0)
+                if other == FULL_BITS
+                else (column, self.bitwidths.index(other), *code_range(other, self._signed()))
+                for column, other in enumerate(routing.bits)
+                if other not in (0, bits)
+            )
+            steps = self.log_input_steps.detach().exp()
+            quantized = route_gradient(quantized, x.detach(), steps, routing.probs, others)
+        return self._apply_weight(quantized, weight, self.bias)
+
+    def _signed(self) -> bool:
+        # Read once per device placement: a buffer on an accelerator would make every call wait for it.
+        cached = self.__dict__.get("_signed_value")
+        key = (self.input_signed.data_ptr(), self.input_signed._version)
+        if cached is None or cached[0] != key:
+            cached = (key, bool(self.input_signed))
+            self.__dict__["_signed_value"] = cached
+        return cached[1]
+
+    def _quantized_weight(self, bits: int) -> _CachedWeight:
+        """Integer codes and scales (C_out,) of the weight, kept until the weight or its step sizes change."""
+        key = (
+            self.weight.data_ptr(),
+            self.weight._version,
+            self.log_weight_steps.data_ptr(),
+            self.log_weight_steps._version,
+        )
+        cached = self._cache.get(bits)
+        if cached is None or cached.key != key:
+            with torch.no_grad():
+                scale = self.log_weight_steps[self.bitwidths.index(bits)].exp()
+                low, high = code_range(bits, signed=True)
+                codes = quantize_codes(self.weight, scale.reshape(self._weight_shape()), low, high)
+            cached = self._cache[bits] = _CachedWeight(codes, scale, key)
+        return cached
+
+
+class FractionalConv2d(FractionalLayer, nn.Conv2d):
+    """A 2-d convolution that runs at ``precision.bits``."""
+
+    @classmethod
+    def from_module(cls, conv: nn.Conv2d, bitwidths: tuple[int, ...], precision: Precision) -> FractionalConv2d:
+        """Adopt the parameters of ``conv`` (they are shared, not copied)."""
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=False,
+            padding_mode=conv.padding_mode,
+            device="meta",
+        )
+        new.weight, new.bias = conv.weight, conv.bias
+        new.training = conv.training
+        new._set_up(bitwidths, precision)
+        return new
+
+    def _output_shape(self) -> tuple[int, ...]:
+        return (1, -1, 1, 1)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] == 1 and not self.training and x.device.type == "cpu" and x.numel() <= _SMALL_INPUT:
+            return cast(Tensor, self._conv_forward(x.expand(2, -1, -1, -1), weight, bias)[:1])
+        return cast(Tensor, self._conv_forward(x, weight, bias))
+
+
+class FractionalLinear(FractionalLayer, nn.Linear):  # type: ignore[misc]
+    """A linear layer that runs at ``precision.bits``."""
+
+    @classmethod
+    def from_module(cls, linear: nn.Linear, bitwidths: tuple[int, ...], precision: Precision) -> FractionalLinear:
+        """Adopt the parameters of ``linear`` (they are shared, not copied)."""
+        new = cls(linear.in_features, linear.out_features, bias=False, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        new.training = linear.training
+        new._set_up(bitwidths, precision)
+        return new
+
+    def _output_shape(self) -> tuple[int, ...]:
+        return (1, -1)
+
+    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, weight, bias)

@@ -1,0 +1,173 @@
+"""The dynamic network: stem, gate, block, gate, block, ..., head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import FULL_BITS, DynamicConfig
+from dfs_cli.nn.gate import create_gate
+from dfs_cli.nn.precision import Precision, Routing
+
+
+class Layout(Protocol):
+    """How a family of models is divided: what comes before the residual blocks, and what after."""
+
+    def stem(self, model: nn.Module, images: Tensor) -> Tensor: ...
+
+    def head(self, model: nn.Module, features: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Block:
+    """A residual block of the backbone: a black box whose convolutions follow ``precision``.
+
+    Args:
+        name: its path in the backbone.
+        module: the block itself.
+        skip: ``skip(module, x)`` is the block with its residual branch zeroed.
+        precision: the bitwidth of its convolutions.
+        channels: width of its input.
+    """
+
+    name: str
+    module: nn.Module
+    skip: Callable[[nn.Module, Tensor], Tensor]
+    precision: Precision
+    channels: int
+
+
+class Output(NamedTuple):
+    """Logits (N, classes), decisions (N, L) as option indices, and the gate's probabilities (N, L, K) in training."""
+
+    logits: Tensor
+    decisions: Tensor
+    probs: Tensor | None
+
+
+class DynamicResNet(nn.Module):
+    """A residual network that chooses, for each image and block, one of K bitwidths.
+
+    ``forward`` returns logits as any classifier does; :meth:`run` returns the decisions too. Images are grouped by the
+    option that they chose, each group runs once, and an option that no image chose runs nothing.
+
+    Args:
+        backbone: the model whose layers were replaced by fractional ones.
+        layout: its stem and head.
+        blocks: its residual blocks, in order.
+        edges: the precision of what always runs.
+        config: options and gate.
+        prices: (L, K), the cost of each option as a fraction of the dense network's cost.
+
+    ``operating_point`` is the price of cost: decisions maximise ``logits - operating_point * prices``. It is a plain
+    number, moved in tuning and set by calibration.
+    """
+
+    prices: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layout: Layout,
+        blocks: list[Block],
+        edges: Precision,
+        config: DynamicConfig,
+        prices: Tensor,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.layout = layout
+        self.blocks = blocks
+        self.edges = edges
+        self.config = config
+        self.gate = create_gate([block.channels for block in blocks], config)
+        self.register_buffer("prices", prices.double(), persistent=False)
+        self.operating_point = 0.0
+
+    def train(self, mode: bool = True) -> DynamicResNet:
+        """As ``nn.Module.train``, except that normalisation keeps its statistics: a group may hold few images."""
+        super().train(mode)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, classes) of ``images`` (N, C, H, W)."""
+        return self.run(images).logits
+
+    def run(self, images: Tensor, decisions: Tensor | None = None, explore: float = 0.0) -> Output:
+        """Classify ``images`` and tell what was decided.
+
+        Args:
+            images: (N, C, H, W).
+            decisions: (N, L) option indices to follow instead of the gate.
+            explore: in training, the probability per block that images which skip it run its residual branch as well,
+                without a gradient of its own, so that the gate learns what skipping cost them.
+        """
+        x = self.layout.stem(self.backbone, images)
+        state = self.gate.start(len(images), x)
+        chosen, probs = [], []
+        for i, block in enumerate(self.blocks):
+            if decisions is None or self.training:
+                logits, state = self.gate(i, x, state)
+                logits = logits - self.operating_point * self.prices[i].to(logits.dtype)
+            choice = decisions[:, i] if decisions is not None else logits.argmax(dim=1)
+            block_probs = logits.softmax(dim=1) if self.training else None
+            x = self._route(block, x, choice, block_probs, explore)
+            chosen.append(choice)
+            if block_probs is not None:
+                probs.append(block_probs)
+        logits = self.layout.head(self.backbone, x)
+        return Output(logits, torch.stack(chosen, dim=1), torch.stack(probs, dim=1) if probs else None)
+
+    def full_precision(self) -> AbstractContextManager[None]:
+        """A context within which what always runs does so in floating point."""
+        return self.edges.at(FULL_BITS)
+
+    def _route(self, block: Block, x: Tensor, choice: Tensor, probs: Tensor | None, explore: float) -> Tensor:
+        """Run each group of images with its option, (N, C, H, W) to (N, C', H', W'), in the order of the batch."""
+        counts = torch.bincount(choice, minlength=len(self.config.bits)).tolist()
+        taken = [(option, count) for option, count in enumerate(counts) if count]
+        if len(taken) == 1:
+            return self._execute(block, x, taken[0][0], probs, explore)
+        order = choice.argsort(stable=True)
+        outputs = []
+        for indices, (option, _) in zip(order.split([count for _, count in taken]), taken, strict=True):
+            group_probs = None if probs is None else probs[indices]
+            outputs.append(self._execute(block, x[indices], option, group_probs, explore))
+        return torch.cat(outputs)[order.argsort()]
+
+    def _execute(self, block: Block, x: Tensor, option: int, probs: Tensor | None, explore: float) -> Tensor:
+        bits = self.config.bits[option]
+        if probs is None:
+            return block.skip(block.module, x) if bits == 0 else self._run_block(block, x, bits, None)
+        if bits != 0:
+            y = self._run_block(block, x, bits, Routing(probs, self.config.bits))
+            if self.config.bits[0] == 0:
+                with torch.no_grad():
+                    branch = y - block.skip(block.module, x)
+                y = _with_gradient(y, branch, 1 - probs[:, 0])
+            return y
+        y = block.skip(block.module, x)
+        if explore and torch.rand(()).item() < explore:
+            second = int(probs[:, 1:].detach().mean(dim=0).argmax()) + 1
+            with torch.no_grad():
+                branch = self._run_block(block, x, self.config.bits[second], None) - y
+            y = _with_gradient(y, branch, 1 - probs[:, 0])
+        return y
+
+    def _run_block(self, block: Block, x: Tensor, bits: int, routing: Routing | None) -> Tensor:
+        with block.precision.at(bits, routing):
+            result: Tensor = block.module(x)
+        return result
+
+
+def _with_gradient(y: Tensor, direction: Tensor, weight: Tensor) -> Tensor:
+    """``y`` unchanged, with a gradient for ``weight`` (N,): ``<dL/dy, direction>`` for each image."""
+    return y + (weight - weight.detach()).reshape(-1, 1, 1, 1) * direction

@@ -1,0 +1,1 @@
+"""Tables, plots, Markdown and JSON from plain records."""

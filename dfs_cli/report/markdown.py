@@ -1,0 +1,66 @@
+"""The cost report as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def render_markdown(report: dict[str, Any]) -> str:
+    """The report of :func:`dfs_cli.report.cost.cost_report` for people."""
+    source = report["source"]
+    bits = sorted(int(b) for b in report["option_shares"])
+    lines = [
+        f"# {report['model']} at budget {report['budget']:g}",
+        "",
+        "| | original | dynamic |",
+        "|---|---:|---:|",
+        f"| top-1 (%), {report['images']} images | {_percent(report['top1_before'])} | {_percent(report['top1_after'])} |",
+        f"| top-5 (%) | {_percent(report['top5_before'])} | {_percent(report['top5_after'])} |",
+        f"| cost, fraction of dense 32-bit | 1 | {report['cost']:.4f} |",
+        f"| GMACs, bit-weighted | {report['gmacs_dense']:.4f} | {report['gmacs_bitweighted']:.4f} |",
+        "",
+        f"Cost per image: median {report['cost_p50']:.4f}, 95th percentile {report['cost_p95']:.4f}, "
+        f"maximum {report['cost_max']:.4f}. "
+        f"Reachable: {report['reachable_budgets'][0]:.4f} to {report['reachable_budgets'][1]:.4f}; "
+        f"{report['cost_always']:.4f} always runs.",
+        "",
+        f"**For comparison:** the same network run statically with everything at 8 bits costs "
+        f"{report['cost_all_8_bit']:.4f}, and usually loses next to nothing.",
+        "",
+        f"Weights: {source.get('weights') or 'unknown'}; licence: {source.get('license') or 'unknown'}.",
+        "",
+        "## Layers",
+        "",
+        "| layer | MMACs | dense share | "
+        + " | ".join(f"{b} bit" for b in bits)
+        + " | mean bits | bit-weighted MMACs |",
+        "|---|---:|---:|" + "---:|" * len(bits) + "---:|---:|",
+    ]
+    for row in report["layers"]:
+        if row["block"] is None:
+            (fixed,) = row["histogram"]
+            shares = [f"always {fixed}" if i == 0 else "" for i in range(len(bits))]
+        else:
+            shares = [f"{row['histogram'][b]:.1%}" for b in bits]
+        lines.append(
+            f"| {row['name']} | {row['macs'] / 1e6:.3f} | {row['dense_share']:.2%} | {' | '.join(shares)} "
+            f"| {row['mean_bits']:.2f} | {row['mean_bitweighted_macs'] / 1e6:.4f} |"
+        )
+    total = sum(row["mean_bitweighted_macs"] for row in report["layers"]) / 1e6
+    lines += [
+        f"| **total** | {report['gmacs_dense'] * 1e3:.3f} | 100% |" + " |" * len(bits) + f" | {total:.4f} |",
+        "",
+        "The total of MMACs is the dense network's, without the gate; that of bit-weighted MMACs includes it.",
+        "",
+        "## Conventions",
+        "",
+        *(f"- {line}" for line in report["conventions"]),
+        "- Not counted (no multiply-accumulates of a layer): " + (", ".join(report["not_counted"]) or "nothing") + ".",
+    ]
+    if unreadable := report["unreadable_images"]:
+        lines.append(f"- {len(unreadable)} unreadable images were skipped: {', '.join(unreadable[:10])}.")
+    return "\n".join(lines) + "\n"

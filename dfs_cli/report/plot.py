@@ -1,0 +1,68 @@
+"""Figures, with matplotlib (an optional dependency)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dfs_cli.artifact.manifest import Evaluation, Manifest
+from dfs_cli.errors import ConfigError, MissingDependencyError
+
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def check_plot_path(path: Path) -> None:
+    """Raises ConfigError where the suffix names no format, MissingDependencyError without matplotlib."""
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise ConfigError(f"plot {path}: expected a name that ends in {', '.join(PLOT_SUFFIXES)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingDependencyError("plots need matplotlib: pip install 'dfs-cli[plot]'") from None
+
+
+def plot_choices(manifest: Manifest, evaluation: Evaluation) -> object:
+    """Stacked bars, one per block: how often each bitwidth was chosen (after figure 5 of DFS, Shen et al., 2020).
+
+    Returns:
+        A matplotlib figure.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    table = manifest.table
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.32 * len(table.blocks) + 3.0), 3.6), layout="constrained")
+    colours = pyplot.get_cmap("viridis_r")
+    bottoms = [0.0] * len(table.blocks)
+    for column, bits in enumerate(table.options):
+        shares = [100 * row[column] / sum(row) for row in evaluation.choices]
+        colour = "0.85" if bits == 0 else colours(column / (len(table.options) - 1))
+        label = "skipped" if bits == 0 else f"{bits} bit"
+        axes.bar(range(len(shares)), shares, bottom=bottoms, width=0.82, color=colour, label=label)
+        bottoms = [b + s for b, s in zip(bottoms, shares, strict=True)]
+    axes.set_xticks(range(len(table.blocks)), table.blocks, rotation=60, ha="right", fontsize=8)
+    axes.set_ylabel("images (%)")
+    axes.set_ylim(0, 100)
+    axes.set_xlim(-0.6, len(table.blocks) - 0.4)
+    axes.set_title(
+        f"{manifest.architecture}: cost {evaluation.cost:.4f} of dense, top-1 {evaluation.top1:.2f} %", fontsize=10
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def save_plot(figure: object, path: Path) -> None:
+    """Write the figure atomically, in the format of the suffix."""
+    import io
+
+    from matplotlib import pyplot
+
+    from dfs_cli.artifact.files import write_atomically
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=150)  # type: ignore[attr-defined]
+    pyplot.close(figure)  # type: ignore[arg-type]
+    write_atomically(path, buffer.getvalue())

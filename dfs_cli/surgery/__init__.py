@@ -1,0 +1,1 @@
+"""From a timm model to a dynamic network."""

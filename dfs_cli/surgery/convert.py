@@ -1,0 +1,195 @@
+"""The surgery: which layers are replaced, what each costs, and the replacement itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import FULL_BITS, DynamicConfig
+from dfs_cli.cost.count import count_macs
+from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.errors import UnsupportedModelError
+from dfs_cli.nn.gate import create_gate
+from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer, FractionalLinear
+from dfs_cli.nn.network import Block, DynamicResNet
+from dfs_cli.nn.precision import Precision
+from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The residual blocks of ``model`` by path, in order.
+
+    Raises:
+        UnsupportedModelError: the model's class or its blocks are of no known family.
+    """
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    if type(model) not in LAYOUTS:
+        raise UnsupportedModelError(
+            f"a {kind} cannot be converted: supported are {', '.join(c.__name__ for c in LAYOUTS)} "
+            f"models of timm with {family_names()} blocks"
+        )
+    blocks = {name: module for name, module in model.named_modules() if type(module) in FAMILIES}
+    if not blocks:
+        # Blocks are the children of the stages.
+        found = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "downsample")})
+        raise UnsupportedModelError(
+            f"a {kind} with {', '.join(found) or 'no residual'} blocks cannot be converted: "
+            f"supported are {family_names()} blocks"
+        )
+    return blocks
+
+
+def _roles(model: nn.Module) -> tuple[dict[str, int], set[str]]:
+    """Layers that follow a block's option (path to block index), and layers that run at the edge bitwidth."""
+    branch: dict[str, int] = {}
+    edges: set[str] = set()
+    inside: set[str] = set()
+    for i, (path, block) in enumerate(find_blocks(model).items()):
+        family = FAMILIES[type(block)]
+        for name, module in block.named_modules(prefix=path):
+            inside.add(name)
+            child = name.removeprefix(path + ".").split(".")[0]
+            if type(module) is nn.Conv2d and child in family.branch:
+                branch[name] = i
+            elif type(module) is nn.Conv2d and child in family.shortcut:
+                edges.add(name)
+    for name, module in model.named_modules():
+        if name not in inside and type(module) in (nn.Conv2d, nn.Linear):
+            edges.add(name)
+    return branch, edges
+
+
+def block_channels(model: nn.Module) -> list[int]:
+    """Width of the features that enter each block."""
+    channels = []
+    for block in find_blocks(model).values():
+        first = next(m for m in block.modules() if isinstance(m, nn.Conv2d))
+        channels.append(first.in_channels)
+    return channels
+
+
+def plan_costs(model: nn.Module, config: DynamicConfig, input_size: tuple[int, int, int]) -> CostTable:
+    """The cost of every option of every block of ``model`` at ``input_size`` (C, H, W); the model is not changed.
+
+    Raises:
+        UnsupportedModelError: see :func:`find_blocks`; or the model cannot run at that size.
+    """
+    branch, edges = _roles(model)
+    try:
+        count = count_macs(model, input_size)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"the model cannot run on images of size {input_size}: {reason}") from None
+    layers = tuple(
+        LayerCost(name, macs, block=branch[name])
+        if name in branch
+        else LayerCost(name, macs, bits=config.edge_bits if name in edges else FULL_BITS)
+        for name, macs in count.layers.items()
+    )
+    with torch.random.fork_rng(devices=[]):  # a throwaway gate must not use up random numbers
+        gate_macs = create_gate(block_channels(model), config).macs()
+    return CostTable(config.bits, tuple(find_blocks(model)), layers, tuple(gate_macs), count.not_counted)
+
+
+def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> DynamicResNet:
+    """A dynamic network made from a copy of ``model``; ``model`` is left unchanged.
+
+    The step sizes are those of the weights; call :func:`calibrate_inputs` before use of a quantized option.
+
+    Raises:
+        UnsupportedModelError: no layer could be replaced, or the model's blocks do not match ``table``.
+    """
+    backbone = copy.deepcopy(model)
+    block_modules = find_blocks(backbone)
+    if tuple(block_modules) != table.blocks:
+        raise UnsupportedModelError("the cost table belongs to another model: its blocks differ")
+    branch, edge_names = _roles(backbone)
+    edges = Precision(config.edge_bits)
+    edge_bitwidths = () if config.edge_bits == FULL_BITS else (config.edge_bits,)
+    bitwidths = tuple(b for b in config.bits if b not in (0, FULL_BITS))
+    precisions = [Precision(max(config.bits)) for _ in block_modules]
+    replaced = 0
+    channels = block_channels(backbone)
+    for name in [*branch, *edge_names]:
+        layer = backbone.get_submodule(name)
+        widths = bitwidths if name in branch else edge_bitwidths
+        precision = precisions[branch[name]] if name in branch else edges
+        new: FractionalLayer
+        if isinstance(layer, nn.Conv2d):
+            new = FractionalConv2d.from_module(layer, widths, precision)
+        else:
+            assert isinstance(layer, nn.Linear)
+            new = FractionalLinear.from_module(layer, widths, precision)
+        new.calibrate_weight()
+        backbone.set_submodule(name, new)
+        replaced += 1
+    if not replaced:
+        raise UnsupportedModelError("nothing to replace: the model has no convolution that can be quantized")
+    blocks = [
+        Block(path, module, FAMILIES[type(module)].skip, precision, width)
+        for (path, module), precision, width in zip(block_modules.items(), precisions, channels, strict=True)
+    ]
+    device = next(backbone.parameters()).device
+    return DynamicResNet(backbone, LAYOUTS[type(backbone)], blocks, edges, config, table.prices).to(device).eval()
+
+
+@torch.no_grad()
+def calibrate_inputs(network: DynamicResNet, images: Tensor) -> None:
+    """Set the input step sizes, and the gate's input scale, from a full-precision pass over ``images`` (N, C, H, W)."""
+    handles = []
+    for layer in network.backbone.modules():
+        if isinstance(layer, FractionalLayer):
+
+            def observe(module: FractionalLayer, inputs: tuple[Tensor, ...]) -> None:
+                module.calibrate_input(inputs[0])
+
+            handles.append(layer.register_forward_pre_hook(observe))
+    for i, block in enumerate(network.blocks):
+
+        def normalise(_: nn.Module, inputs: tuple[Tensor, ...], index: int = i) -> None:
+            network.gate.normalise_input(index, inputs[0])
+
+        handles.append(block.module.register_forward_pre_hook(normalise))
+    was_training = network.training
+    network.eval()
+    try:
+        run_in_full(network, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        network.train(was_training)
+
+
+@torch.no_grad()
+def run_in_full(network: DynamicResNet, images: Tensor) -> Tensor:
+    """Logits of the network in floating point throughout: those of the model it was made from."""
+    with network.full_precision():
+        x = network.layout.stem(network.backbone, images)
+        for block in network.blocks:
+            with block.precision.at(FULL_BITS):
+                x = block.module(x)
+        return network.layout.head(network.backbone, x)
+
+
+def verify_conversion(model: nn.Module, network: DynamicResNet, images: Tensor) -> None:
+    """Check that the network in floating point computes what ``model`` does.
+
+    Raises:
+        UnsupportedModelError: it does not: timm's forward differs from what the adapters assume.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(images)
+    model.train(was_training)
+    found = run_in_full(network, images)
+    scale = float(expected.abs().max()) or 1.0
+    difference = float((found - expected).abs().max()) / scale
+    if math.isnan(difference) or difference > 1e-4:
+        raise UnsupportedModelError(
+            f"the converted {type(model).__name__} computes something else than the original (relative difference "
+            f"{difference:.1e}): this version of timm is not supported for it"
+        )

@@ -1,0 +1,99 @@
+"""The whole state of a tuning run, in one object."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+
+from dfs_cli.config import TuningConfig
+from dfs_cli.nn.network import DynamicResNet
+
+_GATE_RATE, _BACKBONE_RATE = 5.0, 0.1
+# Adam divides by the gradient's size. The gate's gradient is small and mostly noise: with the usual epsilon that noise
+# would move the gate at full speed; with this one it moves as far as the gradient says.
+_GATE_EPSILON = 1e-2
+_FIRST_PRICE = 10.0  # too low to change a decision of an untrained gate
+_WEIGHT_DECAY = 1e-4
+
+
+@dataclass
+class TuningState:
+    """What a run needs to go on after any step: save ``state_dict()``, and nothing else.
+
+    The position in the data is the step itself: epoch ``step // steps_per_epoch``, batch ``step % steps_per_epoch``.
+
+    Args:
+        network: with its gate and quantizers.
+        optimizer: AdamW over gate, step sizes and backbone, a learning rate for each.
+        scheduler: cosine, per step.
+        steps_per_epoch, total_steps: the plan.
+        step: steps done.
+
+    The Lagrange multiplier of the budget is ``network.operating_point``, the price of cost: raised while the cost is
+    above the target, lowered below it (dual ascent).
+    """
+
+    network: DynamicResNet
+    optimizer: torch.optim.Optimizer
+    scheduler: CosineLRScheduler
+    steps_per_epoch: int
+    total_steps: int
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "operating_point": self.network.operating_point,
+            "step": self.step,
+            "generators": {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, strictly."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.network.operating_point, self.step = state["operating_point"], state["step"]
+        random.setstate(state["generators"]["python"])
+        torch.set_rng_state(state["generators"]["torch"])
+        if state["generators"]["cuda"]:
+            torch.cuda.set_rng_state_all(state["generators"]["cuda"])
+
+
+def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: int, epochs: int) -> TuningState:
+    """A fresh state: the backbone learns ten times slower than the step sizes, or not at all where it is frozen."""
+    gate, quantizers, backbone = parameter_groups(network)
+    groups = [
+        {"params": gate, "lr": config.lr * _GATE_RATE, "weight_decay": 0.0, "eps": _GATE_EPSILON},
+        {"params": quantizers, "lr": config.lr, "weight_decay": 0.0},
+    ]
+    for parameter in backbone:
+        parameter.requires_grad_(not config.freeze_backbone)
+    if not config.freeze_backbone:
+        groups.append({"params": backbone, "lr": config.lr * _BACKBONE_RATE, "weight_decay": _WEIGHT_DECAY})
+    optimizer = create_optimizer_v2([g for g in groups if g["params"]], opt="adamw", lr=config.lr)
+    total = steps_per_epoch * epochs
+    scheduler = CosineLRScheduler(optimizer, t_initial=total, lr_min=0.0, t_in_epochs=False)
+    network.operating_point = _FIRST_PRICE
+    return TuningState(network, optimizer, scheduler, steps_per_epoch, total)
+
+
+def parameter_groups(
+    network: DynamicResNet,
+) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], list[torch.nn.Parameter]]:
+    """The parameters of the gate, of the quantizers (step sizes) and of the backbone."""
+    gate = list(network.gate.parameters())
+    quantizers: list[torch.nn.Parameter] = []
+    backbone: list[torch.nn.Parameter] = []
+    for name, parameter in network.backbone.named_parameters():
+        is_step = name.rpartition(".")[2] in ("log_weight_steps", "log_input_steps")
+        (quantizers if is_step else backbone).append(parameter)
+    return gate, quantizers, backbone

@@ -87,7 +87,7 @@ def default_data(architecture: str, data: DataConfig | None = None) -> DataConfi
 def default_tuning(data: DataConfig | Splits | None = None) -> TuningConfig:
     """The settings a conversion uses where none are given: small batches and no flips for the digits."""
     if isinstance(data, DataConfig) and data.dataset == DIGITS:
-        return TuningConfig(batch_size=64, hflip=0.0, min_crop=0.9)
+        return TuningConfig(batch_size=64, hflip=0.0)
     return TuningConfig()
 
 

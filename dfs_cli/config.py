@@ -143,7 +143,7 @@ class TuningConfig(_Settings):
     distillation: float = 1.0
     temperature: float = 2.0
     hflip: float = 0.5
-    min_crop: float = 0.6
+    min_crop: float = 0.9
 
     MIN_STEPS = 600
 

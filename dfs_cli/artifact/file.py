@@ -38,7 +38,7 @@ def save_artifact(path: Path, network: DynamicResNet, manifest: Manifest, force:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _check_identical(path: Path, network: DynamicResNet, manifest: Manifest) -> None:
     """Raises ArtifactError unless the file gives bit-identical logits and decisions on random images."""
     device = network.prices.device

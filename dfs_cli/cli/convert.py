@@ -38,6 +38,10 @@ def convert(
         Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth, .pt or .tar.")
     ] = None,
     pretrained: Annotated[bool, typer.Option(help="Start from timm's weights.")] = True,
+    num_classes: Annotated[
+        int | None, typer.Option("--num-classes", help="Give the model a new, random classifier of N classes.")
+    ] = None,
+    in_chans: Annotated[int | None, typer.Option("--in-chans", help="Input channels [default: the model's].")] = None,
     data: options.DataDir = None,
     dataset: options.Dataset = "",
     train_split: Annotated[
@@ -60,7 +64,7 @@ def convert(
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Tune gates and quantizers only.")] = False,
     hflip: Annotated[float | None, typer.Option("--hflip", help="Flip probability [default: 0.5; digits 0].")] = None,
     min_crop: Annotated[
-        float | None, typer.Option("--min-crop", help="Smallest area of a training crop [default: 0.6; digits 0.9].")
+        float | None, typer.Option("--min-crop", help="Smallest area of a training crop [default: 0.9].")
     ] = None,
     amp: options.Amp = False,
     device: options.DeviceOption = "auto",
@@ -102,7 +106,7 @@ def convert(
     defaults = api.default_tuning(data_config)
     tuning = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
     api.resolve_device(tuning.device)
-    module = load_model(model, pretrained, checkpoint)
+    module = load_model(model, pretrained, checkpoint, num_classes, in_chans)
     preprocessing = resolve_preprocessing(module, img_size, crop_pct, **statistics)
     console = stderr_console()
     if dry_run:

@@ -47,7 +47,7 @@ def evaluate(
         check_writable([results_file], force)
     converted = api.load(file, device)
     console = stderr_console()
-    with create_observer(console) as observer:
+    with create_observer(console, quiet=True) as observer:
         evaluation = api.evaluate(
             converted, data_config, batch_size=batch_size, workers=workers, amp=amp, observer=observer
         )

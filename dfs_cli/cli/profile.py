@@ -53,7 +53,7 @@ def profile(
     if measure or data is not None or dataset:
         converted = api.load(file, device)
         manifest = converted.manifest
-        with create_observer(stderr_console()) as observer:
+        with create_observer(stderr_console(), quiet=True) as observer:
             evaluation = api.evaluate(converted, data_config, batch_size=batch_size, workers=workers, observer=observer)
     else:
         manifest = read_manifest(file)

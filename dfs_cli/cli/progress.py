@@ -105,8 +105,9 @@ class TerminalObserver(Observer):
 class PlainObserver(Observer):
     """A line now and then, for logs."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console = console
+        self.quiet = quiet
         self.averages = _Averages()
         self.began = time.monotonic()
 
@@ -129,7 +130,8 @@ class PlainObserver(Observer):
             self._print(f"step {record.step}/{record.total_steps}  {figures}  {left:.0f} s left")
 
     def _print(self, line: str) -> None:
-        self.console.print(line, highlight=False, soft_wrap=True)
+        if not self.quiet:
+            self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def stderr_console() -> Console:
@@ -137,9 +139,9 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
-def create_observer(console: Console) -> TerminalObserver | PlainObserver:
-    """Bars where ``console`` is a terminal, lines elsewhere."""
-    return TerminalObserver(console) if console.is_terminal else PlainObserver(console)
+def create_observer(console: Console, quiet: bool = False) -> TerminalObserver | PlainObserver:
+    """Bars where ``console`` is a terminal, lines elsewhere; ``quiet`` leaves the lines out."""
+    return TerminalObserver(console) if console.is_terminal else PlainObserver(console, quiet)
 
 
 def print_configuration(console: Console, configuration: dict[str, Any], table: CostTable) -> None:

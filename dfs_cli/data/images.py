@@ -53,7 +53,8 @@ class Images(Dataset[Sample]):
         try:
             image, target = self._read(position)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return Unreadable(self._name(position), str(error) or type(error).__name__)
+            reason = str(error).partition(" <")[0] or type(error).__name__  # Pillow appends the file object
+            return Unreadable(self._name(position), reason)
         return (image if self.transform is None else self.transform(image)), int(target)
 
     def subset(self, indices: Sequence[int]) -> Images:
@@ -68,7 +69,7 @@ class Images(Dataset[Sample]):
         if isinstance(self.source, ImageDataset):
             # Not ImageDataset's own way: that one replaces an unreadable image by the next.
             file, target = self.source.reader[position][:2]
-            with Image.open(file) as image:
+            with file, Image.open(file) as image:
                 return image.convert(self.source.input_img_mode), target
         sample = self.source[position]
         return sample[0], sample[1]

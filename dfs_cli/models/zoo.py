@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import timm
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import get_pretrained_cfg, is_model_pretrained, load_state_dict, split_model_name_tag
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -86,7 +90,8 @@ def load_model(
         pretrained: load timm's weights, unless ``checkpoint`` is given.
         checkpoint: a file of weights (.safetensors, .pth, .pt, .tar) that match the architecture strictly; the number
             of classes is taken from it.
-        num_classes, in_chans: other than the model's own; only for random weights.
+        num_classes: give the model a new, random classifier of so many classes, unless the weights have as many.
+        in_chans: input channels other than the model's own.
 
     Raises:
         UnsupportedModelError: the architecture is unknown or cannot be converted.
@@ -100,6 +105,7 @@ def load_model(
         return _build(name, **kwargs).eval()
     if not is_model_pretrained(name):
         raise WeightsError(f"timm has no pretrained weights for {name}: pass --checkpoint FILE (or --no-pretrained)")
+    _check_hub(name)
     try:
         return _build(name, pretrained=True, **kwargs).eval()
     except Exception as error:  # the hub's client raises many kinds, none of them documented as complete
@@ -107,6 +113,26 @@ def load_model(
         raise WeightsError(
             f"the weights of {name} could not be loaded ({reason[:120]}): pass --checkpoint FILE, "
             "or --no-pretrained for random weights"
+        ) from None
+
+
+def _check_hub(name: str) -> None:
+    """Raises WeightsError at once where the hub cannot be reached: its client would retry for a minute first."""
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id or cfg.file or any(k.lower().endswith("_proxy") for k in os.environ):
+        return
+    files = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files):
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        socket.create_connection((hub.hostname or "", hub.port or 443), timeout=10).close()
+    except OSError as error:
+        raise WeightsError(
+            f"the weights of {name} are not on this machine and the hub {constants.ENDPOINT} cannot be reached "
+            f"({error.strerror or error}): pass --checkpoint FILE, or --no-pretrained for random weights"
         ) from None
 
 
@@ -133,9 +159,13 @@ def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module
     with torch.device("meta"):
         outline = _build(name, **kwargs)
     classifier = outline.get_classifier(name_only=True)  # type: ignore[operator]
-    if "num_classes" not in kwargs and (bias := state.get(f"{classifier}.bias")) is not None:
-        kwargs = kwargs | {"num_classes": len(bias)}
+    own_classes, new_classifier = len(state.get(f"{classifier}.bias", ())), False
+    if own_classes and kwargs.setdefault("num_classes", own_classes) != own_classes:
+        state = {k: v for k, v in state.items() if not k.startswith(f"{classifier}.")}
+        new_classifier = True
     model = _build(name, **kwargs)
+    if new_classifier:
+        state |= model.get_submodule(str(classifier)).state_dict(prefix=f"{classifier}.")
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

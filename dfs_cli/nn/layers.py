@@ -32,6 +32,11 @@ class _CachedWeight(NamedTuple):
     key: tuple[Any, ...]
 
 
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is replaced or changed in place (tensors made in inference mode do not change)."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 class FractionalLayer(_Layer):
     """What :class:`FractionalConv2d` and :class:`FractionalLinear` share."""
 
@@ -116,7 +121,7 @@ class FractionalLayer(_Layer):
     def _signed(self) -> bool:
         # Read once per device placement: a buffer on an accelerator would make every call wait for it.
         cached = self.__dict__.get("_signed_value")
-        key = (self.input_signed.data_ptr(), self.input_signed._version)
+        key = _identity(self.input_signed)
         if cached is None or cached[0] != key:
             cached = (key, bool(self.input_signed))
             self.__dict__["_signed_value"] = cached
@@ -124,12 +129,7 @@ class FractionalLayer(_Layer):
 
     def _quantized_weight(self, bits: int) -> _CachedWeight:
         """Integer codes and scales (C_out,) of the weight, kept until the weight or its step sizes change."""
-        key = (
-            self.weight.data_ptr(),
-            self.weight._version,
-            self.log_weight_steps.data_ptr(),
-            self.log_weight_steps._version,
-        )
+        key = (*_identity(self.weight), *_identity(self.log_weight_steps))
         cached = self._cache.get(bits)
         if cached is None or cached.key != key:
             with torch.no_grad():

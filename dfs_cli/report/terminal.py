@@ -79,23 +79,24 @@ def print_profile(console: Console, manifest: Manifest, evaluation: Evaluation, 
 
 def print_plan(console: Console, name: str, table: CostTable, budget: float) -> None:
     """The plan of a conversion: MACs of each block and the cost of each option."""
-    grid = Table(title=f"{name}: cost of each option, as a fraction of the dense network", title_justify="left")
-    grid.add_column("block")
-    grid.add_column("MMACs", justify="right")
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    grid.add_column("block", no_wrap=True)
+    grid.add_column("MMACs", justify="right", no_wrap=True)
     for bits in table.options:
-        grid.add_column("skip" if bits == 0 else f"{bits} bit", justify="right")
+        grid.add_column("skip" if bits == 0 else f"{bits} bit", justify="right", no_wrap=True)
     for block, macs, prices in zip(table.blocks, table.block_macs, table.prices.tolist(), strict=True):
-        grid.add_row(block, f"{macs / 1e6:.2f}", *(f"{price:.5f}" for price in prices))
+        grid.add_row(block, f"{macs / 1e6:.2f}", *(f"{price:.4f}" for price in prices))
     always = sum(layer.macs for layer in table.layers if layer.block is None)
-    grid.add_section()
-    grid.add_row("always", f"{always / 1e6:.2f}", f"{table.fixed - sum(table.gate_macs) / table.dense_macs:.5f}")
-    grid.add_row("gate", f"{sum(table.gate_macs) / 1e6:.2f}", f"{sum(table.gate_macs) / table.dense_macs:.5f}")
+    grid.add_row("always", f"{always / 1e6:.2f}", f"{table.fixed - sum(table.gate_macs) / table.dense_macs:.4f}")
+    grid.add_row("gate", f"{sum(table.gate_macs) / 1e6:.2f}", f"{sum(table.gate_macs) / table.dense_macs:.4f}")
+    console.print(f"{name}: cost of each option, as a fraction of the dense network", highlight=False)
     console.print(grid)
-    console.print(
-        f"dense: {table.dense_macs / 1e9:.4f} GMACs   reachable budgets: {table.cheapest:.4f} to {table.dearest:.4f}   "
-        f"asked for: {budget:g}   all at 8 bits, statically: {table.uniform_cost(8):.4f}",
-        highlight=False,
-    )
+    for line in (
+        f"dense network      {table.dense_macs / 1e9:.4f} GMACs",
+        f"reachable budgets  {table.cheapest:.4f} to {table.dearest:.4f}, asked for {budget:g}",
+        f"for comparison     {table.uniform_cost(8):.4f} with everything statically at 8 bits",
+    ):
+        console.print(line, highlight=False)
 
 
 def print_evaluation(console: Console, record: dict[str, Any]) -> None:

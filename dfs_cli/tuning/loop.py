@@ -132,7 +132,7 @@ def _step(
     loss = F.cross_entropy(logits, targets) + _COST_WEIGHT * excess
     if teacher_logits is not None:
         loss = loss + config.distillation * distillation_loss(logits, teacher_logits.float(), config.temperature)
-    value = float(loss)
+    value = float(loss.detach())
     lr = max(group["lr"] for group in state.optimizer.param_groups)
     if not math.isfinite(value):
         raise DivergedError(f"the loss is {value} at step {state.step + 1}, learning rate {lr:.2g}: try a smaller --lr")

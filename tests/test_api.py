@@ -1,0 +1,149 @@
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import timm_model
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import dfs_cli
+from dfs_cli.errors import ConfigError, DataError, UnsupportedModelError
+from dfs_cli.evaluation.evaluate import evaluate_accuracy
+from dfs_cli.report.markdown import render_markdown
+
+SHORT = dfs_cli.TuningConfig(epochs=2, batch_size=64, hflip=0.0, workers=0)
+
+
+def colour_splits(classes: int = 10) -> dfs_cli.Splits:
+    def images(count: int, seed: int) -> dfs_cli.Images:
+        generator = torch.Generator().manual_seed(seed)
+        targets = torch.arange(count) % classes
+        return dfs_cli.Images(TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), targets))
+
+    return dfs_cli.Splits(images(64, 0), images(60, 1), images(90, 2), tuple(map(str, range(classes))))
+
+
+class Recorder(dfs_cli.Observer):
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.steps = 0
+
+    def stage(self, name: str, total: int | None) -> None:  # noqa: ARG002
+        self.stages.append(name)
+
+    def step(self, record: object) -> None:  # noqa: ARG002
+        self.steps += 1
+
+
+def test_convert_keeps_the_budget_and_leaves_the_model(digits_model: nn.Module) -> None:
+    before = copy.deepcopy(digits_model.state_dict())
+    recorder = Recorder()
+    converted = dfs_cli.convert(digits_model, 0.3, tuning=SHORT, observer=recorder)
+    assert all(torch.equal(v, before[k]) for k, v in digits_model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in digits_model.parameters())
+    validation = converted.manifest.validation
+    assert validation is not None and converted.keeps_budget
+    assert 0.27 <= validation.cost <= 0.303
+    assert validation.top1 > 97
+    assert recorder.stages == ["loading held-out images", "original", "tuning", "calibrating", "validation"]
+    assert recorder.steps == 36 == converted.manifest.configuration["steps"]
+
+
+def test_convert_is_reproducible(digits_model: nn.Module) -> None:
+    first, second = (dfs_cli.convert(digits_model, 0.1, tuning=SHORT) for _ in range(2))
+    assert first.manifest.operating_point == second.manifest.operating_point
+    assert all(torch.equal(v, second.network.state_dict()[k]) for k, v in first.network.state_dict().items())
+
+
+def test_convert_takes_splits_of_the_caller_and_other_gates() -> None:
+    model = timm_model("resnet20_cifar")
+    converted = dfs_cli.convert(
+        model,
+        0.1,
+        colour_splits(),
+        dynamic=dfs_cli.DynamicConfig(bits=(0, 2, 8, 32), edge_bits=32, gate="ff"),
+        tuning=dfs_cli.TuningConfig(epochs=3, batch_size=32, workers=0, amp=True),
+    )
+    validation = converted.manifest.validation
+    assert validation is not None and validation.images == 90
+    assert converted.manifest.configuration["data"] is None
+    assert validation.cost == pytest.approx(
+        dfs_cli.cost_report(converted)["gmacs_bitweighted"] * 1e9 / converted.manifest.table.dense_macs
+    )
+
+
+def test_evaluation_agrees_with_a_plain_loop(artifact: Path) -> None:
+    converted = dfs_cli.load(artifact)
+    evaluation = dfs_cli.evaluate(converted, batch_size=37)
+    stored = converted.manifest.validation
+    assert stored is not None
+    assert evaluation.choices == stored.choices and evaluation.cost == stored.cost
+    assert evaluation.top1 == pytest.approx(stored.top1, abs=1e-4)
+    data = dfs_cli.Images(
+        TensorDataset(torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 10)
+    )
+    found = dfs_cli.evaluate(converted, data)
+    with torch.no_grad():
+        output = converted.network.run(torch.stack([data[i][0] for i in range(50)]))  # type: ignore[misc]
+    cost = converted.manifest.table.cost(output.decisions)
+    assert found.top1 == pytest.approx((output.logits.argmax(1) == torch.arange(50) % 10).float().mean().item() * 100)
+    top5 = (output.logits.topk(5).indices == (torch.arange(50) % 10)[:, None]).any(1).float().mean().item() * 100
+    assert found.top5 == pytest.approx(top5)
+    assert found.cost == pytest.approx(cost.mean().item()) and found.cost_max == cost.max().item()
+    assert found.cost_p50 == pytest.approx(cost.median().item(), rel=0.05)
+    assert [sum(row) for row in found.choices] == [50] * 9
+    assert found.choices[3][4] == int((output.decisions[:, 3] == 4).sum())
+
+
+def test_report_adds_up(artifact: Path) -> None:
+    converted = dfs_cli.load(artifact)
+    report = dfs_cli.cost_report(converted)
+    rows = dfs_cli.profile(converted)
+    assert report["layers"] == rows
+    assert sum(r["mean_cost"] for r in rows) == pytest.approx(report["cost"])
+    assert sum(r["dense_share"] for r in rows) == pytest.approx(1)
+    assert sum(r["mean_bitweighted_macs"] for r in rows) == pytest.approx(report["gmacs_bitweighted"] * 1e9)
+    assert sum(report["option_shares"].values()) == pytest.approx(1)
+    assert all(sum(r["histogram"].values()) == pytest.approx(1) for r in rows)
+    assert report["cost_all_8_bit"] == 0.0625
+    assert report["top1_before"] == pytest.approx(99.56, abs=0.01)
+    assert {r["name"] for r in rows} >= {"conv1", "layer1.0.conv1", "layer2.0.downsample.0", "fc", "gate"}
+    text = render_markdown(report)
+    assert "0.0625" in text and "layer3.2.conv2" in text and "batch_norm" in text
+
+
+def test_accuracy_of_the_original(digits_model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = dfs_cli.Images(TensorDataset(torch.rand(20, 1, 8, 8, generator=generator), torch.arange(20) % 10))
+    from dfs_cli.data.images import UnreadableLog
+    from dfs_cli.data.loading import eval_loader
+
+    top1, top5 = evaluate_accuracy(digits_model, eval_loader(data, 8, 0), torch.device("cpu"), UnreadableLog("x", 20))
+    with torch.no_grad():
+        logits = digits_model(torch.stack([data[i][0] for i in range(20)]))  # type: ignore[misc]
+    assert top1 == pytest.approx((logits.argmax(1) == torch.arange(20) % 10).float().mean().item() * 100)
+    assert top5 >= top1
+
+
+def test_bad_calls_are_refused(digits_model: nn.Module) -> None:
+    with pytest.raises(ConfigError):
+        dfs_cli.convert(digits_model, 1.5)
+    with pytest.raises(ConfigError, match="smallest reachable"):
+        dfs_cli.convert(digits_model, 0.001)
+    with pytest.raises(DataError, match="--data"):
+        dfs_cli.convert(timm.create_model("resnet20_cifar"), 0.4)
+    with pytest.raises(DataError, match="3 classes"):
+        dfs_cli.convert(timm.create_model("resnet20_cifar"), 0.4, colour_splits(classes=3))
+    with pytest.raises(UnsupportedModelError, match=r"timm\.create_model"):
+        dfs_cli.convert(nn.Linear(2, 2), 0.4, colour_splits())
+    with pytest.raises(UnsupportedModelError, match="differs in structure"):
+        dfs_cli.convert(timm.create_model("resnet18", output_stride=16), 0.4, colour_splits())
+    with pytest.raises(UnsupportedModelError, match="no classifier"):
+        dfs_cli.convert(timm.create_model("resnet18", num_classes=0), 0.4, colour_splits())
+
+
+def test_plan_needs_no_data(digits_model: nn.Module) -> None:
+    table = dfs_cli.plan(digits_model, dfs_cli.DynamicConfig(bits=(0, 32), edge_bits=32))
+    assert table.dearest == pytest.approx(1 + sum(table.gate_macs) / table.dense_macs)

@@ -1,0 +1,249 @@
+import csv
+import io
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import MakeFolder
+from typer.testing import CliRunner, Result
+
+import dfs_cli
+from dfs_cli.cli.app import app
+from dfs_cli.report.cost import layer_rows
+
+SHORT = ["--epochs", "2", "--workers", "0", "--device", "cpu"]
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def refused(result: Result, reason: str, code: int = 2) -> None:
+    """One line on stderr, nothing on stdout, no traceback."""
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert reason in lines[0]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def written() -> list[str]:
+    return sorted(p.name for p in Path().iterdir() if p.is_file())
+
+
+def test_version_and_module() -> None:
+    assert run("--version").stdout.strip() == f"dfs {dfs_cli.__version__}"
+    found = subprocess.run(
+        [sys.executable, "-m", "dfs_cli", "--version"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert found.stdout.strip() == f"dfs {dfs_cli.__version__}"
+
+
+def test_convert_eval_profile() -> None:
+    result = run("convert", "resnet20_digits", "--budget", "0.3", *SHORT)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert written() == ["model.report.json", "model.report.md", "model.safetensors"]
+    for word in ("budget", "options", "tuning", "step 36/36", "top-1", "0.0625"):
+        assert word in result.stderr
+    report = json.loads(Path("model.report.json").read_text())
+    assert 0.27 <= report["cost"] <= 0.303 and report["top1_after"] >= 97
+    assert "everything at 8 bits" in Path("model.report.md").read_text()
+
+    shown = run("eval", "model.safetensors", "--workers", "0")
+    assert shown.exit_code == 0 and "top-1" in shown.stdout and "budget 0.3" in shown.stdout
+    result = run("eval", "model.safetensors", "--json", "--workers", "0", "--results-file", "r.csv")
+    record = json.loads(result.stdout)
+    keys = "model images top1 top5 cost cost_p50 cost_p95 cost_max budget gmacs_dense gmacs_bitweighted param_count"
+    assert set(record) >= {*keys.split(), "img_size", "crop_pct", "images_per_second", "option_shares"}
+    assert record["images"] == 450 and record["budget"] == 0.3 and record["img_size"] == 8
+    assert record["cost"] == pytest.approx(report["cost"]) and record["top1"] == pytest.approx(
+        report["top1_after"], abs=1e-3
+    )
+    (row,) = csv.DictReader(io.StringIO(Path("r.csv").read_text()))
+    assert float(row["top1"]) == record["top1"] and row["model"] == "resnet20_digits"
+    refused(run("eval", "model.safetensors", "--results-file", "r.csv"), "--force")
+    assert run("eval", "model.safetensors", "--results-file", "r.csv", "--force").exit_code == 0
+
+    again = run("profile", "--measure", "--json", "--workers", "0")
+    stored = run("profile", "--json")
+    assert json.loads(again.stdout) == json.loads(stored.stdout)
+    refused(run("convert", "resnet20_digits", "--budget", "0.3", *SHORT), "--force")
+
+
+def test_profile_shows_a_row_per_layer(artifact: Path) -> None:
+    converted = dfs_cli.load(artifact)
+    evaluation = converted.manifest.validation
+    assert evaluation is not None
+    rows = layer_rows(converted.manifest.table, evaluation)
+    shown = run("profile", artifact).stdout
+    for row in rows:
+        assert any(line.startswith(row["name"] + " ") for line in shown.splitlines())
+    assert "0=skipped" in shown and "w=32" in shown
+    table = list(csv.DictReader(io.StringIO(run("profile", artifact, "--csv").stdout)))
+    assert [r["layer"] for r in table] == [r["name"] for r in rows]
+    assert float(table[1]["bits_16"]) == pytest.approx(rows[1]["histogram"][16])
+    for name in ("plot.png", "plot.svg"):
+        assert run("profile", artifact, "--plot", name).exit_code == 0
+    assert Path("plot.png").read_bytes().startswith(b"\x89PNG") and "<svg" in Path("plot.svg").read_text()
+    refused(run("profile", artifact, "--plot", "plot.png"), "--force")
+    refused(run("profile", artifact, "--plot", "plot.gif"), ".png")
+    refused(run("profile", artifact, "--json", "--csv"), "cannot be combined")
+    refused(run("profile"), "model.safetensors does not exist")
+
+
+def test_convert_own_images_from_a_checkpoint(make_folder: MakeFolder) -> None:
+    data = make_folder(per_class=12, classes=3)
+    torch.manual_seed(0)
+    torch.save({"state_dict": timm.create_model("resnet20_cifar", num_classes=3).state_dict()}, "weights.pth")
+    result = run(
+        "convert", "resnet20_cifar", "--budget", "0.2", "--checkpoint", "weights.pth", "--data", data, "--bits",
+        "0,8,32", "--gate", "ff", "--img-size", "16", "--mean", "0.5", "--std", "0.3", "--batch-size", "16", *SHORT,
+        "--output", "own.safetensors", "--seed", "1", "--freeze-backbone",
+    )  # fmt: skip
+    assert result.exit_code in (0, 1), result.output  # so few images may miss the budget by sampling
+    assert "own.safetensors" in written() and "own.report.md" in written()
+    manifest = dfs_cli.load("own.safetensors").manifest
+    assert manifest.class_names == ("0", "1", "2") and manifest.source["weights"] == "weights.pth"
+    assert manifest.preprocessing.input_size == (3, 16, 16) and manifest.preprocessing.mean == (0.5,) * 3
+    if result.exit_code == 1:
+        assert "budget was missed" in result.stderr
+    result = run("eval", "own.safetensors", "--data", data, "--json", "--workers", "0", "--num-samples", "10")
+    assert json.loads(result.stdout)["images"] == 10
+    refused(run("eval", "own.safetensors"), "--data")
+    refused(run("eval", "own.safetensors", "--data", make_folder("four", classes=4)), "4 classes")
+
+
+def test_missed_budget_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dfs_cli.Converted, "keeps_budget", False)
+    result = run("convert", "resnet20_digits", "--budget", "0.3", *SHORT)
+    assert result.exit_code == 1
+    assert "the budget was missed" in result.stderr.splitlines()[-1]
+
+
+def test_dry_run_plans_and_writes_nothing() -> None:
+    result = run("convert", "resnet18", "--budget", "0.4", "--no-pretrained", "--dry-run", "--bits", "paper")
+    assert result.exit_code == 0, result.output
+    for word in ("layer1.0", "layer4.1", "12 bit", "reachable budgets", "0.0625"):
+        assert word in result.stdout
+    assert written() == []
+
+
+def test_list() -> None:
+    found = json.loads(run("list", "resnet*_cifar", "--json").stdout)
+    assert [m["name"] for m in found] == [f"resnet{d}_cifar" for d in (110, 20, 32, 38, 44, 56, 74)]
+    assert "resnet18 " in run("list", "resnet18*").stdout
+    refused(run("list", "vit*"), "no convertible model")
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (["resnt50", "--budget", "0.4"], "close matches: resnet50"),
+        (["vit_tiny_patch16_224", "--budget", "0.4"], "VisionTransformer"),
+        (["resnet20_digits", "--budget", "0"], "(0, 1]"),
+        (["resnet20_digits", "--budget", "1.5"], "(0, 1]"),
+        (["resnet20_digits", "--budget", "0.001"], "smallest reachable one is 0.0049"),
+        (["resnet20_digits", "--budget", "0.4", "--bits", "0,1"], "bitwidth 1"),
+        (["resnet20_digits", "--budget", "0.4", "--bits", "0,8,8"], "repeated"),
+        (["resnet20_digits", "--budget", "0.4", "--bits", "8"], "at least two"),
+        (["resnet20_digits", "--budget", "0.4", "--bits", "few"], "--bits 'few'"),
+        (["resnet20_digits", "--budget", "0.4", "--bits", "lowbit"], "cost at most"),
+        (["resnet20_digits", "--budget", "0.4", "--edge-bits", "1"], "bitwidth 1"),
+        (["resnet20_digits", "--budget", "0.4", "--lr", "-1"], "lr -1"),
+        (["resnet20_digits", "--budget", "0.4", "--epochs", "0"], "epochs 0"),
+        (["resnet20_digits", "--budget", "0.4", "--mean", "a"], "--mean 'a'"),
+        (["resnet20_digits", "--budget", "0.4", "--output", "none/m.safetensors"], "none does not exist"),
+        (["resnet20_digits", "--budget", "0.4", "--data", "none"], "data folder none does not exist"),
+        (["resnet20_cifar", "--budget", "0.4", "--no-pretrained"], "--data"),
+        (["resnet20_cifar", "--budget", "0.4", "--checkpoint", "none.pth", "--data", "."], "none.pth does not exist"),
+        (["resnet20_cifar", "--budget", "0.4", "--data", "."], "pass --checkpoint"),
+        (["resnet18", "--budget", "0.4", "--data", "."], "--checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(args: list[str], reason: str) -> None:
+    refused(run("convert", *args), reason)
+    assert written() == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_cuda_without_cuda(artifact: Path) -> None:
+    refused(run("convert", "resnet20_digits", "--budget", "0.4", "--device", "cuda"), "CUDA is not available")
+    refused(run("eval", artifact, "--device", "cuda"), "CUDA is not available")
+
+
+def test_bad_data_folders(make_folder: MakeFolder) -> None:
+    base = ["convert", "resnet20_cifar", "--budget", "0.4", "--no-pretrained", "--workers", "0", "--data"]
+    Path("empty").mkdir()
+    refused(run(*base, "empty"), "no train/")
+    refused(run(*base, make_folder("one", classes=1)), "one class")
+    refused(run(*base, make_folder("three", classes=3)), "3 classes")
+    assert written() == []
+
+
+def test_bad_files(artifact: Path) -> None:
+    whole = artifact.read_bytes()
+    Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    Path("changed.safetensors").write_bytes(whole[:-4] + b"\x01\x02\x03\x04")
+    Path("pickle.pth").write_bytes(pickle.dumps({"a": object}))
+    for command in ("eval", "profile"):
+        refused(run(command, "cut.safetensors"), "not an intact safetensors file")
+        refused(run(command, "none.safetensors"), "does not exist")
+        refused(run(command, "pickle.pth"), "not an intact safetensors file")
+    refused(run("eval", "changed.safetensors"), "checksum")
+    base = ["convert", "resnet20_cifar", "--budget", "0.4", "--data", ".", "--checkpoint"]
+    refused(run(*base, "pickle.pth"), "cannot be read as weights")
+    refused(run(*base, "cut.safetensors"), "cannot be read as weights")
+    refused(run(*base, artifact), "does not fit")
+
+
+def test_existing_output_is_kept(artifact: Path) -> None:
+    shutil.copy(artifact, "model.safetensors")
+    Path("model.report.md").write_text("mine")
+    refused(run("convert", "resnet20_digits", "--budget", "0.4"), "--force")
+    Path("model.safetensors").unlink()
+    refused(run("convert", "resnet20_digits", "--budget", "0.4"), "model.report.md exists already")
+    assert Path("model.report.md").read_text() == "mine" and written() == ["model.report.md"]
+
+
+def test_unwritable_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    refused(run("convert", "resnet20_digits", "--budget", "0.4"), "cannot be written: Permission denied")
+
+
+def test_unreadable_images(make_folder: MakeFolder, artifact: Path) -> None:
+    data = make_folder(per_class=14)
+    images = sorted((data / "val").rglob("*.jpg"))
+    images[0].write_bytes(b"not an image")
+    result = run("eval", artifact, "--data", data, "--json", "--workers", "0")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["images"] == 139 and record["unreadable"] == [f"0/{images[0].name}"]
+    assert images[0].name in result.stderr
+    images[1].write_bytes(images[1].read_bytes()[:200])
+    refused(run("eval", artifact, "--data", data, "--workers", "0"), "more than 1%")
+
+
+def test_nan_loss_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dfs_cli.tuning.loop as loop
+
+    monkeypatch.setattr(loop, "distillation_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    result = run("convert", "resnet20_digits", "--budget", "0.4", *SHORT)
+    assert result.exit_code == 2 and written() == []
+    assert "nan at step 1, learning rate" in result.stderr.splitlines()[-1]

@@ -1,0 +1,199 @@
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dfs_cli.errors import UnsupportedModelError, WeightsError
+from dfs_cli.models.cifar import DEPTHS
+from dfs_cli.models.zoo import check_convertible, list_convertible, load_model, read_weights
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_cifar_networks_have_their_depth(depth: int) -> None:
+    model = timm.create_model(f"resnet{depth}_cifar")
+    convolutions = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "downsample" not in n]
+    assert len(convolutions) + 1 == depth
+    assert model.get_submodule("layer2.0.downsample.0").kernel_size == (1, 1)
+    assert model.num_classes == 10
+
+
+def test_cifar_resnet20_has_the_parameters_of_the_paper() -> None:
+    model = timm.create_model("resnet20_cifar")
+    # 269,722 with parameter-free shortcuts (He et al., 2016), and two 1x1 convolutions with batch-norm.
+    assert sum(p.numel() for p in model.parameters()) == 269722 + 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_embedded_weights_are_loaded(digits_model: nn.Module) -> None:
+    assert not digits_model.training
+    fresh = load_model("resnet20_digits", pretrained=False)
+    assert not torch.equal(fresh.get_submodule("conv1").weight, digits_model.get_submodule("conv1").weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("resnt50", "close matches: resnet50"),
+        ("resnet50.nonsense", "unknown weights"),
+        ("vit_tiny_patch16_224", "VisionTransformer cannot be converted"),
+        ("resnetv2_50", "ResNetV2 cannot be converted"),
+        ("skresnet18", "blocks cannot be converted"),
+        ("hf-hub:someone/resnet50", "unknown model"),
+        ("local-dir:/tmp", "unknown model"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_with_the_reason(name: str, reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        check_convertible(name)
+
+
+def test_list_filters_and_describes() -> None:
+    found = {m.name: m for m in list_convertible("resnet5?")}
+    assert set(found) == {"resnet50"}
+    resnet50 = found["resnet50"]
+    assert (resnet50.family, resnet50.blocks, resnet50.image_size) == ("Bottleneck", 16, 288)
+    assert "resnet50.a1_in1k" in resnet50.weights
+    # 4.09 GMACs at 224 pixels, of which all but the classifier grow with the area.
+    assert resnet50.macs == pytest.approx(4.0872e9 * (288 / 224) ** 2 + 2.048e6, rel=1e-3)
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return dict(timm.create_model("resnet20_cifar").state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("key", [None, "state_dict"])
+def test_checkpoints_in_wrappers_are_understood(
+    prefix: str, key: str | None, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    content: dict[str, object] = {prefix + k: v for k, v in state.items()}
+    torch.save({key: content, "epoch": 3} if key else content, tmp_path / "c.pth")
+    model = load_model("resnet20_cifar", checkpoint=tmp_path / "c.pth")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".tar", ".safetensors"])
+def test_checkpoint_formats(suffix: str, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / f"c{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    assert torch.equal(load_model("resnet20_cifar", checkpoint=path).state_dict()["fc.weight"], state["fc.weight"])
+
+
+def test_checkpoints_are_strict(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    path = tmp_path / "c.pth"
+    torch.save({k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}, path)
+    with pytest.raises(WeightsError, match="Missing key"):
+        load_model("resnet20_cifar", checkpoint=path)
+    torch.save(state | {"extra": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match="Unexpected key"):
+        load_model("resnet20_cifar", checkpoint=path)
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match="does not fit"):
+        load_model("resnet32_cifar", checkpoint=path)
+
+
+def test_number_of_classes_comes_from_the_checkpoint_or_the_user(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "c.pth"
+    torch.save(state | {"fc.weight": torch.ones(7, 64), "fc.bias": torch.ones(7)}, path)
+    assert load_model("resnet20_cifar", checkpoint=path).num_classes == 7
+    model = load_model("resnet20_cifar", checkpoint=path, num_classes=4)
+    assert model.get_submodule("fc").weight.shape == (4, 64)
+    assert torch.equal(model.state_dict()["conv1.weight"], state["conv1.weight"])
+
+
+class _Dangerous:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("code in a pickle ran",))
+
+
+def test_pickles_that_are_not_weights_are_refused_and_not_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.pth"
+    for content in (_Dangerous(), [1, 2], {"a": 3}, {"state_dict": {"a": "text"}}):
+        torch.save(content, path)
+        with pytest.raises(WeightsError):
+            read_weights(path)
+    path.write_bytes(b"not a pickle at all")
+    with pytest.raises(WeightsError):
+        read_weights(path)
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_missing_weights_name_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="--checkpoint"):
+        load_model("resnet20_cifar")
+    with pytest.raises(WeightsError, match="does not exist"):
+        load_model("resnet20_cifar", checkpoint=tmp_path / "none.pth")
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks of a hub to download one file."""
+
+    content = b""
+
+    def do_HEAD(self) -> None:
+        found = self.path.endswith("model.safetensors")
+        self.send_response(200 if found else 404)
+        self.send_header("ETag", '"an-etag"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(self.content) if found else 0))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    """A hub on loopback."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_pretrained_weights_come_from_the_hub(hub: str, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    original = timm.create_model("resnet10t")
+    save_file(dict(original.state_dict()), tmp_path / "weights.safetensors")
+    _Hub.content = (tmp_path / "weights.safetensors").read_bytes()
+    code = (
+        "import sys, torch; from dfs_cli.models.zoo import load_model;"
+        "torch.save(load_model('resnet10t.c3_in1k').state_dict(), sys.argv[1])"
+    )
+    # The client reads its settings once, when it is imported: it needs a process of its own.
+    settings = {"HF_ENDPOINT": hub, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "loaded.pth")]
+    subprocess.run(command, check=True, env=os.environ | settings, timeout=120)
+    loaded = torch.load(tmp_path / "loaded.pth", weights_only=True)
+    assert all(torch.equal(v, loaded[k]) for k, v in original.state_dict().items())
+
+
+def test_unreachable_hub_is_one_line_that_names_the_checkpoint_option(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"cannot be reached.*--checkpoint") as caught:
+        load_model("resnet18")
+    assert "\n" not in str(caught.value)

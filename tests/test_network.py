@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+from conftest import make_dynamic, spread_gate, timm_model, tiny_resnet
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import nn
+
+from dfs_cli.config import FULL_BITS, DynamicConfig
+from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.convert import run_in_full
+from dfs_cli.tuning.state import parameter_groups
+
+FLOAT_EDGES = DynamicConfig(edge_bits=FULL_BITS)
+
+
+def decisions_of(network: DynamicResNet, images: int, option: int) -> torch.Tensor:
+    return torch.full((images, len(network.blocks)), option)
+
+
+def test_full_precision_decisions_reproduce_timm(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny, FLOAT_EDGES)
+    x = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        expected = tiny(x)
+        found = network.run(x, decisions_of(network, 6, 4)).logits
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "resnet18", "resnet26t", "seresnet50", "resnetblur50"])
+def test_full_precision_reproduces_timm_architectures(name: str) -> None:
+    model = timm_model(name)
+    size = 32 if name == "resnet20_cifar" else 64
+    network = make_dynamic(model, FLOAT_EDGES, (3, size, size))
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(x)
+        found = network.run(x, decisions_of(network, 2, 4)).logits
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_new_network_chooses_full_execution(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny)
+    with torch.no_grad():
+        output = network.run(torch.randn(16, 3, 32, 32))
+    assert (output.decisions == 4).all()
+
+
+def test_original_is_left_unchanged(tiny: nn.Module) -> None:
+    before = copy.deepcopy(tiny.state_dict())
+    shape = repr(tiny)
+    network = make_dynamic(tiny)
+    network.train()
+    network.run(torch.randn(4, 3, 32, 32)).logits.sum().backward()
+    assert repr(tiny) == shape
+    assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
+    assert all(p.grad is None for p in tiny.parameters())
+
+
+def test_skipping_equals_a_zeroed_residual_branch(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny)
+    zeroed = copy.deepcopy(tiny)
+    for module in zeroed.modules():
+        if hasattr(module, "zero_init_last"):
+            module.zero_init_last()
+            last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+            nn.init.zeros_(last.bias)
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad(), network.full_precision():
+        found = network.run(x, decisions_of(network, 4, 0)).logits
+        torch.testing.assert_close(found, zeroed(x))
+
+
+def test_same_answer_alone_and_in_any_batch(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny)
+    spread_gate(network)
+    x = torch.randn(24, 3, 32, 32)
+    with torch.no_grad():
+        together = network.run(x)
+        assert len(together.decisions.unique(dim=0)) > 8, "the test needs images that decide differently"
+        for size in (1, 5, 23):
+            parts = [network.run(part) for part in x.split(size)]
+            assert torch.equal(torch.cat([p.decisions for p in parts]), together.decisions)
+            torch.testing.assert_close(torch.cat([p.logits for p in parts]), together.logits, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_is_deterministic(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny)
+    spread_gate(network)
+    x = torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        first, second = network.run(x), network.run(x)
+    assert torch.equal(first.logits, second.logits) and torch.equal(first.decisions, second.decisions)
+
+
+def test_only_the_chosen_option_runs_and_skipped_images_run_nothing() -> None:
+    network = make_dynamic(tiny_resnet(BasicBlock))
+    seen: list[tuple[int, int]] = []
+
+    def record(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(layer, FractionalLayer)
+        seen.append((len(inputs[0]), layer.precision.bits))
+
+    first = network.blocks[1]
+    assert isinstance(first.module.conv1, nn.Module)
+    first.module.conv1.register_forward_pre_hook(record)
+    decisions = decisions_of(network, 6, 4)
+    decisions[:, 1] = torch.tensor([0, 2, 2, 0, 4, 0])
+    with torch.no_grad():
+        network.run(torch.randn(6, 3, 32, 32), decisions)
+    assert seen == [(2, 8), (1, 32)]
+    seen.clear()
+    decisions[:, 1] = 0
+    with torch.no_grad():
+        network.run(torch.randn(6, 3, 32, 32), decisions)
+    assert seen == []
+
+
+def test_decisions_reach_the_right_images() -> None:
+    network = make_dynamic(tiny_resnet(BasicBlock))
+    x = torch.randn(10, 3, 32, 32)
+    generator = torch.Generator().manual_seed(1)
+    decisions = torch.randint(0, 5, (10, len(network.blocks)), generator=generator)
+    with torch.no_grad():
+        together = network.run(x, decisions).logits
+        alone = torch.cat([network.run(x[i : i + 1], decisions[i : i + 1]).logits for i in range(10)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        others = network.run(x, decisions.flip(0)).logits
+    assert not torch.allclose(together, others, atol=1e-3)
+
+
+@pytest.mark.parametrize("gate", ["rnn", "ff"])
+def test_gradients_reach_every_gate_step_size_and_weight(gate: str, tiny: nn.Module) -> None:
+    network = make_dynamic(tiny, DynamicConfig(gate=gate)).train()  # type: ignore[arg-type]
+    x = torch.randn(10, 3, 32, 32)
+    for option in (1, 2, 3, 4, 0):
+        output = network.run(x, decisions_of(network, 10, option), explore=1.0)
+        (output.logits.square().sum() * 1e-2).backward()
+    without = []
+    for group in parameter_groups(network):
+        assert group
+    for name, parameter in network.named_parameters():
+        if parameter.grad is None or not torch.isfinite(parameter.grad).all() or not parameter.grad.any():
+            without.append(name)
+    assert without == []
+
+
+def test_gate_hears_about_skipped_blocks_only_when_exploring(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny).train()
+    x = torch.randn(6, 3, 32, 32)
+    for explore, expected in ((0.0, False), (1.0, True)):
+        network.zero_grad()
+        network.run(x, decisions_of(network, 6, 0), explore=explore).logits.square().sum().backward()
+        grads = [p.grad for p in network.gate.parameters()]
+        assert any(g is not None and bool(g.any()) for g in grads) is expected
+
+
+def test_normalisation_keeps_its_statistics_in_training(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny).train()
+    before = {k: v.clone() for k, v in network.state_dict().items() if "running" in k}
+    network.run(torch.randn(6, 3, 32, 32))
+    after = network.state_dict()
+    assert before and all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+def test_price_of_cost_lowers_the_bits(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny)
+    x = torch.randn(16, 3, 32, 32)
+    means = []
+    for price in (0.0, 30.0, 100.0, 400.0, 1e6):
+        network.operating_point = price
+        with torch.no_grad():
+            means.append(float(network.run(x).decisions.float().mean()))
+    assert means[0] == 4 and means[-1] == 0
+    assert means == sorted(means, reverse=True) and len(set(means)) >= 4
+
+
+def test_run_in_full_leaves_no_state(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny)
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        before = network.run(x, decisions_of(network, 3, 2)).logits
+        run_in_full(network, x)
+        assert torch.equal(network.run(x, decisions_of(network, 3, 2)).logits, before)

@@ -1,0 +1,184 @@
+import copy
+import math
+
+import pytest
+import torch
+from conftest import make_dynamic, tiny_resnet
+from timm.models.resnet import BasicBlock
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from dfs_cli.config import DynamicConfig, TuningConfig
+from dfs_cli.cost.table import CostTable
+from dfs_cli.data.images import Images, UnreadableLog
+from dfs_cli.data.loading import EpochSampler, train_loader
+from dfs_cli.errors import DivergedError
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.convert import plan_costs
+from dfs_cli.tuning.calibration import calibrate
+from dfs_cli.tuning.loop import StepRecord, resolve_epochs, seed_everything, target_at, tune
+from dfs_cli.tuning.losses import cost_excess, distillation_loss
+from dfs_cli.tuning.state import TuningState, start_state
+
+CPU = torch.device("cpu")
+
+
+def images(count: int = 64) -> Images:
+    generator = torch.Generator().manual_seed(0)
+    return Images(TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 5))
+
+
+class Run:
+    """A short run on a tiny network."""
+
+    def __init__(self, config: TuningConfig, budget: float = 0.2, epochs: int = 3) -> None:
+        self.config, self.budget = config, budget
+        self.model = tiny_resnet(BasicBlock)
+        self.table: CostTable = plan_costs(self.model, DynamicConfig(), (3, 32, 32))
+        self.network: DynamicResNet = make_dynamic(self.model)
+        self.data = images()
+        self.sampler = EpochSampler(len(self.data), config.seed)
+        self.loader = train_loader(self.data, self.sampler, config.batch_size, 0, pin=False)
+        self.state: TuningState = start_state(self.network, config, len(self.data) // config.batch_size, epochs)
+        self.records: list[StepRecord] = []
+
+    def go(self, on_step: object = None) -> None:
+        log = UnreadableLog("training", len(self.data))
+        record = on_step or self.records.append
+        tune(self.state, self.model, self.table, self.budget, self.loader, self.config, CPU, log, record)  # type: ignore[arg-type]
+
+
+def test_cost_excess_by_hand() -> None:
+    cost, expected = torch.tensor([0.3, 0.5]), torch.tensor([0.2, 0.4], requires_grad=True)
+    excess = cost_excess(cost, expected, 0.1)
+    assert excess.item() == pytest.approx(math.log(4))
+    excess.backward()
+    # d log(c) = dc / 0.4, and the mean halves it.
+    assert expected.grad is not None and expected.grad.tolist() == pytest.approx([1.25, 1.25])
+
+
+def test_nothing_rewards_spending() -> None:
+    expected = torch.tensor([0.2], requires_grad=True)
+    excess = cost_excess(torch.tensor([0.2]), expected, 0.4)
+    excess.backward()
+    assert excess.item() == 0 and expected.grad is not None and expected.grad.item() == 0
+
+
+def test_cost_excess_does_not_depend_on_the_batch_size() -> None:
+    cost = torch.tensor([0.3, 0.5])
+    assert torch.equal(cost_excess(cost, cost, 0.1), cost_excess(cost.repeat(8), cost.repeat(8), 0.1))
+
+
+def test_distillation_loss_is_zero_for_the_teacher_and_agrees_with_its_definition() -> None:
+    logits, teacher = torch.randn(4, 6), torch.randn(4, 6)
+    assert distillation_loss(teacher, teacher, 2.0).item() == pytest.approx(0, abs=1e-6)
+    p, q = (teacher / 3).softmax(1), (logits / 3).softmax(1)
+    expected = 9 * (p * (p / q).log()).sum() / 4
+    assert distillation_loss(logits, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_target_falls_geometrically_and_stays() -> None:
+    values = [target_at(step, 100, 0.5, 1.0, 0.01) for step in (0, 25, 50, 99)]
+    assert values == pytest.approx([1.0, 0.1, 0.01, 0.01])
+
+
+def test_epochs_give_enough_steps() -> None:
+    assert resolve_epochs(TuningConfig(), 100) == 6
+    assert resolve_epochs(TuningConfig(), 5000) == 1
+    assert resolve_epochs(TuningConfig(epochs=3), 5000) == 3
+
+
+def test_warm_up_moves_the_gate_only_then_everything_moves() -> None:
+    run = Run(TuningConfig(batch_size=16, warmup=0.5))
+    before = copy.deepcopy(run.network.state_dict())
+    changed_in: dict[str, set[str]] = {"gate": set(), "all": set()}
+
+    def watch(record: StepRecord) -> None:
+        for name, value in run.network.state_dict().items():
+            if not torch.equal(value, before[name]):
+                changed_in[record.phase].add(name)
+                before[name] = value.clone()
+
+    run.go(watch)
+    assert changed_in["gate"] and all(name.startswith("gate.") for name in changed_in["gate"])
+    assert any("log_weight_steps" in n for n in changed_in["all"])
+    assert any(n.endswith("conv1.weight") for n in changed_in["all"])
+
+
+def test_frozen_backbone_does_not_move() -> None:
+    run = Run(TuningConfig(batch_size=16, freeze_backbone=True))
+    before = copy.deepcopy(run.network.state_dict())
+    run.go()
+    changed = {n for n, v in run.network.state_dict().items() if not torch.equal(v, before[n])}
+    assert any("log_input_steps" in n for n in changed)
+    assert all(n.startswith("gate.") or "log_" in n for n in changed)
+
+
+def test_statistics_and_teacher_stay() -> None:
+    run = Run(TuningConfig(batch_size=16))
+    teacher = copy.deepcopy(run.model.state_dict())
+    statistics = {k: v.clone() for k, v in run.network.state_dict().items() if "running" in k}
+    run.go()
+    assert all(torch.equal(v, teacher[k]) for k, v in run.model.state_dict().items())
+    assert all(torch.equal(run.network.state_dict()[k], v) for k, v in statistics.items())
+
+
+def test_a_run_goes_on_where_it_was_saved() -> None:
+    def go(interrupt: int | None) -> dict[str, torch.Tensor]:
+        seed_everything(7)
+        run = Run(TuningConfig(batch_size=16))
+        seed_everything(7)
+        if interrupt is None:
+            run.go()
+            return run.network.state_dict()
+        saved: dict[str, object] = {}
+
+        class StopError(Exception):
+            pass
+
+        def stop(record: StepRecord) -> None:
+            if record.step == interrupt:
+                saved.update(copy.deepcopy(run.state.state_dict()))
+                raise StopError
+
+        with pytest.raises(StopError):
+            run.go(stop)
+        seed_everything(99)
+        fresh = Run(TuningConfig(batch_size=16))
+        fresh.state.load_state_dict(saved)
+        fresh.go()
+        assert fresh.records[0].step == interrupt + 1 and fresh.records[-1].step == 12
+        return fresh.network.state_dict()
+
+    expected = go(None)
+    for interrupt in (3, 4, 9):
+        found = go(interrupt)
+        assert all(torch.equal(v, found[k]) for k, v in expected.items()), interrupt
+
+
+def test_nan_loss_stops_with_step_and_learning_rate() -> None:
+    run = Run(TuningConfig(batch_size=16, lr=0.5, distillation=0.0))
+
+    def poison(record: StepRecord) -> None:
+        if record.step == 4:
+            nn.init.constant_(run.network.backbone.get_submodule("fc").bias, float("nan"))  # type: ignore[arg-type]
+
+    with pytest.raises(DivergedError, match=r"nan at step 5, learning rate \d"):
+        run.go(poison)
+
+
+@pytest.mark.parametrize("gate", ["rnn", "ff"])
+@pytest.mark.parametrize("share", [0.9, 0.3, 0.02])
+def test_calibration_meets_the_budget(gate: str, share: float) -> None:
+    model = tiny_resnet(BasicBlock)
+    config = DynamicConfig(gate=gate)  # type: ignore[arg-type]
+    table = plan_costs(model, config, (3, 32, 32))
+    budget = table.cheapest + share * (table.dearest - table.cheapest)
+    network = make_dynamic(model, config)
+    held_out, others = torch.randn(2, 600, 3, 32, 32, generator=torch.Generator().manual_seed(1)).unbind()
+    point = calibrate(network, table, held_out.split(200), budget, validation_images=600)
+    assert network.operating_point == point.value
+    assert 0.92 * budget <= point.cost <= budget
+    with torch.no_grad():
+        cost = table.cost(network.run(others).decisions).mean().item()
+    assert 0.9 * budget <= cost <= 1.01 * budget

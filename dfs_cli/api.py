@@ -27,7 +27,7 @@ from dfs_cli.models.cifar import DIGITS_MODEL
 from dfs_cli.models.zoo import load_model
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.report import cost as report
-from dfs_cli.surgery.convert import calibrate_inputs, plan_costs, to_dynamic, verify_conversion
+from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic, verify_conversion
 from dfs_cli.tuning.calibration import calibrate
 from dfs_cli.tuning.loop import StepRecord, resolve_epochs, seed_everything, tune
 from dfs_cli.tuning.state import start_state
@@ -192,7 +192,8 @@ def convert(
     sampler = EpochSampler(len(train), tuning.seed)
     loader = train_loader(train, sampler, batch_size, workers, pin)
     train_log = UnreadableLog("training", len(train))
-    calibration_batches = _load_all(splits.calibration, "calibration", workers, device, observer)
+    held_out_log = UnreadableLog("held-out", len(splits.calibration))
+    held_out = _load_all(splits.calibration, held_out_log, workers, device, observer)
     _fit_scales(network, teacher, loader, device)
 
     validation_loader = eval_loader(splits.validation, _EVAL_BATCH, workers, pin)
@@ -204,7 +205,7 @@ def convert(
     observer.stage("tuning", state.total_steps)
     tune(state, teacher, table, budget, loader, tuning, device, train_log, observer.step)
     observer.stage("calibrating", None)
-    point = calibrate(network, table, calibration_batches, budget, len(splits.validation), observer.calibrated)
+    point = calibrate(network, table, held_out, budget, len(splits.validation), observer.calibrated)
     observer.stage("validation", len(splits.validation))
     validation_log = UnreadableLog("validation", len(splits.validation))
     after = evaluate_network(network, table, validation_loader, device, validation_log, tuning.amp, observer.advance)
@@ -217,7 +218,7 @@ def convert(
         table=table,
         budget=budget,
         operating_point=point.value,
-        configuration=configuration | {"unreadable_training_images": sorted(train_log.found)},
+        configuration=configuration | {"unreadable_training_images": sorted(train_log.found | held_out_log.found)},
         source=(source or describe_source(module)) | {"top1": before[0], "top5": before[1]},
         validation=after,
     )
@@ -321,10 +322,11 @@ def _describe(model: nn.Module) -> tuple[str, dict[str, Any]]:
     return architecture, args
 
 
-def _load_all(images: Images, name: str, workers: int, device: torch.device, observer: Observer) -> list[torch.Tensor]:
+def _load_all(
+    images: Images, log: UnreadableLog, workers: int, device: torch.device, observer: Observer
+) -> list[torch.Tensor]:
     """The held-out images in memory: every price of cost is tried on all of them."""
     observer.stage("loading held-out images", len(images))
-    log = UnreadableLog(name, len(images))
     batches = []
     for batch in eval_loader(images, _EVAL_BATCH, workers):
         log.add(batch.unreadable)
@@ -332,7 +334,7 @@ def _load_all(images: Images, name: str, workers: int, device: torch.device, obs
         if len(batch.targets):
             batches.append(batch.images.to(device))
     if not batches:
-        raise DataError(f"there is no readable {name} image")
+        raise DataError(f"there is no readable {log.split} image")
     return batches
 
 
@@ -340,5 +342,5 @@ def _fit_scales(network: DynamicResNet, original: nn.Module, loader: Any, device
     """Quantizer and gate scales from the first training batch; the network then still computes what the original does."""
     first: Batch = next(batch for batch in loader if len(batch.targets))
     images = first.images.to(device)
-    calibrate_inputs(network, images)
+    fit_scales(network, images)
     verify_conversion(original, network, images[:8])

@@ -19,7 +19,7 @@ from torch import nn
 import dfs_cli
 from dfs_cli.config import DynamicConfig
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.surgery.convert import calibrate_inputs, plan_costs, to_dynamic
+from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -49,7 +49,7 @@ def make_dynamic(
     config = config or DynamicConfig()
     torch.manual_seed(seed)
     network = to_dynamic(model, config, plan_costs(model, config, size))
-    calibrate_inputs(network, torch.randn(16, *size))
+    fit_scales(network, torch.randn(16, *size))
     return network
 
 

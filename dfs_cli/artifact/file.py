@@ -85,8 +85,8 @@ def _rebuild(manifest: Manifest) -> DynamicResNet:
         raise ArtifactError(f"unknown architecture {manifest.architecture!r}")
     if unknown := set(manifest.model_args) - _MODEL_ARGS:
         raise ArtifactError(f"unknown model argument {sorted(unknown)[0]!r}")
-    model = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # loading must not use up the caller's random numbers
+        model = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args)
         network = to_dynamic(model.eval(), manifest.dynamic, manifest.table)
     network.operating_point = manifest.operating_point
     return network

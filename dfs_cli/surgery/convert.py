@@ -97,7 +97,7 @@ def plan_costs(model: nn.Module, config: DynamicConfig, input_size: tuple[int, i
 def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> DynamicResNet:
     """A dynamic network made from a copy of ``model``; ``model`` is left unchanged.
 
-    The step sizes are those of the weights; call :func:`calibrate_inputs` before use of a quantized option.
+    Its step sizes are not set yet: call :func:`fit_scales`, or load them.
 
     Raises:
         UnsupportedModelError: no layer could be replaced, or the model's blocks do not match ``table``.
@@ -123,7 +123,6 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
         else:
             assert isinstance(layer, nn.Linear)
             new = FractionalLinear.from_module(layer, widths, precision)
-        new.calibrate_weight()
         backbone.set_submodule(name, new)
         replaced += 1
     if not replaced:
@@ -137,11 +136,12 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
 
 
 @torch.no_grad()
-def calibrate_inputs(network: DynamicResNet, images: Tensor) -> None:
-    """Set the input step sizes, and the gate's input scale, from a full-precision pass over ``images`` (N, C, H, W)."""
+def fit_scales(network: DynamicResNet, images: Tensor) -> None:
+    """Set all step sizes and the gate's input scale, from the weights and a pass in full over ``images`` (N, C, H, W)."""
     handles = []
     for layer in network.backbone.modules():
         if isinstance(layer, FractionalLayer):
+            layer.calibrate_weight()
 
             def observe(module: FractionalLayer, inputs: tuple[Tensor, ...]) -> None:
                 module.calibrate_input(inputs[0])

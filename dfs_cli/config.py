@@ -139,7 +139,7 @@ class TuningConfig(_Settings):
     workers: int | None = None
     seed: int = 0
     warmup: float = 0.15
-    ramp: float = 0.5
+    ramp: float = 0.3
     distillation: float = 1.0
     temperature: float = 2.0
     hflip: float = 0.5

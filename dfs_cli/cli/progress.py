@@ -150,7 +150,7 @@ def print_configuration(console: Console, configuration: dict[str, Any], table: 
     images = configuration["images"]
     preprocessing = configuration["preprocessing"]
     lines = {
-        "model": f"{configuration['model']}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4f} GMACs",
+        "model": f"{configuration['model']}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4g} GMACs",
         "budget": f"{configuration['budget']:g} of dense 32-bit (all at 8 bits: {table.uniform_cost(8):.4f}; "
         f"reachable: {table.cheapest:.4f} to {table.dearest:.4f})",
         "options": f"{','.join(map(str, dynamic['bits']))} bits, edges {dynamic['edge_bits']} bits, gate {dynamic['gate']}",

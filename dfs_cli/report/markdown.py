@@ -21,7 +21,7 @@ def render_markdown(report: dict[str, Any]) -> str:
         f"| top-1 (%), {report['images']} images | {_percent(report['top1_before'])} | {_percent(report['top1_after'])} |",
         f"| top-5 (%) | {_percent(report['top5_before'])} | {_percent(report['top5_after'])} |",
         f"| cost, fraction of dense 32-bit | 1 | {report['cost']:.4f} |",
-        f"| GMACs, bit-weighted | {report['gmacs_dense']:.4f} | {report['gmacs_bitweighted']:.4f} |",
+        f"| GMACs, bit-weighted | {report['gmacs_dense']:.4g} | {report['gmacs_bitweighted']:.4g} |",
         "",
         f"Cost per image: median {report['cost_p50']:.4f}, 95th percentile {report['cost_p95']:.4f}, "
         f"maximum {report['cost_max']:.4f}. "

@@ -13,14 +13,15 @@ from dfs_cli.artifact.manifest import Evaluation, Manifest
 from dfs_cli.cost.table import CostTable
 from dfs_cli.report.cost import LayerRow, layer_rows
 
-_COLOURS = ("grey50", "blue", "cyan", "green", "yellow", "orange3", "magenta", "red")
+# Grey for skipped, then from blue to red, in the 256 colours of terminals.
+_COLOURS = (240, 21, 27, 33, 39, 45, 51, 49, 47, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def _colours(options: Sequence[int]) -> dict[int, str]:
     """A colour per bitwidth, spread from grey (skipped) to red (most bits)."""
     spread = (len(_COLOURS) - 1) / max(1, len(options) - 1)
-    return {bits: _COLOURS[round(i * spread)] for i, bits in enumerate(sorted(options))}
+    return {bits: f"color({_COLOURS[round(i * spread)]})" for i, bits in enumerate(sorted(options))}
 
 
 def _lengths(histogram: dict[int, float], width: int) -> dict[int, int]:
@@ -92,7 +93,7 @@ def print_plan(console: Console, name: str, table: CostTable, budget: float) -> 
     console.print(f"{name}: cost of each option, as a fraction of the dense network", highlight=False)
     console.print(grid)
     for line in (
-        f"dense network      {table.dense_macs / 1e9:.4f} GMACs",
+        f"dense network      {table.dense_macs / 1e9:.4g} GMACs",
         f"reachable budgets  {table.cheapest:.4f} to {table.dearest:.4f}, asked for {budget:g}",
         f"for comparison     {table.uniform_cost(8):.4f} with everything statically at 8 bits",
     ):
@@ -115,7 +116,7 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
         "cost", f"{record['cost']:.4f} of dense 32-bit{budget}   all at 8 bits: {record['cost_all_8_bit']:.4f}"
     )
     grid.add_row("", f"median {record['cost_p50']:.4f}, p95 {record['cost_p95']:.4f}, max {record['cost_max']:.4f}")
-    grid.add_row("GMACs", f"{record['gmacs_bitweighted']:.4f} bit-weighted, {record['gmacs_dense']:.4f} dense")
+    grid.add_row("GMACs", f"{record['gmacs_bitweighted']:.4g} bit-weighted, {record['gmacs_dense']:.4g} dense")
     shares = "   ".join(
         f"{'skip' if b == 0 else f'{b} bit'} {share:.1%}" for b, share in record["option_shares"].items()
     )

@@ -18,12 +18,13 @@ from timm.models import get_pretrained_cfg, is_model_pretrained, load_state_dict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import dfs_cli.models.cifar as cifar
+import dfs_cli.models.cifar  # noqa: F401  (registers our own)
 from dfs_cli.errors import UnsupportedModelError, WeightsError
 from dfs_cli.surgery.convert import find_blocks
+from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 
-_MODULES = ("resnet", cifar.__name__.split(".")[-1])
-"""Registry modules that are searched for convertible models."""
+_MODULES = sorted({cls.__module__.rpartition(".")[2] for cls in (*LAYOUTS, *FAMILIES)} | {"cifar"})
+"""Registry modules that are searched for convertible models: those that define a supported class."""
 
 
 class ModelSummary(NamedTuple):
@@ -38,13 +39,14 @@ class ModelSummary(NamedTuple):
     weights: tuple[str, ...]
 
 
-def _candidates() -> list[str]:
+def candidate_names() -> list[str]:
+    """Every architecture registered by a module that defines a supported class."""
     return sorted({name for module in _MODULES for name in timm.list_models(module=module)})
 
 
 def close_matches(name: str) -> str:
     """A hint that names convertible models spelt like ``name``; empty where there are none."""
-    found = difflib.get_close_matches(split_model_name_tag(name)[0], _candidates(), n=3, cutoff=0.5)
+    found = difflib.get_close_matches(split_model_name_tag(name)[0], candidate_names(), n=3, cutoff=0.5)
     return f"; close matches: {', '.join(found)}" if found else "; see dfs list"
 
 
@@ -177,9 +179,7 @@ def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module
 
 def list_convertible(pattern: str = "*") -> Iterator[ModelSummary]:
     """Every architecture that can be converted and whose name matches the wildcard ``pattern``, in order."""
-    for name in _candidates():
-        if not fnmatch.fnmatch(name, pattern):
-            continue
+    for name in fnmatch.filter(candidate_names(), pattern):
         with torch.device("meta"):
             model = _build(name).eval()
         try:

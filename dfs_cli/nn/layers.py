@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from dfs_cli.config import FULL_BITS
@@ -62,7 +63,7 @@ class FractionalLayer(_Layer):
     @torch.no_grad()
     def calibrate_weight(self) -> None:
         """Set the weights' step sizes to those of least squared error."""
-        rows = self.weight.detach().flatten(1)
+        rows = self._effective_weight().detach().flatten(1)
         for i, bits in enumerate(self.bitwidths):
             self.log_weight_steps[i] = best_step(rows, bits, signed=True).log().flatten()
 
@@ -75,6 +76,10 @@ class FractionalLayer(_Layer):
         self.input_signed.fill_(bool((values < 0).any()))
         for i, bits in enumerate(self.bitwidths):
             self.log_input_steps[i] = best_step(values, bits, bool(self.input_signed)).log().squeeze()
+
+    def _effective_weight(self) -> Tensor:
+        """The weight that is applied, and quantized."""
+        return self.weight
 
     def _weight_shape(self) -> tuple[int, ...]:
         return (-1,) + (1,) * (self.weight.dim() - 1)
@@ -90,7 +95,7 @@ class FractionalLayer(_Layer):
         if self.training:
             return self._forward_training(x, bits)
         if bits == FULL_BITS:
-            return self._apply_weight(x, self.weight, self.bias)
+            return self._apply_weight(x, self._effective_weight(), self.bias)
         codes, scale, _ = self._quantized_weight(bits)
         low, high = code_range(bits, self._signed())
         step = self.log_input_steps[self.bitwidths.index(bits)].exp()
@@ -99,7 +104,7 @@ class FractionalLayer(_Layer):
         return y if self.bias is None else y + self.bias.reshape(self._output_shape())
 
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:
-        weight, quantized = self.weight, x
+        weight, quantized = self._effective_weight(), x
         if bits != FULL_BITS:
             row = self.bitwidths.index(bits)
             x = x.float()
@@ -135,13 +140,23 @@ class FractionalLayer(_Layer):
             with torch.no_grad():
                 scale = self.log_weight_steps[self.bitwidths.index(bits)].exp()
                 low, high = code_range(bits, signed=True)
-                codes = quantize_codes(self.weight, scale.reshape(self._weight_shape()), low, high)
+                codes = quantize_codes(self._effective_weight(), scale.reshape(self._weight_shape()), low, high)
             cached = self._cache[bits] = _CachedWeight(codes, scale, key)
         return cached
 
 
+CONVOLUTIONS: tuple[type[nn.Conv2d], ...] = (nn.Conv2d, StdConv2d)
+"""The classes of convolution that :class:`FractionalConv2d` stands in for."""
+
+
 class FractionalConv2d(FractionalLayer, nn.Conv2d):
-    """A 2-d convolution that runs at ``precision.bits``."""
+    """A 2-d convolution that runs at ``precision.bits``.
+
+    In place of a weight-standardised convolution (BiT; Qiao et al., 2019, arXiv 1903.10520) it standardises the weight
+    as that one does, and quantizes the standardised weight.
+    """
+
+    standardise_eps: float | None = None
 
     @classmethod
     def from_module(cls, conv: nn.Conv2d, bitwidths: tuple[int, ...], precision: Precision) -> FractionalConv2d:
@@ -160,8 +175,17 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
         )
         new.weight, new.bias = conv.weight, conv.bias
         new.training = conv.training
+        if isinstance(conv, StdConv2d):
+            new.standardise_eps = conv.eps
         new._set_up(bitwidths, precision)
         return new
+
+    def _effective_weight(self) -> Tensor:
+        if self.standardise_eps is None:
+            return self.weight
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        standard = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0, eps=self.standardise_eps)
+        return standard.reshape_as(self.weight)
 
     def _output_shape(self) -> tuple[int, ...]:
         return (1, -1, 1, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from dfs_cli.cost.count import count_macs
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.errors import UnsupportedModelError
 from dfs_cli.nn.gate import create_gate
-from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer, FractionalLinear
+from dfs_cli.nn.layers import CONVOLUTIONS, FractionalConv2d, FractionalLayer, FractionalLinear
 from dfs_cli.nn.network import Block, DynamicResNet
 from dfs_cli.nn.precision import Precision
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
@@ -51,24 +52,25 @@ def _roles(model: nn.Module) -> tuple[dict[str, int], set[str]]:
         family = FAMILIES[type(block)]
         for name, module in block.named_modules(prefix=path):
             inside.add(name)
-            child = name.removeprefix(path + ".").split(".")[0]
-            if type(module) is nn.Conv2d and child in family.branch:
+            if type(module) not in CONVOLUTIONS:
+                continue
+            if _is_within(name, path, family.branch):
                 branch[name] = i
-            elif type(module) is nn.Conv2d and child in family.shortcut:
+            elif _is_within(name, path, (family.shortcut,)):
                 edges.add(name)
     for name, module in model.named_modules():
-        if name not in inside and type(module) in (nn.Conv2d, nn.Linear):
+        if name not in inside and type(module) in (*CONVOLUTIONS, nn.Linear):
             edges.add(name)
     return branch, edges
 
 
+def _is_within(name: str, path: str, parts: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{path}.{part}.") for part in parts)
+
+
 def block_channels(model: nn.Module) -> list[int]:
     """Width of the features that enter each block."""
-    channels = []
-    for block in find_blocks(model).values():
-        first = next(m for m in block.modules() if isinstance(m, nn.Conv2d))
-        channels.append(first.in_channels)
-    return channels
+    return [cast(nn.Conv2d, block.get_submodule("conv1")).in_channels for block in find_blocks(model).values()]
 
 
 def plan_costs(model: nn.Module, config: DynamicConfig, input_size: tuple[int, int, int]) -> CostTable:

@@ -10,7 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+from timm.models.res2net import Bottle2neck
+from timm.models.resnest import ResNestBottleneck
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnetv2 import PreActBasic, PreActBottleneck, ResNetV2
+from timm.models.sknet import SelectiveKernelBasic, SelectiveKernelBottleneck
 from torch import Tensor, nn
 
 from dfs_cli.nn.network import Layout
@@ -21,16 +25,18 @@ class BlockFamily:
     """How to treat one class of residual block.
 
     Args:
-        block: the class.
-        branch: child modules whose convolutions follow the block's bitwidth.
-        shortcut: child modules whose convolutions always run.
+        block: the class. Its ``conv1.in_channels`` is the width of its input.
+        branch: modules inside it whose convolutions follow the block's bitwidth.
         skip: ``skip(block, x)`` is the block's output with its residual branch zeroed.
+        shortcut: the module whose convolutions always run, at the edge bitwidth.
+
+    Convolutions elsewhere in the block (attention) always run in floating point.
     """
 
     block: type[nn.Module]
     branch: tuple[str, ...]
-    shortcut: tuple[str, ...]
     skip: Callable[[nn.Module, Tensor], Tensor]
+    shortcut: str = "downsample"
 
 
 def _skip_after_activation(last_activation: str) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -47,6 +53,12 @@ def _skip_after_activation(last_activation: str) -> Callable[[nn.Module, Tensor]
     return skip
 
 
+def _skip_before_activation(block: nn.Module, x: Tensor) -> Tensor:
+    """Skip of blocks that normalise and activate first; there is no last activation."""
+    downsample: nn.Module | None = getattr(block, "downsample")  # noqa: B009
+    return x if downsample is None else cast(Tensor, downsample(block.get_submodule("norm1")(x)))
+
+
 class ResNetLayout:
     """``timm.models.resnet.ResNet``: a convolutional stem, stages of blocks, pooling and classifier."""
 
@@ -60,13 +72,33 @@ class ResNetLayout:
         return cast(ResNet, model).forward_head(features)
 
 
-LAYOUTS: dict[type[nn.Module], Layout] = {ResNet: ResNetLayout()}
+class ResNetV2Layout:
+    """``timm.models.resnetv2.ResNetV2``: stem, stages of blocks, a last normalisation, pooling and classifier."""
+
+    def stem(self, model: nn.Module, images: Tensor) -> Tensor:
+        return cast(Tensor, cast(ResNetV2, model).stem(images))
+
+    def head(self, model: nn.Module, features: Tensor) -> Tensor:
+        return cast(ResNetV2, model).forward_head(cast(ResNetV2, model).norm(features))
+
+
+LAYOUTS: dict[type[nn.Module], Layout] = {ResNet: ResNetLayout(), ResNetV2: ResNetV2Layout()}
 
 FAMILIES = {
     family.block: family
     for family in (
-        BlockFamily(BasicBlock, ("conv1", "conv2"), ("downsample",), _skip_after_activation("act2")),
-        BlockFamily(Bottleneck, ("conv1", "conv2", "conv3"), ("downsample",), _skip_after_activation("act3")),
+        BlockFamily(BasicBlock, ("conv1", "conv2"), _skip_after_activation("act2")),
+        BlockFamily(Bottleneck, ("conv1", "conv2", "conv3"), _skip_after_activation("act3")),
+        BlockFamily(Bottle2neck, ("conv1", "convs", "conv3"), _skip_after_activation("relu")),
+        # conv2 is split attention: its `conv` is the branch, its `fc1` and `fc2` are attention.
+        BlockFamily(ResNestBottleneck, ("conv1", "conv2.conv", "conv3"), _skip_after_activation("act3")),
+        # One of the convolutions is a selective kernel: its paths are the branch, the rest of it is attention.
+        BlockFamily(SelectiveKernelBasic, ("conv1.paths", "conv2.conv"), _skip_after_activation("act")),
+        BlockFamily(
+            SelectiveKernelBottleneck, ("conv1.conv", "conv2.paths", "conv3.conv"), _skip_after_activation("act")
+        ),
+        BlockFamily(PreActBasic, ("conv1", "conv2"), _skip_before_activation),
+        BlockFamily(PreActBottleneck, ("conv1", "conv2", "conv3"), _skip_before_activation),
     )
 }
 

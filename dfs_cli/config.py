@@ -152,6 +152,8 @@ class TuningConfig(_Settings):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ConfigError(f"{name.replace('_', '-')} {value} is below {low}")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed {self.seed} is not in [0, 2**32)")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ConfigError(f"lr {self.lr:g} is not a positive number")
         if self.device not in ("auto", "cpu", "cuda"):

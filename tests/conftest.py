@@ -59,7 +59,7 @@ def spread_gate(network: DynamicResNet, scale: float = 4.0, seed: int = 0) -> No
     for name, parameter in network.gate.named_parameters():
         if name.startswith("head") and name.endswith("weight"):
             nn.init.normal_(parameter, std=scale, generator=generator)
-        elif name.startswith("head"):
+        elif name == "preference":
             nn.init.zeros_(parameter)
 
 

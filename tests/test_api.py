@@ -1,10 +1,14 @@
 import copy
+import dataclasses
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import timm_model
+from conftest import MakeFolder, timm_model
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -49,6 +53,43 @@ def test_convert_keeps_the_budget_and_leaves_the_model(digits_model: nn.Module) 
     assert validation.top1 > 97
     assert recorder.stages == ["loading held-out images", "original", "tuning", "calibrating", "validation"]
     assert recorder.steps == 36 == converted.manifest.configuration["steps"]
+
+
+def test_convert_leaves_the_callers_generators(digits_model: nn.Module) -> None:
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = torch.rand(1), random.random()
+    torch.manual_seed(5)
+    random.seed(5)
+    dfs_cli.convert(digits_model, 0.3, tuning=dataclasses.replace(SHORT, epochs=1))
+    assert (torch.rand(1), random.random()) == expected
+
+
+def test_unreadable_training_images_are_counted_over_the_whole_split(make_folder: MakeFolder) -> None:
+    data = make_folder(per_class=40, classes=4)
+    root = dfs_cli.DataConfig(data_dir=str(data))
+    bad = sorted((data / "train").rglob("*.jpg"))[0]
+    bad.write_bytes(b"no image")  # one of 160; more than 1% of the 16 that are held out, if it is among them
+    model = timm.create_model("resnet20_digits", num_classes=4)
+    converted = dfs_cli.convert(model, 0.3, root, tuning=dataclasses.replace(SHORT, epochs=1, batch_size=32))
+    assert converted.manifest.configuration["unreadable_training_images"] == [f"0/{bad.name}"]
+    assert converted.manifest.source["license"] is None, "weights given by the caller have no known licence"
+    bad.with_name("x.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="more than 1% of the 161 training images"):
+        dfs_cli.convert(model, 0.3, root, tuning=dataclasses.replace(SHORT, epochs=1, batch_size=32))
+
+
+def test_examples_run(tmp_path: Path) -> None:
+    examples = Path(__file__).parents[1] / "examples"
+    for script in (
+        ["train_digits.py", "--epochs", "1", "--output", "w.safetensors"],
+        ["python_api.py", "--epochs", "1"],
+    ):
+        command = [sys.executable, "-W", "ignore", str(examples / script[0]), *script[1:]]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "w.safetensors").stat().st_size > 1_000_000
+    assert "budget kept: True" in done.stdout
 
 
 def test_convert_is_reproducible(digits_model: nn.Module) -> None:

@@ -60,11 +60,14 @@ def test_named_splits_and_sample_limit(make_folder: MakeFolder) -> None:
 
 
 def test_validation_classes_are_mapped_by_name(make_folder: MakeFolder) -> None:
-    root = make_folder(classes=3, splits=("val",))
-    names = ("2", "x", "0", "1")
+    root = make_folder(classes=4, splits=("val",))
+    names = ("2", "3", "0", "1")
     images = open_validation(DataConfig(data_dir=str(root)), GREY, names)
-    found = {s[1] for i in range(len(images)) if not isinstance(s := images[i], Unreadable)}
-    assert found == {0, 2, 3}
+    folders = [Path(images.source.filename(i)).parts[0] for i in range(len(images))]
+    targets = [s[1] for i in range(len(images)) if not isinstance(s := images[i], Unreadable)]
+    assert len(targets) == 16 and [names[t] for t in targets] == folders
+    with pytest.raises(DataError, match="4 classes"):
+        open_validation(DataConfig(data_dir=str(root)), GREY, (*names, "x"))
 
 
 def test_bad_folders_are_refused(make_folder: MakeFolder, tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_unreadable_images_are_counted_and_named_and_the_rest_is_kept(tmp_path: 
             solid_image(tmp_path / name / f"{i}.png", 40 * i)
     (tmp_path / "a" / "1.png").write_bytes((tmp_path / "a" / "1.png").read_bytes()[:40])
     (tmp_path / "b" / "2.png").write_bytes(b"")
-    images = Images(ImageDataset(str(tmp_path), input_img_mode="L"), eval_transform(GREY))
+    images = Images(ImageDataset(str(tmp_path), input_img_mode="L"), eval_transform(GREY), mode="L")
     batch = next(iter(eval_loader(images, 10, 0)))
     assert batch.images.shape == (4, 1, 8, 8) and batch.targets.tolist() == [0, 0, 1, 1]
     assert [Path(u.name).parts[-2:] for u in batch.unreadable] == [("a", "1.png"), ("b", "2.png")]

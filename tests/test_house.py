@@ -9,21 +9,8 @@ import dfs_cli
 
 PACKAGE = Path(dfs_cli.__file__).parent
 # Lowest first; a room imports only itself and rooms before it.
-ROOMS = [
-    "errors",
-    "config",
-    "nn",
-    "cost",
-    "surgery",
-    "models",
-    "data",
-    "artifact",
-    "tuning",
-    "evaluation",
-    "report",
-    "api",
-]
-ROOMS += ["cli", "__main__"]
+ROOMS = ["errors", "config", "nn", "cost", "surgery", "models", "data", "artifact", "tuning", "evaluation", "report"]
+ROOMS += ["pipeline", "api", "cli", "__main__"]
 
 
 def imported_rooms(file: Path) -> set[str]:
@@ -50,7 +37,7 @@ def test_rooms_import_only_rooms_below_them() -> None:
 
 def test_files_stay_short() -> None:
     long = {
-        str(f.relative_to(PACKAGE)): n for f in PACKAGE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 400
+        str(f.relative_to(PACKAGE)): n for f in PACKAGE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 330
     }
     assert long == {}
 

@@ -9,7 +9,7 @@ from torch import nn
 from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.surgery.convert import run_in_full
+from dfs_cli.surgery.convert import fit_scales, run_in_full
 from dfs_cli.tuning.state import parameter_groups
 
 FLOAT_EDGES = DynamicConfig(edge_bits=FULL_BITS)
@@ -83,6 +83,24 @@ def test_same_answer_alone_and_in_any_batch(tiny: nn.Module) -> None:
             parts = [network.run(part) for part in x.split(size)]
             assert torch.equal(torch.cat([p.decisions for p in parts]), together.decisions)
             torch.testing.assert_close(torch.cat([p.logits for p in parts]), together.logits, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_can_be_recorded_after_inference_mode(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = network.run(x, decisions_of(network, 2, 1)).logits
+    found = network.run(x, decisions_of(network, 2, 1)).logits
+    found.sum().backward()
+    torch.testing.assert_close(found.detach(), expected.clone())
+
+
+def test_batches_of_one_and_none(tiny: nn.Module) -> None:
+    network = make_dynamic(tiny)
+    fit_scales(network, torch.randn(1, 3, 32, 32))
+    assert all(torch.isfinite(p).all() for p in network.parameters())
+    with torch.no_grad():
+        assert network.run(torch.empty(0, 3, 32, 32)).logits.shape == (0, 5)
 
 
 def test_evaluation_is_deterministic(tiny: nn.Module) -> None:

@@ -1,5 +1,6 @@
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -12,20 +13,27 @@ from dfs_cli.config import DynamicConfig, TuningConfig
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler, train_loader
-from dfs_cli.errors import DivergedError
+from dfs_cli.errors import ConfigError, DivergedError
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery.convert import plan_costs
 from dfs_cli.tuning.calibration import calibrate
 from dfs_cli.tuning.loop import StepRecord, resolve_epochs, seed_everything, target_at, tune
 from dfs_cli.tuning.losses import cost_excess, distillation_loss
+from dfs_cli.tuning.sensitivity import measure_damage, prefer_harmless_options
 from dfs_cli.tuning.state import TuningState, start_state
 
 CPU = torch.device("cpu")
 
 
+def shift(image: torch.Tensor) -> torch.Tensor:
+    """An augmentation that draws from both generators that timm's use."""
+    return image.roll((random.randrange(4), int(torch.randint(4, ()))), (1, 2))
+
+
 def images(count: int = 64) -> Images:
     generator = torch.Generator().manual_seed(0)
-    return Images(TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 5))
+    data = TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 5)
+    return Images(data, shift)
 
 
 class Run:
@@ -38,7 +46,7 @@ class Run:
         self.network: DynamicResNet = make_dynamic(self.model)
         self.data = images()
         self.sampler = EpochSampler(len(self.data), config.seed)
-        self.loader = train_loader(self.data, self.sampler, config.batch_size, 0, pin=False)
+        self.loader = train_loader(self.data, self.sampler, config.batch_size, config.workers or 0, pin=False)
         self.state: TuningState = start_state(self.network, config, len(self.data) // config.batch_size, epochs)
         self.records: list[StepRecord] = []
 
@@ -123,10 +131,11 @@ def test_statistics_and_teacher_stay() -> None:
     assert all(torch.equal(run.network.state_dict()[k], v) for k, v in statistics.items())
 
 
-def test_a_run_goes_on_where_it_was_saved() -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_goes_on_where_it_was_saved(workers: int) -> None:
     def go(interrupt: int | None) -> dict[str, torch.Tensor]:
         seed_everything(7)
-        run = Run(TuningConfig(batch_size=16))
+        run = Run(TuningConfig(batch_size=16, workers=workers))
         seed_everything(7)
         if interrupt is None:
             run.go()
@@ -144,7 +153,7 @@ def test_a_run_goes_on_where_it_was_saved() -> None:
         with pytest.raises(StopError):
             run.go(stop)
         seed_everything(99)
-        fresh = Run(TuningConfig(batch_size=16))
+        fresh = Run(TuningConfig(batch_size=16, workers=workers))
         fresh.state.load_state_dict(saved)
         fresh.go()
         assert fresh.records[0].step == interrupt + 1 and fresh.records[-1].step == 12
@@ -154,6 +163,44 @@ def test_a_run_goes_on_where_it_was_saved() -> None:
     for interrupt in (3, 4, 9):
         found = go(interrupt)
         assert all(torch.equal(v, found[k]) for k, v in expected.items()), interrupt
+
+
+def test_a_saved_run_of_another_length_is_refused() -> None:
+    state = Run(TuningConfig(batch_size=16)).state.state_dict()
+    with pytest.raises(ConfigError, match="12 steps"):
+        Run(TuningConfig(batch_size=16), epochs=4).state.load_state_dict(state)
+    with pytest.raises(ConfigError):
+        Run(TuningConfig(batch_size=32)).state.load_state_dict(state)
+
+
+def test_an_interrupted_warm_up_freezes_nothing() -> None:
+    run = Run(TuningConfig(batch_size=16, warmup=1.0))
+
+    def stop(_: StepRecord) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.go(stop)
+    assert all(p.requires_grad for p in run.network.parameters())
+
+
+def test_damage_by_hand_and_its_preference() -> None:
+    run = Run(TuningConfig(batch_size=16))
+    x = torch.randn(16, 3, 32, 32)
+    damage = measure_damage(run.network, run.table, x)
+    decisions = torch.full((16, 5), 4)
+    with torch.no_grad():
+        expected = run.network.run(x, decisions).logits.log_softmax(1)
+        decisions[:, 2] = 1
+        found = run.network.run(x, decisions).logits.log_softmax(1)
+    by_hand = (expected.exp() * (expected - found)).sum(1).mean()
+    assert damage[2, 1].item() == pytest.approx(by_hand.item(), rel=1e-3)
+    assert (damage[:, 4] == 0).all() and (damage[:, 0] > damage[:, 2]).all()
+    before = run.network.gate.preference.clone()
+    prefer_harmless_options(run.network, damage)
+    shift = run.network.gate.preference - before
+    assert int(shift[:, 0].argmax()) == int(damage[:, 0].argmin())
+    assert (shift[:, 4] == 0).all()
 
 
 def test_nan_loss_stops_with_step_and_learning_rate() -> None:

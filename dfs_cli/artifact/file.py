@@ -53,12 +53,12 @@ def _check_identical(path: Path, network: DynamicResNet, manifest: Manifest) -> 
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest alone; tensors are not read.
+    """The manifest alone.
 
     Raises:
-        ArtifactError: the file is missing, truncated, or not one of dfs.
+        ArtifactError: as :func:`load_artifact`.
     """
-    return Manifest.from_json(_open(path)[0][_MANIFEST])
+    return _read(path)[0]
 
 
 def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[DynamicResNet, Manifest]:
@@ -67,14 +67,11 @@ def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[Dynam
     Raises:
         ArtifactError: the file is missing, truncated, not one of dfs, or was changed after it was written.
     """
-    metadata, tensors = _open(path, with_tensors=True)
-    if metadata.get(_DIGEST) != _digest(metadata[_MANIFEST], tensors):
-        raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
-    manifest = Manifest.from_json(metadata[_MANIFEST])
+    manifest, tensors = _read(path)
     try:
         network = _rebuild(manifest)
         network.load_state_dict(tensors, strict=True)
-    except (DfsError, RuntimeError) as error:
+    except (DfsError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{path} does not fit the network it describes: {reason}") from None
     return network.to(device).eval(), manifest
@@ -92,18 +89,23 @@ def _rebuild(manifest: Manifest) -> DynamicResNet:
     return network
 
 
-def _open(path: Path, with_tensors: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """Manifest and tensors of an intact file."""
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} is not an intact safetensors file: {' '.join(str(error).split())[:160]}") from None
     if _MANIFEST not in metadata:
         raise ArtifactError(f"{path} is a safetensors file, but not one that dfs convert wrote: it has no manifest")
-    return metadata, tensors
+    # Old and future versions say so before their checksum is looked at: it may be of another kind.
+    manifest = Manifest.from_json(metadata[_MANIFEST])
+    if metadata.get(_DIGEST) != _digest(metadata[_MANIFEST], tensors):
+        raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
+    return manifest, tensors
 
 
 def _digest(manifest: str, tensors: dict[str, Tensor]) -> str:

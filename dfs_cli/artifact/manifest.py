@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dfs_cli.config import DynamicConfig, Preprocessing
@@ -81,9 +81,6 @@ class Manifest:
     def num_classes(self) -> int:
         return int(self.model_args["num_classes"])
 
-    def with_validation(self, validation: Evaluation) -> Manifest:
-        return replace(self, validation=validation)
-
     def to_json(self) -> str:
         return json.dumps(
             {
@@ -113,7 +110,7 @@ class Manifest:
                 raise ArtifactError(
                     f"format version {version} is not {FORMAT_VERSION}: use the dfs that wrote the file"
                 )
-            return cls(
+            manifest = cls(
                 architecture=str(values["architecture"]),
                 model_args=dict(values["model_args"]),
                 class_names=tuple(values["class_names"]),
@@ -126,5 +123,8 @@ class Manifest:
                 source=values["source"],
                 validation=Evaluation.from_dict(values["validation"]) if values["validation"] else None,
             )
+            if manifest.table.options != manifest.dynamic.bits:
+                raise ArtifactError("the manifest is damaged: the cost table is of other options")
+            return manifest
         except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise ArtifactError(f"the manifest is damaged: {type(error).__name__} {error}") from None

@@ -86,6 +86,8 @@ def convert(
     given |= {"workers": workers, "amp": amp, "freeze_backbone": freeze_backbone, "device": device, "seed": seed}
     statistics = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
     data_config = options.data_config(data, dataset, train_split, val_split, num_samples, dataset_download)
+    if not output.name:
+        raise ConfigError(f"--output {str(output)!r} is not a file name")
     reports = (output.with_suffix(".report.json"), output.with_suffix(".report.md"))
 
     # Everything above needs no torch, so that a misspelt option answers at once.
@@ -95,7 +97,7 @@ def convert(
     from dfs_cli.artifact.files import check_writable, write_atomically
     from dfs_cli.cli.progress import create_observer, stderr_console
     from dfs_cli.data.preprocessing import resolve_preprocessing
-    from dfs_cli.models.zoo import check_convertible, load_model
+    from dfs_cli.models.zoo import check_convertible, load_model, load_outline
     from dfs_cli.report.markdown import render_markdown
     from dfs_cli.report.terminal import print_plan
 
@@ -106,7 +108,10 @@ def convert(
     defaults = api.default_tuning(data_config)
     tuning = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
     api.resolve_device(tuning.device)
-    module = load_model(model, pretrained, checkpoint, num_classes, in_chans)
+    if dry_run:
+        module = load_outline(model, checkpoint, num_classes, in_chans)
+    else:
+        module = load_model(model, pretrained, checkpoint, num_classes, in_chans)
     preprocessing = resolve_preprocessing(module, img_size, crop_pct, **statistics)
     console = stderr_console()
     if dry_run:

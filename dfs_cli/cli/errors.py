@@ -29,6 +29,10 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             message = " ".join(str(error).split())
             print(f"dfs: error: {message}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            where = f" {error.filename}" if error.filename else ""
+            print(f"dfs: error:{where} {error.strerror or error}", file=sys.stderr)
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("dfs: interrupted", file=sys.stderr)
             raise typer.Exit(130) from None

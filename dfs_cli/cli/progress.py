@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -74,8 +75,9 @@ class TerminalObserver(Observer):
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._finish()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
         self.progress.stop()
 
     def configured(self, configuration: dict[str, Any], table: CostTable) -> None:
@@ -164,4 +166,4 @@ def print_configuration(console: Console, configuration: dict[str, Any], table: 
         f"{configuration['device']}, {tuning['workers']} workers, seed {tuning['seed']}",
     }
     for name, text in lines.items():
-        console.print(f"[bold]{name:8}[/bold]{text}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{name:8}[/bold]{escape(text)}", highlight=False, soft_wrap=True)

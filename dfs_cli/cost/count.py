@@ -19,10 +19,6 @@ class MacCount(NamedTuple):
     layers: dict[str, int]
     not_counted: dict[str, int]
 
-    @property
-    def total(self) -> int:
-        return sum(self.layers.values())
-
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> MacCount:
     """Count the convolutions and linear maps of ``model`` for one image of ``input_size`` (C, H, W).
@@ -40,17 +36,19 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> MacCount:
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         per_module = analysis.by_module_and_operator()
         not_counted = {op.removeprefix("aten::"): n for op, n in analysis.unsupported_ops().items()}
-        not_counted |= {op: 1 for op in analysis.by_operator() if op in _FREE}
     finally:
         model.train(was_training)
     layers = {}
-    for name, _ in model.named_modules():
-        own = {op: n for op, n in per_module.get(name, {}).items() if op in _COUNTED}
+    for name, module in model.named_modules():
+        own = dict(per_module.get(name, {}))
         # What fvcore attributes to a module includes its children; take the rest.
-        for child, _ in model.get_submodule(name).named_children():
+        for child, _ in module.named_children():
             path = f"{name}.{child}" if name else child
             for op in own:
                 own[op] -= per_module.get(path, {}).get(op, 0)
-        if macs := int(sum(own.values())):
+        if macs := int(sum(n for op, n in own.items() if op in _COUNTED)):
             layers[name] = macs
+        for op in _FREE:
+            if own.get(op):
+                not_counted[op] = not_counted.get(op, 0) + 1
     return MacCount(layers, dict(sorted(not_counted.items())))

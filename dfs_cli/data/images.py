@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -36,13 +38,29 @@ Sample = tuple[Tensor, int] | Unreadable
 
 
 class Images(Dataset[Sample]):
-    """A map-style dataset of (image, class index), transformed, in the order of ``indices``."""
+    """A map-style dataset of (image, class index), transformed, in the order of ``indices``.
+
+    Args:
+        source: gives (image, class index) by position; images of Pillow, or tensors where there is no transform.
+        transform: from an image to a tensor (C, H, W).
+        indices: positions in ``source``; None: all.
+        mode: Pillow's mode that images are converted to, as ``RGB`` or ``L``; None: as they are.
+
+    ``draw`` makes random transforms repeatable: an image is transformed in the same way wherever and in whichever
+    process that happens, until ``draw`` is changed. None leaves the randomness alone.
+    """
 
     def __init__(
-        self, source: Any, transform: Callable[[Any], Tensor] | None = None, indices: Sequence[int] | None = None
+        self,
+        source: Any,
+        transform: Callable[[Any], Tensor] | None = None,
+        indices: Sequence[int] | None = None,
+        mode: str | None = None,
     ) -> None:
         self.source = source
         self.transform = transform
+        self.mode = mode
+        self.draw: int | None = None
         self.indices = range(len(source)) if indices is None else indices
 
     def __len__(self) -> int:
@@ -55,27 +73,47 @@ class Images(Dataset[Sample]):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = str(error).partition(" <")[0] or type(error).__name__  # Pillow appends the file object
             return Unreadable(self._name(position), reason)
-        return (image if self.transform is None else self.transform(image)), int(target)
+        if self.transform is not None:
+            with _seeded(self.draw, position):
+                image = self.transform(image)
+        return image, int(target)
 
     def subset(self, indices: Sequence[int]) -> Images:
         """Some of the images, by position in this dataset."""
-        return Images(self.source, self.transform, [self.indices[i] for i in indices])
+        return Images(self.source, self.transform, [self.indices[i] for i in indices], self.mode)
 
     def with_transform(self, transform: Callable[[Any], Tensor]) -> Images:
         """The same images under another transform."""
-        return Images(self.source, transform, self.indices)
+        return Images(self.source, transform, self.indices, self.mode)
 
     def _read(self, position: int) -> tuple[Any, int]:
         if isinstance(self.source, ImageDataset):
             # Not ImageDataset's own way: that one replaces an unreadable image by the next.
             file, target = self.source.reader[position][:2]
             with file, Image.open(file) as image:
-                return image.convert(self.source.input_img_mode), target
-        sample = self.source[position]
-        return sample[0], sample[1]
+                return image.convert(self.mode or image.mode), target
+        image, target = self.source[position][:2]
+        return (image.convert(self.mode) if self.mode and isinstance(image, Image.Image) else image), target
 
     def _name(self, position: int) -> str:
         return str(self.source.filename(position)) if hasattr(self.source, "filename") else f"image {position}"
+
+
+@contextmanager
+def _seeded(draw: int | None, position: int) -> Iterator[None]:
+    """Random numbers that depend on ``draw`` and ``position`` alone; the generators are left as they were."""
+    if draw is None:
+        yield
+        return
+    python = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        seed = (draw * 1_000_003 + position) % 2**63
+        random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
 
 
 def collate(samples: list[Sample]) -> Batch:

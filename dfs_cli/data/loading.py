@@ -20,11 +20,16 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
         self.start = 0
 
+    @property
+    def draw(self) -> int:
+        """A number for the epoch's random choices, different for every seed and epoch."""
+        return (self.seed * 1_000_003 + self.epoch) % 2**63
+
     def __len__(self) -> int:
         return self.images - self.start
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed(self.draw)
         yield from torch.randperm(self.images, generator=generator).tolist()[self.start :]
 
 

@@ -25,7 +25,8 @@ def resolve_preprocessing(
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     in_chans = getattr(model, "in_chans", 3)
-    args: dict[str, Any] = {"crop_pct": crop_pct, "in_chans": in_chans}
+    # timm takes a zero for "not given": what the user asked for goes around it.
+    args: dict[str, Any] = {"in_chans": in_chans}
     if img_size is not None:
         args["input_size"] = (in_chans, img_size, img_size)
     test = resolve_data_config(args, pretrained_cfg=cfg, use_test_size=True)
@@ -41,10 +42,10 @@ def resolve_preprocessing(
         input_size=with_channels(test["input_size"]),
         train_size=with_channels(train["input_size"]),
         interpolation=test["interpolation"],
-        crop_pct=test["crop_pct"],
+        crop_pct=test["crop_pct"] if crop_pct is None else crop_pct,
         crop_mode=test["crop_mode"],
-        mean=per_channel(mean or test["mean"]),
-        std=per_channel(std or test["std"]),
+        mean=per_channel(test["mean"] if mean is None else mean),
+        std=per_channel(test["std"] if std is None else std),
     )
 
 

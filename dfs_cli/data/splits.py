@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dfs_cli.errors import ConfigError, DataError
 DIGITS = "digits"
 _TRAIN_FOLDERS = ("train",)
 _VALIDATION_FOLDERS = ("val", "validation", "test")
-_CALIBRATION_SHARE, _CALIBRATION_LIMIT = 0.1, 2000
+_CALIBRATION_SHARE, _CALIBRATION_LIMIT, _CALIBRATION_BYTES = 0.1, 2000, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Splits:
 
 
 def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0) -> Splits:
-    """Open train and validation split, and hold a tenth of the training images (2,000 at most) out for calibration.
+    """Open train and validation split, and hold a tenth of the training images (2,000 or 1 GiB at most) out.
 
     All three have the evaluation transform.
 
@@ -49,16 +50,21 @@ def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0)
     """
     transform = eval_transform(preprocessing)
     if config.dataset == DIGITS:
-        opened = {s: _limit(Images(digits.Digits(s), transform), config, seed) for s in ("train", "validation")}
-        calibration = Images(digits.Digits("calibration"), transform)
+        mode = _image_mode(preprocessing)
+        opened = {
+            s: _limit(Images(digits.Digits(s), transform, mode=mode), config, seed) for s in ("train", "validation")
+        }
+        calibration = Images(digits.Digits("calibration"), transform, mode=mode)
         return Splits(opened["train"], calibration, opened["validation"], digits.CLASS_NAMES)
     mode = _image_mode(preprocessing)
     train_source = _open(config, "train", config.train_split, mode, None)
     class_names = _class_names(train_source)
     validation_source = _open(config, "validation", config.val_split, mode, class_names)
-    train = _limit(Images(train_source, transform), config, seed)
-    validation = _limit(Images(validation_source, transform), config, seed)
-    held_out = min(int(len(train) * _CALIBRATION_SHARE), _CALIBRATION_LIMIT)
+    train = _limit(Images(train_source, transform, mode=mode), config, seed)
+    validation = _limit(Images(validation_source, transform, mode=mode), config, seed)
+    # They are held in memory, as 32-bit numbers.
+    fitting = _CALIBRATION_BYTES // (4 * math.prod(preprocessing.input_size))
+    held_out = min(int(len(train) * _CALIBRATION_SHARE), _CALIBRATION_LIMIT, fitting)
     if held_out < 1:
         raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for calibration")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -75,11 +81,13 @@ def open_validation(
     Raises:
         DataError: it is missing or empty, or its classes are others.
     """
-    transform = eval_transform(preprocessing)
+    mode = _image_mode(preprocessing)
     if config.dataset == DIGITS:
-        return _limit(Images(digits.Digits("validation"), transform), config, seed)
-    source = _open(config, "validation", config.val_split, _image_mode(preprocessing), class_names)
-    return _limit(Images(source, transform), config, seed)
+        _check_class_names(digits.CLASS_NAMES, class_names, "the embedded digits")
+        source: Any = digits.Digits("validation")
+    else:
+        source = _open(config, "validation", config.val_split, mode, class_names)
+    return _limit(Images(source, eval_transform(preprocessing), mode=mode), config, seed)
 
 
 def check_class_count(class_names: tuple[str, ...], num_classes: int) -> None:
@@ -121,9 +129,19 @@ def _open(config: DataConfig, role: str, split: str | None, mode: str, class_nam
         raise DataError(f"dataset {config.dataset!r} could not be opened: {reason[:200]}") from None
     if isinstance(source, IterableDataset):
         raise DataError(f"dataset {config.dataset!r} is a stream: held-out images need a reader with random access")
-    if class_names is not None and (own := _class_names(source)) != class_names:
-        check_class_count(own, len(class_names))
+    if class_names is not None:
+        own = _class_names(source)
+        _check_class_names(own, class_names, f"dataset {config.dataset!r}")
+        if own != class_names:
+            raise DataError(f"dataset {config.dataset!r} has the classes in another order than the model")
     return source
+
+
+def _check_class_names(own: tuple[str, ...], expected: tuple[str, ...], where: str) -> None:
+    """Raises DataError unless both name the same classes."""
+    check_class_count(own, len(expected))
+    if strangers := sorted(set(own) - set(expected)):
+        raise DataError(f"{where} has a class {strangers[0]!r} that is not among {_shorten(expected)}")
 
 
 def _open_folder(
@@ -131,24 +149,17 @@ def _open_folder(
 ) -> ImageDataset:
     assert config.data_dir is not None, "checked by the caller"
     folder = _split_folder(Path(config.data_dir), role, split)
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not names:
+    if not any(p.is_dir() for p in folder.iterdir()):
         raise DataError(f"{folder} has no class folders: expected one folder of images per class")
-    if len(names) == 1:
-        raise DataError(f"{folder} has one class folder only, {names[0]!r}: at least two are needed")
-    class_map = None
-    if class_names is not None and set(names) <= set(class_names):
-        class_map = {name: i for i, name in enumerate(class_names)}
-    elif class_names is not None and len(names) == len(class_names):
-        stranger = next(name for name in names if name not in class_names)
-        raise DataError(f"{folder} has a class {stranger!r} that is not among {_shorten(class_names)}")
     try:
-        source = ImageDataset(str(folder), class_map=class_map, input_img_mode=mode)
+        source = ImageDataset(str(folder), input_img_mode=mode)
     except RuntimeError:
         raise DataError(f"{folder} has no images in its class folders") from None
-    if class_names is not None and class_map is None:
-        check_class_count(tuple(names), len(class_names))
-    return source
+    own = _class_names(source)
+    if class_names is None or own == class_names:
+        return source
+    _check_class_names(own, class_names, str(folder))
+    return ImageDataset(str(folder), class_map={name: i for i, name in enumerate(class_names)}, input_img_mode=mode)
 
 
 def _split_folder(root: Path, role: str, split: str | None) -> Path:
@@ -178,7 +189,7 @@ def _class_names(source: Any) -> tuple[str, ...]:
         label = features.get(getattr(reader, "label_key", ""), None)
         names = tuple(getattr(label, "names", None) or ())
     if len(names) < 2:
-        raise DataError(f"the data has {len(names)} class{'' if len(names) == 1 else 'es'}: at least two are needed")
+        raise DataError(f"the data has {'one class' if names else 'no classes'}: at least two are needed")
     return names
 
 

@@ -14,7 +14,13 @@ from urllib.parse import urlsplit
 import timm
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
-from timm.models import get_pretrained_cfg, is_model_pretrained, load_state_dict, split_model_name_tag
+from timm.models import (
+    get_pretrained_cfg,
+    get_pretrained_cfg_value,
+    is_model_pretrained,
+    load_state_dict,
+    split_model_name_tag,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +82,24 @@ def check_convertible(name: str) -> None:
         find_blocks(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}{close_matches(name)}") from None
+
+
+def load_outline(
+    name: str, checkpoint: Path | None = None, num_classes: int | None = None, in_chans: int | None = None
+) -> nn.Module:
+    """The architecture of :func:`load_model`, with no meaningful weights, for counting: fast, and small in memory.
+
+    Raises:
+        UnsupportedModelError: the architecture is unknown or cannot be converted.
+        WeightsError: ``checkpoint`` cannot be read.
+    """
+    check_convertible(name)
+    kwargs = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
+    if checkpoint is not None and num_classes is None and (classes := _classes_in(name, read_weights(checkpoint))):
+        kwargs["num_classes"] = classes
+    with torch.device("meta"):
+        model = _build(name, **kwargs)
+    return model.to_empty(device="cpu").eval()
 
 
 def load_model(
@@ -156,18 +180,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _classifier_of(name: str) -> str:
+    """Path of the architecture's classifier."""
+    return str(get_pretrained_cfg_value(name, "classifier"))
+
+
+def _classes_in(name: str, state: dict[str, Tensor]) -> int:
+    """How many classes the classifier in ``state`` has; 0 where it has none."""
+    return len(state.get(f"{_classifier_of(name)}.bias", ()))
+
+
 def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
     state = read_weights(path)
-    with torch.device("meta"):
-        outline = _build(name, **kwargs)
-    classifier = outline.get_classifier(name_only=True)  # type: ignore[operator]
-    own_classes, new_classifier = len(state.get(f"{classifier}.bias", ())), False
+    classifier, own_classes, new_classifier = _classifier_of(name), _classes_in(name, state), False
     if own_classes and kwargs.setdefault("num_classes", own_classes) != own_classes:
         state = {k: v for k, v in state.items() if not k.startswith(f"{classifier}.")}
         new_classifier = True
     model = _build(name, **kwargs)
     if new_classifier:
-        state |= model.get_submodule(str(classifier)).state_dict(prefix=f"{classifier}.")
+        state |= model.get_submodule(classifier).state_dict(prefix=f"{classifier}.")
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:

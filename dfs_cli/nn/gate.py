@@ -36,6 +36,8 @@ class Gate(nn.Module):
     Args:
         channels: width of the features that enter each block, in order.
         config: options and widths.
+
+    ``preference`` (L, K) is what a score is without a look at the image.
     """
 
     def __init__(self, channels: list[int], config: DynamicConfig) -> None:
@@ -44,6 +46,7 @@ class Gate(nn.Module):
         self.options = len(config.bits)
         self.embedding, self.hidden = config.embedding, config.hidden
         self.embed = nn.ModuleList(nn.Linear(c, config.embedding) for c in channels)
+        self.preference = nn.Parameter(initial_preference(config.bits).repeat(len(channels), 1))
 
     def start(self, images: int, like: Tensor) -> State:
         """The state before the first block: zeros, (``images``, hidden) each."""
@@ -65,13 +68,18 @@ class Gate(nn.Module):
         dtype = state[0].dtype
         with torch.autocast(features.device.type, enabled=False):
             pooled = features.mean(dim=(2, 3), dtype=dtype)
-            return self._score(block, _linear(self.embed[block], pooled), state)
+            scores, state = self._score(block, _linear(self.embed[block], pooled), state)
+            return scores + self.preference[block].to(dtype), state
 
     @torch.no_grad()
     def normalise_input(self, block: int, features: Tensor) -> None:
         """Scale a block's embedding so that pooled features like ``features`` have zero mean and unit deviation."""
         pooled = features.float().mean(dim=(2, 3))
-        deviation = pooled.std(dim=0).clamp_min(1e-3)
+        deviation = pooled.std(dim=0, unbiased=False)
+        # Channels that hardly vary, and lone images, must not be blown up.
+        deviation = (
+            deviation.clamp_min(0.1 * float(deviation.mean())) if deviation.any() else torch.ones_like(deviation)
+        )
         layer = cast(nn.Linear, self.embed[block])
         layer.weight.div_(deviation)
         layer.bias.sub_(layer.weight @ pooled.mean(dim=0))
@@ -90,10 +98,8 @@ class RecurrentGate(Gate):
     def __init__(self, channels: list[int], config: DynamicConfig) -> None:
         super().__init__(channels, config)
         self.cell = nn.LSTMCell(config.embedding, config.hidden)
-        self.head = nn.Linear(config.hidden, self.options)
+        self.head = nn.Linear(config.hidden, self.options, bias=False)
         nn.init.normal_(self.head.weight, std=_NOISE)
-        with torch.no_grad():
-            self.head.bias.copy_(initial_preference(config.bits))
 
     def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]:  # noqa: ARG002
         cell, dtype = self.cell, embedded.dtype
@@ -111,12 +117,9 @@ class FeedForwardGate(Gate):
 
     def __init__(self, channels: list[int], config: DynamicConfig) -> None:
         super().__init__(channels, config)
-        self.heads = nn.ModuleList(nn.Linear(config.embedding, self.options) for _ in channels)
+        self.heads = nn.ModuleList(nn.Linear(config.embedding, self.options, bias=False) for _ in channels)
         for head in self.heads:
-            assert isinstance(head, nn.Linear)
-            nn.init.normal_(head.weight, std=_NOISE)
-            with torch.no_grad():
-                head.bias.copy_(initial_preference(config.bits))
+            nn.init.normal_(cast(nn.Linear, head).weight, std=_NOISE)
 
     def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]:
         return _linear(self.heads[block], embedded.relu()), state
@@ -128,7 +131,7 @@ class FeedForwardGate(Gate):
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     """A linear layer applied in the precision of ``x``."""
     layer = cast(nn.Linear, layer)
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
 
 def create_gate(channels: list[int], config: DynamicConfig) -> Gate:

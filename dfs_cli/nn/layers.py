@@ -2,12 +2,13 @@
 
 They keep the parameter names of the layers they replace (``weight``, ``bias``) and add step sizes. Weights have a step
 size per output channel and bitwidth, inputs one per layer and bitwidth. Training runs quantized values; evaluation runs
-integer codes and scales the result, as integer hardware does: sums of small integers are exact in floating point, so
-they come out the same in any batch.
+integer codes and scales the result, as integer hardware does: up to 8 bits the sums are integers that floating point
+holds exactly, except very long ones, whatever the order in which they are added.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -99,7 +100,8 @@ class FractionalLayer(_Layer):
         codes, scale, _ = self._quantized_weight(bits)
         low, high = code_range(bits, self._signed())
         step = self.log_input_steps[self.bitwidths.index(bits)].exp()
-        y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
+        with self._exact(bits, x):
+            y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
         y = y * (scale * step).reshape(self._output_shape())
         return y if self.bias is None else y + self.bias.reshape(self._output_shape())
 
@@ -121,7 +123,13 @@ class FractionalLayer(_Layer):
             )
             steps = self.log_input_steps.detach().exp()
             quantized = route_gradient(quantized, x.detach(), steps, routing.probs, others)
-        return self._apply_weight(quantized, weight, self.bias)
+        with self._exact(bits, x):
+            return self._apply_weight(quantized, weight, self.bias)
+
+    @staticmethod
+    def _exact(bits: int, x: Tensor) -> AbstractContextManager[object]:
+        """Keeps automatic mixed precision away from codes of more than the 8 bits that bfloat16 holds."""
+        return torch.autocast(x.device.type, enabled=False) if 8 < bits < FULL_BITS else nullcontext()
 
     def _signed(self) -> bool:
         # Read once per device placement: a buffer on an accelerator would make every call wait for it.
@@ -137,7 +145,8 @@ class FractionalLayer(_Layer):
         key = (*_identity(self.weight), *_identity(self.log_weight_steps))
         cached = self._cache.get(bits)
         if cached is None or cached.key != key:
-            with torch.no_grad():
+            # Made outside inference mode, so that a later call may record gradients of other tensors.
+            with torch.inference_mode(False), torch.no_grad():
                 scale = self.log_weight_steps[self.bitwidths.index(bits)].exp()
                 low, high = code_range(bits, signed=True)
                 codes = quantize_codes(self._effective_weight(), scale.reshape(self._weight_shape()), low, high)

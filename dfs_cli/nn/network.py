@@ -134,8 +134,8 @@ class DynamicResNet(nn.Module):
         """Run each group of images with its option, (N, C, H, W) to (N, C', H', W'), in the order of the batch."""
         counts = torch.bincount(choice, minlength=len(self.config.bits)).tolist()
         taken = [(option, count) for option, count in enumerate(counts) if count]
-        if len(taken) == 1:
-            return self._execute(block, x, taken[0][0], probs, explore)
+        if len(taken) <= 1:
+            return self._execute(block, x, taken[0][0] if taken else 0, probs, explore)
         order = choice.argsort(stable=True)
         outputs = []
         for indices, (option, _) in zip(order.split([count for _, count in taken]), taken, strict=True):

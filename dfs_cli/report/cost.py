@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 from dfs_cli.artifact.manifest import Evaluation, Manifest
 from dfs_cli.config import FULL_BITS
 from dfs_cli.cost.table import CostTable, relative_cost
+from dfs_cli.errors import ConfigError
 
 CONVENTIONS = (
     "MACs are multiply-accumulates of convolutions and linear maps, as fvcore counts them (one multiply-accumulate counts "
@@ -70,11 +71,11 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
     """The cost report of a converted and evaluated network, ready for JSON.
 
     Raises:
-        ValueError: the network was never evaluated.
+        ConfigError: the network was never evaluated.
     """
     table, evaluation = manifest.table, manifest.validation
     if evaluation is None:
-        raise ValueError("the network was never evaluated: there is nothing to report")
+        raise ConfigError("the network was never evaluated: there is nothing to report")
     return {
         "model": manifest.architecture,
         "source": manifest.source,

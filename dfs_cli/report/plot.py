@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from dfs_cli.artifact.files import write_atomically
 from dfs_cli.artifact.manifest import Evaluation, Manifest
 from dfs_cli.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -20,20 +26,20 @@ def check_plot_path(path: Path) -> None:
         raise MissingDependencyError("plots need matplotlib: pip install 'dfs-cli[plot]'") from None
 
 
-def plot_choices(manifest: Manifest, evaluation: Evaluation) -> object:
+def plot_choices(manifest: Manifest, evaluation: Evaluation) -> Figure:
     """Stacked bars, one per block: how often each bitwidth was chosen (after figure 5 of DFS, Shen et al., 2020).
 
     Returns:
         A matplotlib figure.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     table = manifest.table
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 0.32 * len(table.blocks) + 3.0), 3.6), layout="constrained")
-    colours = pyplot.get_cmap("viridis_r")
+    # Not pyplot: a library must not switch the caller's backend.
+    figure = Figure(figsize=(max(6.0, 0.32 * len(table.blocks) + 3.0), 3.6), layout="constrained")
+    axes = figure.subplots()
+    colours = colormaps["viridis_r"]
     bottoms = [0.0] * len(table.blocks)
     for column, bits in enumerate(table.options):
         shares = [100 * row[column] / sum(row) for row in evaluation.choices]
@@ -54,15 +60,8 @@ def plot_choices(manifest: Manifest, evaluation: Evaluation) -> object:
     return figure
 
 
-def save_plot(figure: object, path: Path) -> None:
+def save_plot(figure: Figure, path: Path) -> None:
     """Write the figure atomically, in the format of the suffix."""
-    import io
-
-    from matplotlib import pyplot
-
-    from dfs_cli.artifact.files import write_atomically
-
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=150)  # type: ignore[attr-defined]
-    pyplot.close(figure)  # type: ignore[arg-type]
+    figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=150)
     write_atomically(path, buffer.getvalue())

@@ -102,7 +102,7 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
     Its step sizes are not set yet: call :func:`fit_scales`, or load them.
 
     Raises:
-        UnsupportedModelError: no layer could be replaced, or the model's blocks do not match ``table``.
+        UnsupportedModelError: see :func:`find_blocks`; or the model's blocks do not match ``table``.
     """
     backbone = copy.deepcopy(model)
     block_modules = find_blocks(backbone)
@@ -113,7 +113,6 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
     edge_bitwidths = () if config.edge_bits == FULL_BITS else (config.edge_bits,)
     bitwidths = tuple(b for b in config.bits if b not in (0, FULL_BITS))
     precisions = [Precision(max(config.bits)) for _ in block_modules]
-    replaced = 0
     channels = block_channels(backbone)
     for name in [*branch, *edge_names]:
         layer = backbone.get_submodule(name)
@@ -126,9 +125,6 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
             assert isinstance(layer, nn.Linear)
             new = FractionalLinear.from_module(layer, widths, precision)
         backbone.set_submodule(name, new)
-        replaced += 1
-    if not replaced:
-        raise UnsupportedModelError("nothing to replace: the model has no convolution that can be quantized")
     blocks = [
         Block(path, module, FAMILIES[type(module)].skip, precision, width)
         for (path, module), precision, width in zip(block_modules.items(), precisions, channels, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 
 from dfs_cli.config import TuningConfig
 from dfs_cli.cost.table import CostTable
-from dfs_cli.data.images import Batch, UnreadableLog
+from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler
 from dfs_cli.errors import DivergedError
 from dfs_cli.tuning.losses import cost_excess, distillation_loss
-from dfs_cli.tuning.state import TuningState, parameter_groups
+from dfs_cli.tuning.state import TuningState
 
 _EXPLORE = 0.1
 _COST_WEIGHT = 0.2
@@ -80,22 +80,24 @@ def tune(
         DataError: too many images are unreadable.
     """
     network = state.network.train()
-    gate_parameters = {id(p) for p in parameter_groups(network)[0]}
-    trained_later = [p for p in network.parameters() if p.requires_grad and id(p) not in gate_parameters]
+    gate = {id(p) for p in network.gate.parameters()}
+    trained_later = [p for group in state.optimizer.param_groups for p in group["params"] if id(p) not in gate]
     warmup_steps = int(config.warmup * state.total_steps)
-    for batch in _batches(state, loader):
-        unreadable.add(batch.unreadable)
-        warming_up = state.step < warmup_steps
+    try:
+        for batch in _batches(state, loader):
+            unreadable.add(batch.unreadable)
+            warming_up = state.step < warmup_steps
+            for parameter in trained_later:
+                parameter.requires_grad_(not warming_up)
+            target = target_at(state.step, state.total_steps, config.ramp, table.dearest, budget)
+            images = batch.images.to(device, non_blocking=True)
+            targets = batch.targets.to(device, non_blocking=True)
+            record = _step(state, teacher, table, images, targets, target, config)
+            on_step(record._replace(phase="gate" if warming_up else "all"))
+    finally:
         for parameter in trained_later:
-            parameter.requires_grad_(not warming_up)
-        target = target_at(state.step, state.total_steps, config.ramp, table.dearest, budget)
-        images = batch.images.to(device, non_blocking=True)
-        targets = batch.targets.to(device, non_blocking=True)
-        record = _step(state, teacher, table, images, targets, target, config)
-        on_step(record._replace(phase="gate" if warming_up else "all"))
-    for parameter in trained_later:
-        parameter.requires_grad_(True)
-    network.eval()
+            parameter.requires_grad_(True)
+        network.eval()
 
 
 def _batches(state: TuningState, loader: DataLoader[Batch]) -> Iterator[Batch]:
@@ -104,6 +106,7 @@ def _batches(state: TuningState, loader: DataLoader[Batch]) -> Iterator[Batch]:
     while state.step < state.total_steps:
         sampler.epoch, done = divmod(state.step, state.steps_per_epoch)
         sampler.start = done * (loader.batch_size or 1)
+        cast(Images, loader.dataset).draw = sampler.draw
         for batch in loader:
             if len(batch.targets):
                 yield batch

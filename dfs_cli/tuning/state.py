@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 from dfs_cli.config import TuningConfig
+from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
 
 _GATE_RATE, _BACKBONE_RATE = 5.0, 0.1
@@ -53,11 +54,18 @@ class TuningState:
             "scheduler": self.scheduler.state_dict(),
             "operating_point": self.network.operating_point,
             "step": self.step,
+            "plan": (self.steps_per_epoch, self.total_steps),
             "generators": {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, strictly."""
+        """Go on from ``state``, strictly.
+
+        Raises:
+            ConfigError: it is of a run of other length or batch size.
+        """
+        if tuple(state["plan"]) != (plan := (self.steps_per_epoch, self.total_steps)):
+            raise ConfigError(f"the saved run has {state['plan'][1]} steps in epochs of {state['plan'][0]}, not {plan}")
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

@@ -15,7 +15,7 @@ from torch import nn
 
 from dfs_cli.errors import UnsupportedModelError, WeightsError
 from dfs_cli.models.cifar import DEPTHS
-from dfs_cli.models.zoo import check_convertible, list_convertible, load_model, read_weights
+from dfs_cli.models.zoo import check_convertible, list_convertible, load_model, load_outline, read_weights
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -108,12 +108,14 @@ def test_checkpoints_are_strict(state: dict[str, torch.Tensor], tmp_path: Path) 
         load_model("resnet32_cifar", checkpoint=path)
 
 
-def test_number_of_classes_comes_from_the_checkpoint_or_the_user(
-    state: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
+def test_another_number_of_classes_is_refused_unless_asked_for(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     torch.save(state | {"fc.weight": torch.ones(7, 64), "fc.bias": torch.ones(7)}, path)
-    assert load_model("resnet20_cifar", checkpoint=path).num_classes == 7
+    for load in (load_model, load_outline):
+        with pytest.raises(WeightsError, match="has 7 classes and resnet20_cifar has 10: pass --num-classes 7"):
+            load("resnet20_cifar", checkpoint=path)
+    kept = load_model("resnet20_cifar", checkpoint=path, num_classes=7)
+    assert kept.num_classes == 7 and bool((kept.get_submodule("fc").weight == 1).all())
     model = load_model("resnet20_cifar", checkpoint=path, num_classes=4)
     assert model.get_submodule("fc").weight.shape == (4, 64)
     assert torch.equal(model.state_dict()["conv1.weight"], state["conv1.weight"])

@@ -95,8 +95,8 @@ def load_outline(
     """
     check_convertible(name)
     kwargs = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
-    if checkpoint is not None and num_classes is None and (classes := _classes_in(name, read_weights(checkpoint))):
-        kwargs["num_classes"] = classes
+    if checkpoint is not None:
+        _needs_new_classifier(name, checkpoint, read_weights(checkpoint), num_classes)
     with torch.device("meta"):
         model = _build(name, **kwargs)
     return model.to_empty(device="cpu").eval()
@@ -114,8 +114,7 @@ def load_model(
     Args:
         name: a timm architecture, with or without a weight tag.
         pretrained: load timm's weights, unless ``checkpoint`` is given.
-        checkpoint: a file of weights (.safetensors, .pth, .pt, .tar) that match the architecture strictly; the number
-            of classes is taken from it.
+        checkpoint: a file of weights (.safetensors, .pth, .pt, .tar) that match the architecture strictly.
         num_classes: give the model a new, random classifier of so many classes, unless the weights have as many.
         in_chans: input channels other than the model's own.
 
@@ -185,17 +184,27 @@ def _classifier_of(name: str) -> str:
     return str(get_pretrained_cfg_value(name, "classifier"))
 
 
-def _classes_in(name: str, state: dict[str, Tensor]) -> int:
-    """How many classes the classifier in ``state`` has; 0 where it has none."""
-    return len(state.get(f"{_classifier_of(name)}.bias", ()))
+def _needs_new_classifier(name: str, path: Path, state: dict[str, Tensor], num_classes: int | None) -> bool:
+    """Whether the classifier in ``state`` has another number of classes than the one that was asked for.
+
+    Raises:
+        WeightsError: nobody asked, and it has another number than the architecture.
+    """
+    found = len(state.get(f"{_classifier_of(name)}.bias", ()))
+    expected = num_classes or int(get_pretrained_cfg_value(name, "num_classes") or 0)
+    if found and found != expected and num_classes is None:
+        raise WeightsError(
+            f"checkpoint {path} has {found} classes and {name} has {expected}: pass --num-classes {found} to keep its "
+            "classifier, or another number for a new one"
+        )
+    return bool(found) and found != expected
 
 
 def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
-    state = read_weights(path)
-    classifier, own_classes, new_classifier = _classifier_of(name), _classes_in(name, state), False
-    if own_classes and kwargs.setdefault("num_classes", own_classes) != own_classes:
+    state, classifier = read_weights(path), _classifier_of(name)
+    new_classifier = _needs_new_classifier(name, path, state, kwargs.get("num_classes"))
+    if new_classifier:
         state = {k: v for k, v in state.items() if not k.startswith(f"{classifier}.")}
-        new_classifier = True
     model = _build(name, **kwargs)
     if new_classifier:
         state |= model.get_submodule(classifier).state_dict(prefix=f"{classifier}.")

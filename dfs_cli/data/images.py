@@ -105,15 +105,15 @@ def _seeded(draw: int | None, position: int) -> Iterator[None]:
     if draw is None:
         yield
         return
-    python = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        seed = (draw * 1_000_003 + position) % 2**63
-        random.seed(seed)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
+    seed = (draw * 1_000_003 + position) % 2**63
+    before = random.getstate(), torch.get_rng_state()
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call for every accelerator, each time
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        torch.set_rng_state(before[1])
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -26,9 +26,10 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give a fresh model weights and statistics under which every block matters (timm zeroes each last scale)."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.uniform_(module.weight, 0.5, 1.0, generator=generator)
             nn.init.normal_(module.bias, std=0.2, generator=generator)
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1, generator=generator)
             nn.init.uniform_(module.running_var, 0.5, 1.5, generator=generator)
     return model.eval()

@@ -60,7 +60,7 @@ def zero_branch(block: nn.Module) -> nn.Module:
     """A block of timm whose residual branch gives zero, whatever its class."""
     block.zero_init_last()  # type: ignore[operator]
     for module in block.modules():
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm) and not module.weight.any():
             nn.init.zeros_(module.bias)
     return block
 

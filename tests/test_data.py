@@ -190,6 +190,10 @@ def test_preprocessing_is_the_models_own_at_test_size() -> None:
     other = resolve_preprocessing(model, img_size=64, crop_pct=0.5, mean=(0.5,), std=(0.25, 0.25, 0.25))
     assert (other.input_size, other.train_size, other.crop_pct) == ((3, 64, 64), (3, 64, 64), 0.5)
     assert (other.mean, other.std) == ((0.5,) * 3, (0.25,) * 3)
+    model.in_chans = 1  # type: ignore[assignment]
+    grey = resolve_preprocessing(model)
+    assert grey.input_size == (1, 288, 288) and grey.mean == pytest.approx((0.2,)) and grey.std == pytest.approx((0.5,))
+    model.in_chans = 3  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="2 values for 3 channels"):
         resolve_preprocessing(model, std=(1.0, 2.0))
 

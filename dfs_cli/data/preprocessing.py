@@ -32,8 +32,11 @@ def resolve_preprocessing(
     test = resolve_data_config(args, pretrained_cfg=cfg, use_test_size=True)
     train = resolve_data_config(args, pretrained_cfg=cfg, use_test_size=False)
 
-    def per_channel(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(values) * in_chans if len(values) == 1 else tuple(values)
+    def per_channel(given: tuple[float, ...] | None, own: tuple[float, ...]) -> tuple[float, ...]:
+        """What was given, or the model's own, averaged where it is for another number of channels."""
+        if given is not None:
+            return tuple(given) * in_chans if len(given) == 1 else tuple(given)
+        return tuple(own) if len(own) == in_chans else (sum(own) / len(own),) * in_chans
 
     def with_channels(size: tuple[int, ...]) -> tuple[int, int, int]:
         return (in_chans, size[-2], size[-1])
@@ -44,8 +47,8 @@ def resolve_preprocessing(
         interpolation=test["interpolation"],
         crop_pct=test["crop_pct"] if crop_pct is None else crop_pct,
         crop_mode=test["crop_mode"],
-        mean=per_channel(test["mean"] if mean is None else mean),
-        std=per_channel(test["std"] if std is None else std),
+        mean=per_channel(mean, test["mean"]),
+        std=per_channel(std, test["std"]),
     )
 
 

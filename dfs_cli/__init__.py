@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         load,
         plan,
         profile,
+        recalibrate,
         save,
     )
     from dfs_cli.artifact.manifest import Evaluation, Manifest
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dfs_cli.errors import DfsError
     from dfs_cli.models.zoo import load_model
     from dfs_cli.nn.network import DynamicResNet
+    from dfs_cli.sweep import SweepConfig, sweep
 
 _HOMES = {
     "Converted": "dfs_cli.api",
@@ -42,6 +44,7 @@ _HOMES = {
     "load": "dfs_cli.api",
     "plan": "dfs_cli.api",
     "profile": "dfs_cli.api",
+    "recalibrate": "dfs_cli.api",
     "save": "dfs_cli.api",
     "Evaluation": "dfs_cli.artifact.manifest",
     "Manifest": "dfs_cli.artifact.manifest",
@@ -55,6 +58,8 @@ _HOMES = {
     "DfsError": "dfs_cli.errors",
     "load_model": "dfs_cli.models.zoo",
     "DynamicResNet": "dfs_cli.nn.network",
+    "SweepConfig": "dfs_cli.sweep",
+    "sweep": "dfs_cli.sweep",
 }
 
 __all__ = [
@@ -70,6 +75,7 @@ __all__ = [
     "Observer",
     "Preprocessing",
     "Splits",
+    "SweepConfig",
     "TuningConfig",
     "__version__",
     "convert",
@@ -80,7 +86,9 @@ __all__ = [
     "load_model",
     "plan",
     "profile",
+    "recalibrate",
     "save",
+    "sweep",
 ]
 
 

@@ -1,36 +1,33 @@
-"""The library: convert, plan, load, save, evaluate, profile, cost_report."""
+"""The library: convert, plan, load, save, evaluate, recalibrate, profile, cost_report."""
 
 from __future__ import annotations
 
+import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dfs_cli.artifact.file import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import Evaluation
-from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig, check_budget
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Images, UnreadableLog
 from dfs_cli.data.loading import default_workers, eval_loader
 from dfs_cli.data.preprocessing import resolve_preprocessing
-from dfs_cli.data.splits import open_validation
-from dfs_cli.errors import ConfigError
+from dfs_cli.data.splits import open_splits, open_validation
+from dfs_cli.errors import ConfigError, DataError
 from dfs_cli.evaluation.evaluate import evaluate_network
 from dfs_cli.models.zoo import load_outline
-from dfs_cli.pipeline import (
-    EVAL_BATCH,
-    Converted,
-    Observer,
-    convert,
-    default_data,
-    default_tuning,
-    describe_source,
-    resolve_device,
-)
+from dfs_cli.nn.probe import ProbedResNet
+from dfs_cli.pipeline import EVAL_BATCH, Converted, Observer, convert
 from dfs_cli.report import cost as report
+from dfs_cli.resolve import default_data, default_tuning, describe_source, resolve_device, unfamiliar
 from dfs_cli.surgery.convert import plan_costs
+from dfs_cli.tuning.calibration import calibrate
 
 __all__ = [
     "Converted",
@@ -44,6 +41,7 @@ __all__ = [
     "load",
     "plan",
     "profile",
+    "recalibrate",
     "resolve_device",
     "save",
 ]
@@ -109,6 +107,58 @@ def evaluate(
     loader = eval_loader(data, batch_size, workers, device.type == "cuda")
     log = UnreadableLog("validation", len(data))
     return evaluate_network(network, manifest.table, loader, device, log, amp, observer.advance)
+
+
+def recalibrate(converted: Converted, budget: float, data: DataConfig | Images | None = None) -> Converted:
+    """Move a tuned network to another budget, without tuning, by its operating point.
+
+    Args:
+        converted: left unchanged.
+        budget: within the network's range: with the probe gate from the first pass alone to a second one in full for all.
+        data: where the training images are: the operating point is set on those that the conversion held out of them. Or held-out
+            images themselves. None: the embedded digits, for their model.
+
+    Returns:
+        A network at the new budget, not evaluated yet.
+
+    Raises:
+        ConfigError: the budget cannot be reached; the message names the range.
+        DataError: images are missing, unreadable, or of other classes.
+    """
+    check_budget(budget)
+    manifest, network = converted.manifest, copy.deepcopy(converted.network)
+    low, high = manifest.table.cheapest, manifest.table.dearest
+    if isinstance(network, ProbedResNet):
+        first = network.policy[None].cpu()
+        low = float(manifest.table.cost(first))
+        high = low + float(manifest.table.pass_cost(torch.full_like(first, len(manifest.table.options) - 1)))
+    if not low <= budget or not 0.9 * budget <= high:
+        raise ConfigError(f"budget {budget:g} is outside what this network can be moved to: {low:.4f} to {high:.4f}")
+    made_with = manifest.configuration
+    if not isinstance(data, Images):
+        data = default_data(manifest.architecture, data)
+        if stored := made_with.get("data"):
+            data = replace(data, train_split=data.train_split or stored["train_split"], num_samples=stored["num_samples"])
+        splits = open_splits(data, manifest.preprocessing, made_with["tuning"]["seed"])
+        if manifest.class_names and splits.class_names != manifest.class_names:
+            raise DataError("the data has other classes than the network was converted with")
+        data = splits.calibration
+        if isinstance(network, ProbedResNet):
+            data = unfamiliar(data, manifest.preprocessing, TuningConfig.from_dict(made_with["tuning"]))
+    images = len(data)
+    log = UnreadableLog("held-out", images)
+    batches = []
+    for batch in eval_loader(data, EVAL_BATCH, default_workers(data)):
+        log.add(batch.unreadable)
+        if len(batch.targets):
+            batches.append(batch.images.to(network.prices.device))
+    if not batches:
+        raise DataError("there is no readable image among those held out for calibration")
+    validation_images = made_with.get("images", {}).get("validation", images)
+    point = calibrate(network, manifest.table, batches, budget, validation_images)
+    if point.cost < 0.9 * budget:
+        raise ConfigError(f"budget {budget:g} cannot be spent: with these options the network costs {point.cost:.4f}")
+    return Converted(network, replace(manifest, budget=budget, operating_point=point.value, validation=None))
 
 
 def profile(converted: Converted, evaluation: Evaluation | None = None) -> list[report.LayerRow]:

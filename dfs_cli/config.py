@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dfs_cli.errors import ConfigError
 
@@ -26,10 +26,13 @@ PRESETS: dict[str, tuple[int, ...]] = {
 }
 """Named option lists. ``paper`` is that of DFS (Shen et al., 2020), ``skipnet`` that of SkipNet (Wang et al., 2018)."""
 
+LOWBIT_BUDGET = 0.12
+"""The largest budget that ``lowbit`` is the default for: two passes at 8 bits cost 0.125. Above it ``hardware`` is."""
+
 DEFAULT_EDGE_BITS = 8
 PRESET_EDGE_BITS = {"paper": FULL_BITS, "skipnet": FULL_BITS}
 
-GateKind = Literal["rnn", "ff"]
+GateKind = Literal["probe", "rnn", "ff"]
 DeviceKind = Literal["auto", "cpu", "cuda"]
 
 
@@ -49,6 +52,11 @@ class _Settings:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}") from None
+
+
+def default_preset(budget: float) -> str:
+    """The option list for a budget: bitwidths far from what it pays for only fight over the weights."""
+    return "lowbit" if budget <= LOWBIT_BUDGET else "hardware"
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
@@ -82,16 +90,19 @@ class DynamicConfig(_Settings):
     Args:
         bits: bitwidth options of a block (K of them); 0 skips it, 32 runs it in floating point. Kept in ascending order.
         edge_bits: bitwidth of what always runs: stem, shortcut convolutions and classifier.
-        gate: ``rnn``, the recurrent gate of DFS (Shen et al., 2020), or ``ff``, a feed-forward gate per block.
+        gate: ``probe``, a cheap first pass that decides who needs a second; ``rnn``, the recurrent gate of DFS
+            (Shen et al., 2020); or ``ff``, a feed-forward gate per block.
         embedding: width of the gate's input.
         hidden: width of the gate's hidden state.
+        mirror: with the probe gate, show the second pass the mirrored image.
     """
 
     bits: tuple[int, ...] = PRESETS["hardware"]
     edge_bits: int = DEFAULT_EDGE_BITS
-    gate: GateKind = "rnn"
+    gate: GateKind = "probe"
     embedding: int = 10
     hidden: int = 10
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         for bits in self.bits:
@@ -103,8 +114,8 @@ class DynamicConfig(_Settings):
             raise ConfigError("bits: at least two options are needed for a choice")
         object.__setattr__(self, "bits", tuple(sorted(self.bits)))
         check_bitwidth(self.edge_bits)
-        if self.gate not in ("rnn", "ff"):
-            raise ConfigError(f"gate {self.gate!r} is not one of rnn, ff")
+        if self.gate not in get_args(GateKind):
+            raise ConfigError(f"gate {self.gate!r} is not one of {', '.join(get_args(GateKind))}")
         if self.embedding < 1 or self.hidden < 1:
             raise ConfigError("the gate's embedding and hidden widths must be at least 1")
 
@@ -145,7 +156,7 @@ class TuningConfig(_Settings):
     hflip: float = 0.5
     min_crop: float = 0.9
 
-    MIN_STEPS = 600
+    MIN_STEPS = 350
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0)):

@@ -47,7 +47,7 @@ def make_dynamic(
     model: nn.Module, config: DynamicConfig | None = None, size: tuple[int, int, int] = (3, 32, 32), seed: int = 0
 ) -> DynamicResNet:
     """A calibrated dynamic network whose gate answers differently for different images."""
-    config = config or DynamicConfig()
+    config = config or DynamicConfig(gate="rnn")
     torch.manual_seed(seed)
     network = to_dynamic(model, config, plan_costs(model, config, size))
     fit_scales(network, torch.randn(16, *size))

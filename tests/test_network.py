@@ -9,10 +9,10 @@ from torch import nn
 from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.surgery.convert import fit_scales, run_in_full
+from dfs_cli.surgery.convert import fit_scales
 from dfs_cli.tuning.state import parameter_groups
 
-FLOAT_EDGES = DynamicConfig(edge_bits=FULL_BITS)
+FLOAT_EDGES = DynamicConfig(edge_bits=FULL_BITS, gate="rnn")
 
 
 def decisions_of(network: DynamicResNet, images: int, option: int) -> torch.Tensor:
@@ -200,5 +200,5 @@ def test_run_in_full_leaves_no_state(tiny: nn.Module) -> None:
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         before = network.run(x, decisions_of(network, 3, 2)).logits
-        run_in_full(network, x)
+        network.run_in_full(x)
         assert torch.equal(network.run(x, decisions_of(network, 3, 2)).logits, before)

@@ -10,7 +10,27 @@ from dfs_cli.config import DynamicConfig, Preprocessing
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ArtifactError, ConfigError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """How much the decisions on a split depended on the image.
+
+    Args:
+        policies: number of distinct decision vectors.
+        choice_entropy: mean over blocks of the entropy of the choice over images, in bits.
+        variance_between_images: share of the variance of block costs that lies between images.
+        common_share: share of the images that got the most common decision vector.
+        common_top1, common_cost: top-1 (percent) and cost when every image is given that one.
+    """
+
+    policies: int
+    choice_entropy: float
+    variance_between_images: float
+    common_share: float
+    common_top1: float
+    common_cost: float
 
 
 @dataclass(frozen=True)
@@ -22,8 +42,9 @@ class Evaluation:
         top1, top5: percent.
         cost, cost_p50, cost_p95, cost_max: mean, median, 95th percentile and maximum over images, as fractions of the
             dense 32-bit network's MACs.
-        choices: how often each block (L) took each option (K).
+        choices: how often each block (L) took each option (K), over all passes.
         images_per_second: of the network, without loading.
+        dynamics: how much the decisions depended on the image.
         unreadable: names of the images that were skipped.
     """
 
@@ -36,7 +57,13 @@ class Evaluation:
     cost_max: float
     choices: tuple[tuple[int, ...], ...]
     images_per_second: float
+    dynamics: Dynamics
     unreadable: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> float:
+        """Passes through the network per image, in the mean."""
+        return sum(self.choices[0]) / self.images
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,7 +71,8 @@ class Evaluation:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Evaluation:
         choices = tuple(tuple(row) for row in values["choices"])
-        return cls(**values | {"choices": choices, "unreadable": tuple(values["unreadable"])})
+        own = {"choices": choices, "dynamics": Dynamics(**values["dynamics"])}
+        return cls(**values | own | {"unreadable": tuple(values["unreadable"])})
 
 
 @dataclass(frozen=True)
@@ -59,7 +87,8 @@ class Manifest:
         dynamic: options, gate, edge bits.
         table: the cost table, from which every cost is derived.
         budget: what was asked for; None for a network that was never tuned.
-        operating_point: price of cost, see :class:`dfs_cli.nn.network.DynamicResNet`.
+        operating_point: price of cost, see :class:`dfs_cli.nn.network.DynamicResNet`, or threshold of doubt, see
+            :class:`dfs_cli.nn.probe.ProbedResNet`.
         configuration: the resolved settings of the conversion, for the record.
         source: tag, licence, origin and top-1 of the original weights.
         validation: what the converted network achieved on the validation split; None if it was not evaluated.

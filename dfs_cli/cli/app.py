@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dfs_cli import __version__
-from dfs_cli.cli import convert, evaluate, list_models, profile
+from dfs_cli.cli import bench, convert, evaluate, list_models, profile, sweep
 from dfs_cli.cli.errors import one_line_errors
 
 app = typer.Typer(
@@ -37,4 +37,6 @@ def _main(
 app.command("convert")(one_line_errors(convert.convert))
 app.command("eval")(one_line_errors(evaluate.evaluate))
 app.command("profile")(one_line_errors(profile.profile))
+app.command("sweep")(one_line_errors(sweep.sweep))
+app.command("bench")(one_line_errors(bench.bench))
 app.command("list")(one_line_errors(list_models.list_models))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from dfs_cli.cli import options
-from dfs_cli.config import DEFAULT_EDGE_BITS, PRESET_EDGE_BITS, DynamicConfig, check_budget, parse_bits
+from dfs_cli.cli.memory import keep_freed_memory
+from dfs_cli.config import check_budget
 from dfs_cli.errors import BudgetMissedError, ConfigError
 
 
@@ -24,52 +25,34 @@ def convert(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = Path(
         "model.safetensors"
     ),
-    bits: Annotated[
-        str, typer.Option("--bits", help="Options of a block, as 0,4,8,32, or hardware, paper, skipnet, lowbit.")
-    ] = "hardware",
-    edge_bits: Annotated[
-        int | None,
-        typer.Option(
-            "--edge-bits", help="Bitwidth of stem, shortcuts and classifier [default: 8; paper, skipnet: 32]."
-        ),
-    ] = None,
-    gate: Annotated[Literal["rnn", "ff"], typer.Option("--gate", help="Recurrent, or feed-forward per block.")] = "rnn",
-    checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth, .pt or .tar.")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option(help="Start from timm's weights.")] = True,
-    num_classes: Annotated[
-        int | None, typer.Option("--num-classes", help="Give the model a new, random classifier of N classes.")
-    ] = None,
-    in_chans: Annotated[int | None, typer.Option("--in-chans", help="Input channels [default: the model's].")] = None,
+    bits: options.Bits = None,
+    edge_bits: options.EdgeBits = None,
+    gate: options.Gate = "probe",
+    mirror: options.Mirror = None,
+    checkpoint: options.Checkpoint = None,
+    pretrained: options.Pretrained = True,
+    num_classes: options.NumClasses = None,
+    in_chans: options.InChans = None,
     data: options.DataDir = None,
     dataset: options.Dataset = "",
-    train_split: Annotated[
-        str | None, typer.Option("--train-split", metavar="NAME", help="Name of the training split.")
-    ] = None,
+    train_split: options.TrainSplit = None,
     val_split: options.ValSplit = None,
     num_samples: options.NumSamples = None,
     dataset_download: options.Download = False,
-    img_size: Annotated[int | None, typer.Option("--img-size", help="Image size [default: the model's].")] = None,
-    crop_pct: Annotated[float | None, typer.Option("--crop-pct", help="Centre crop [default: the model's].")] = None,
-    mean: Annotated[str | None, typer.Option("--mean", metavar="M,M,M", help="Mean per channel.")] = None,
-    std: Annotated[str | None, typer.Option("--std", metavar="S,S,S", help="Standard deviation per channel.")] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Passes over the data [default: for 600 steps].")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", help="Images per step [default: 128; digits 64].")
-    ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of the step sizes [default: 0.001].")] = None,
+    img_size: options.ImgSize = None,
+    crop_pct: options.CropPct = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    epochs: options.Epochs = None,
+    batch_size: options.TrainBatchSize = None,
+    lr: options.LearningRate = None,
     freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Tune gates and quantizers only.")] = False,
-    hflip: Annotated[float | None, typer.Option("--hflip", help="Flip probability [default: 0.5; digits 0].")] = None,
-    min_crop: Annotated[
-        float | None, typer.Option("--min-crop", help="Smallest area of a training crop [default: 0.9].")
-    ] = None,
+    hflip: options.HFlip = None,
+    min_crop: options.MinCrop = None,
     amp: options.Amp = False,
     device: options.DeviceOption = "auto",
     workers: options.Workers = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    seed: options.Seed = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its costs; train and write nothing.")
     ] = False,
@@ -77,14 +60,10 @@ def convert(
 ) -> None:
     """Convert a pretrained ResNet to a budget, tune it, and write it with a cost report."""
     check_budget(budget)
-    dynamic = DynamicConfig(
-        bits=parse_bits(bits),
-        edge_bits=PRESET_EDGE_BITS.get(bits, DEFAULT_EDGE_BITS) if edge_bits is None else edge_bits,
-        gate=gate,
-    )
+    dynamic = options.dynamic_config(bits, edge_bits, gate, budget, mirror=False)
     given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "hflip": hflip, "min_crop": min_crop}
     given |= {"workers": workers, "amp": amp, "freeze_backbone": freeze_backbone, "device": device, "seed": seed}
-    statistics = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
+    statistics = {"mean": options.numbers("--mean", mean), "std": options.numbers("--std", std)}
     data_config = options.data_config(data, dataset, train_split, val_split, num_samples, dataset_download)
     if not output.name:
         raise ConfigError(f"--output {str(output)!r} is not a file name")
@@ -101,12 +80,14 @@ def convert(
     from dfs_cli.report.markdown import render_markdown
     from dfs_cli.report.terminal import print_plan
 
+    keep_freed_memory()
     check_convertible(model)
     if not dry_run:
         check_writable((output, *reports), force)
         data_config = api.default_data(model.partition(".")[0], data_config)
     defaults = api.default_tuning(data_config)
     tuning = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
+    dynamic = dataclasses.replace(dynamic, mirror=options.mirrors(gate, mirror, tuning.hflip))
     api.resolve_device(tuning.device)
     if dry_run:
         module = load_outline(model, checkpoint, num_classes, in_chans)
@@ -143,15 +124,6 @@ def convert(
             f"the budget was missed: cost {report['cost']:.4f} on the validation split is outside "
             f"[{0.9 * budget:.4f}, {1.01 * budget:.4f}]; {output} was written as it is"
         )
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas") from None
 
 
 def _print_summary(console: Any, report: dict[str, Any], paths: tuple[Path, ...]) -> None:

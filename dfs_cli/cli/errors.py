@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 def _quieten_libraries() -> None:
     """Keep what libraries say to their developers out of the user's terminal."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read by torch's profiler
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("timm", "fvcore", "huggingface_hub"):

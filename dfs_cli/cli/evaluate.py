@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,10 +12,18 @@ from typing import Annotated, Any
 import typer
 
 from dfs_cli.cli import options
+from dfs_cli.errors import ConfigError
 
 
 def evaluate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What dfs convert wrote.")],
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", "-b", help="Move the network to another budget first, on its held-out training images."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="With --budget: write the network moved to it.")
+    ] = None,
     data: options.DataDir = None,
     dataset: options.Dataset = "",
     val_split: options.ValSplit = None,
@@ -43,14 +52,20 @@ def evaluate(
     from dfs_cli.report.cost import evaluation_record
     from dfs_cli.report.terminal import print_evaluation
 
-    if results_file is not None:
-        check_writable([results_file], force)
+    if output is not None and budget is None:
+        raise ConfigError("--output writes the network that --budget moves: pass --budget too")
+    check_writable([path for path in (results_file, output) if path is not None], force)
     converted = api.load(file, device)
+    if budget is not None:
+        converted = api.recalibrate(converted, budget, data_config)
     console = stderr_console()
     with create_observer(console, quiet=True) as observer:
         evaluation = api.evaluate(
             converted, data_config, batch_size=batch_size, workers=workers, amp=amp, observer=observer
         )
+    if output is not None:
+        moved = dataclasses.replace(converted.manifest, validation=evaluation)
+        api.save(api.Converted(converted.network, moved), output, force)
     parameters = sum(p.numel() for p in converted.network.parameters())
     record = evaluation_record(converted.manifest, evaluation, round(parameters / 1e6, 2))
     if results_file is not None:

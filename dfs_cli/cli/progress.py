@@ -54,10 +54,11 @@ class _Optional(ProgressColumn):
 
 
 class TerminalObserver(Observer):
-    """A bar per stage, with loss, accuracy, cost and the time left."""
+    """A bar per stage, with loss, accuracy, cost and the time left; ``brief`` keeps no finished bars."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, brief: bool = False) -> None:
         self.console = console
+        self.brief = brief
         self.averages = _Averages()
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
@@ -80,11 +81,18 @@ class TerminalObserver(Observer):
             self._finish()
         self.progress.stop()
 
+    def job(self, name: str) -> None:
+        self.averages = _Averages()
+        self.console.print(name, highlight=False)
+
     def configured(self, configuration: dict[str, Any], table: CostTable) -> None:
-        print_configuration(self.console, configuration, table)
+        if not self.brief:
+            print_configuration(self.console, configuration, table)
 
     def stage(self, name: str, total: int | None) -> None:
         self._finish()
+        if self.brief and self.task is not None:
+            self.progress.remove_task(self.task)
         self.task = self.progress.add_task(name, total=total, figures="")
 
     def advance(self, units: int) -> None:
@@ -107,9 +115,9 @@ class TerminalObserver(Observer):
 class PlainObserver(Observer):
     """A line now and then, for logs."""
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
+    def __init__(self, console: Console, quiet: bool = False, brief: bool = False) -> None:
         self.console = console
-        self.quiet = quiet
+        self.quiet, self.brief = quiet, brief
         self.averages = _Averages()
         self.began = time.monotonic()
 
@@ -118,12 +126,18 @@ class PlainObserver(Observer):
 
     def __exit__(self, *_: object) -> None: ...
 
+    def job(self, name: str) -> None:
+        self.averages = _Averages()
+        self._print(name)
+
     def configured(self, configuration: dict[str, Any], table: CostTable) -> None:
-        print_configuration(self.console, configuration, table)
+        if not self.brief:
+            print_configuration(self.console, configuration, table)
 
     def stage(self, name: str, total: int | None) -> None:
         self.began = time.monotonic()
-        self._print(name if total is None else f"{name}: {total}")
+        if not self.brief:
+            self._print(name if total is None else f"{name}: {total}")
 
     def step(self, record: StepRecord) -> None:
         figures = self.averages.update(record)
@@ -141,9 +155,9 @@ def stderr_console() -> Console:
     return Console(stderr=True)
 
 
-def create_observer(console: Console, quiet: bool = False) -> TerminalObserver | PlainObserver:
-    """Bars where ``console`` is a terminal, lines elsewhere; ``quiet`` leaves the lines out."""
-    return TerminalObserver(console) if console.is_terminal else PlainObserver(console, quiet)
+def create_observer(console: Console, quiet: bool = False, brief: bool = False) -> TerminalObserver | PlainObserver:
+    """Bars where ``console`` is a terminal, lines elsewhere; ``quiet`` leaves the lines out, ``brief`` the settings."""
+    return TerminalObserver(console, brief) if console.is_terminal else PlainObserver(console, quiet, brief)
 
 
 def print_configuration(console: Console, configuration: dict[str, Any], table: CostTable) -> None:
@@ -155,7 +169,8 @@ def print_configuration(console: Console, configuration: dict[str, Any], table: 
         "model": f"{configuration['model']}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4g} GMACs",
         "budget": f"{configuration['budget']:g} of dense 32-bit (all at 8 bits: {table.uniform_cost(8):.4f}; "
         f"reachable: {table.cheapest:.4f} to {table.dearest:.4f})",
-        "options": f"{','.join(map(str, dynamic['bits']))} bits, edges {dynamic['edge_bits']} bits, gate {dynamic['gate']}",
+        "options": f"{','.join(map(str, dynamic['bits']))} bits, edges {dynamic['edge_bits']} bits, gate {dynamic['gate']}"
+        f"{' (second pass mirrored)' if dynamic['mirror'] else ''}",
         "data": f"{data.get('dataset') or data.get('data_dir') or 'given'}: {images['train']} to tune, "
         f"{images['calibration']} held out, {images['validation']} to validate; "
         f"{'x'.join(map(str, preprocessing['input_size']))}, crop {preprocessing['crop_pct']:g}, "

@@ -28,8 +28,13 @@ def target_cost(budget: float, deviation: float, calibration_images: int, valida
     Args:
         deviation: standard deviation of the cost between images.
     """
-    error = deviation * math.sqrt(1 / calibration_images + 1 / max(validation_images, 1))
+    error = sampling_error(deviation, calibration_images, validation_images)
     return min(budget, max(HIGHEST_SHARE * budget - 3 * error, 0.93 * budget))
+
+
+def sampling_error(deviation: float, calibration_images: int, validation_images: int) -> float:
+    """Standard error of the difference between the means of two samples."""
+    return deviation * math.sqrt(1 / calibration_images + 1 / max(validation_images, 1))
 
 
 def find_operating_point(

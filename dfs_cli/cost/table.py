@@ -43,8 +43,10 @@ class CostTable:
         options: the K bitwidths, ascending.
         blocks: names of the L blocks.
         layers: every layer with MACs, in the order of the network.
-        gate_macs: the gate's MACs per block; they always run, at 32 bits, and the dense network does not have them.
+        gate_macs: the gate's MACs per block, at 32 bits; the dense network does not have them. With one pass they always
+            run, with two for the images that enter the second.
         not_counted: operations that have no MACs, and how often they occur.
+        passes: how often an image may run through the network, 1 or 2.
     """
 
     options: tuple[int, ...]
@@ -52,6 +54,7 @@ class CostTable:
     layers: tuple[LayerCost, ...]
     gate_macs: tuple[int, ...]
     not_counted: dict[str, int]
+    passes: int = 1
 
     @cached_property
     def dense_macs(self) -> int:
@@ -74,10 +77,25 @@ class CostTable:
         return share[:, None] * torch.tensor([relative_cost(b) for b in self.options], dtype=torch.float64)
 
     @cached_property
-    def fixed(self) -> float:
-        """Cost of what always runs, the gate included."""
+    def gate_cost(self) -> float:
+        """Cost of the gate."""
+        return sum(self.gate_macs) / self.dense_macs
+
+    @cached_property
+    def edges_cost(self) -> float:
+        """Cost of what always runs in a pass, besides the gate."""
         always = sum(layer.macs * relative_cost(layer.bits) for layer in self.layers if layer.bits is not None)
-        return (always + sum(self.gate_macs)) / self.dense_macs
+        return always / self.dense_macs
+
+    @property
+    def fixed(self) -> float:
+        """Cost that every image pays whatever is decided."""
+        return self.edges_cost + (self.gate_cost if self.passes == 1 else 0.0)
+
+    @property
+    def last_pass_fixed(self) -> float:
+        """Cost of the gate's own pass besides its blocks: of the only pass, or of the second."""
+        return self.edges_cost + self.gate_cost
 
     @property
     def cheapest(self) -> float:
@@ -87,17 +105,37 @@ class CostTable:
     @property
     def dearest(self) -> float:
         """The largest cost that any decision can have."""
-        return self.fixed + float(self.prices.max(dim=1).values.sum())
+        widest = float(self.prices.max(dim=1).values.sum())
+        return self.passes * (self.edges_cost + widest) + self.gate_cost
+
+    def block_costs(self, decisions: Tensor) -> Tensor:
+        """Cost of each block over all passes, (N, L) in float64, for ``decisions`` (N, P * L)."""
+        blocks = len(self.blocks)
+        prices = self.prices.to(decisions.device)
+        total = torch.zeros(len(decisions), blocks, dtype=torch.float64, device=decisions.device)
+        for choice in decisions.split(blocks, dim=1):
+            total += prices.gather(1, choice.clamp_min(0).T).T * (choice >= 0)
+        return total
 
     def cost(self, decisions: Tensor) -> Tensor:
-        """Cost of each image, (N,) in float64, for ``decisions`` (N, L) as option indices."""
-        prices = self.prices.to(decisions.device)
-        return self.fixed + prices.gather(1, decisions.T).sum(dim=0)
+        """Cost of each image, (N,) in float64.
+
+        Args:
+            decisions: (N, P * L) option indices, pass after pass; -1 in a pass that was not run.
+        """
+        total = self.fixed + self.block_costs(decisions).sum(dim=1)
+        for choice in decisions.split(len(self.blocks), dim=1)[1:]:
+            total = total + self.last_pass_fixed * (choice[:, 0] >= 0)
+        return total
 
     def expected_cost(self, probs: Tensor) -> Tensor:
-        """Cost of each image, (N,), under option probabilities (N, L, K); differentiable."""
+        """Cost (N,) of the pass that the gate decides on, under option probabilities (N, L, K); differentiable."""
         prices = self.prices.to(device=probs.device, dtype=probs.dtype)
-        return self.fixed + (probs * prices).sum(dim=(1, 2))
+        return self.last_pass_fixed + (probs * prices).sum(dim=(1, 2))
+
+    def pass_cost(self, choice: Tensor) -> Tensor:
+        """Cost (N,) of the pass that the gate decides on, under options ``choice`` (N, L)."""
+        return self.last_pass_fixed + self.block_costs(choice).sum(dim=1)
 
     def uniform_cost(self, bits: int) -> float:
         """Cost of the static network, without a gate, that runs everything at ``bits`` bits."""
@@ -124,6 +162,7 @@ class CostTable:
             "layers": [[layer.name, layer.macs, layer.block, layer.bits] for layer in self.layers],
             "gate_macs": list(self.gate_macs),
             "not_counted": self.not_counted,
+            "passes": self.passes,
         }
 
     @classmethod
@@ -134,6 +173,7 @@ class CostTable:
             layers=tuple(LayerCost(*row) for row in values["layers"]),
             gate_macs=tuple(values["gate_macs"]),
             not_counted=dict(values["not_counted"]),
+            passes=int(values["passes"]),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,9 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from dfs_cli.config import Preprocessing
+
+
+_UNFAMILIAR_CROP = 0.8
 
 
 def resolve_preprocessing(
@@ -64,6 +68,16 @@ def eval_transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
         std=preprocessing.std,
     )
     return transform
+
+
+def unfamiliar_transform(preprocessing: Preprocessing, hflip: float, min_crop: float) -> Callable[[Any], Tensor]:
+    """Harder crops than in training, at the evaluation size.
+
+    The original network has been trained on the images that are held out, and is surer of them than of new ones. Cropped so, they
+    are about as hard to it as new ones are: thresholds of confidence are set on them.
+    """
+    at_test_size = dataclasses.replace(preprocessing, train_size=preprocessing.input_size)
+    return train_transform(at_test_size, hflip, _UNFAMILIAR_CROP * min_crop)
 
 
 def train_transform(preprocessing: Preprocessing, hflip: float, min_crop: float) -> Callable[[Any], Tensor]:

@@ -20,7 +20,7 @@ from dfs_cli.errors import ConfigError, DataError
 DIGITS = "digits"
 _TRAIN_FOLDERS = ("train",)
 _VALIDATION_FOLDERS = ("val", "validation", "test")
-_CALIBRATION_SHARE, _CALIBRATION_LIMIT, _CALIBRATION_BYTES = 0.1, 2000, 1 << 30
+_CALIBRATION_SHARE, _CALIBRATION_LIMIT, _CALIBRATION_BYTES = 0.1, 5000, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Splits:
 
 
 def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0) -> Splits:
-    """Open train and validation split, and hold a tenth of the training images (2,000 or 1 GiB at most) out.
+    """Open train and validation split, and hold a tenth of the training images (5,000 or 1 GiB at most) out.
 
     All three have the evaluation transform.
 

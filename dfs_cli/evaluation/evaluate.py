@@ -9,10 +9,16 @@ import torch
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
-from dfs_cli.artifact.manifest import Evaluation
+from dfs_cli.artifact.manifest import Dynamics, Evaluation
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, UnreadableLog
 from dfs_cli.errors import DataError
+from dfs_cli.evaluation.dynamics import (
+    choice_entropy,
+    distinct_policies,
+    most_common_policy,
+    variance_between_images,
+)
 from dfs_cli.nn.network import DynamicResNet
 
 
@@ -26,15 +32,17 @@ def evaluate_network(
     amp: bool = False,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
-    """Run the network once over ``batches``.
+    """Run the network over ``batches``, and once more with the most common policy where there is more than one.
+
+    Args:
+        batches: gives the same images whenever it is iterated.
 
     Raises:
         DataError: there is no image, or too many are unreadable.
     """
     network.eval()
     top1, top5 = AverageMeter(), AverageMeter()
-    costs, seconds = [], 0.0
-    choices = torch.zeros(len(table.blocks), len(table.options), dtype=torch.long)
+    taken, seconds = [], 0.0
     for batch in batches:
         unreadable.add(batch.unreadable)
         on_batch(len(batch.targets) + len(batch.unreadable))
@@ -46,13 +54,23 @@ def evaluate_network(
             output = network.run(images)
         seconds += _now(device) - began
         _update(top1, top5, output.logits, batch.targets)
-        decisions = output.decisions.cpu()
-        costs.append(table.cost(decisions))
-        for option in range(len(table.options)):
-            choices[:, option] += (decisions == option).sum(dim=0)
-    if not costs:
+        taken.append(output.decisions.cpu())
+    if not taken:
         raise DataError("there is no image to evaluate")
-    cost = torch.cat(costs)
+    decisions = torch.cat(taken)
+    cost = table.cost(decisions)
+    runs = decisions.unflatten(1, (-1, len(table.blocks)))
+    choices = torch.stack([(runs == option).sum(dim=(0, 1)) for option in range(len(table.options))], dim=1)
+    common = most_common_policy(decisions)
+    policies = distinct_policies(decisions)
+    dynamics = Dynamics(
+        policies=policies,
+        choice_entropy=choice_entropy(decisions),
+        variance_between_images=variance_between_images(table, decisions),
+        common_share=float((decisions == common).all(dim=1).double().mean()),
+        common_top1=top1.avg if policies == 1 else _top1_with(network, common.to(device), batches, device, amp),
+        common_cost=float(table.cost(common[None])),
+    )
     return Evaluation(
         images=len(cost),
         top1=top1.avg,
@@ -63,8 +81,23 @@ def evaluate_network(
         cost_max=float(cost.max()),
         choices=tuple(tuple(row) for row in choices.tolist()),
         images_per_second=len(cost) / max(seconds, 1e-9),
+        dynamics=dynamics,
         unreadable=tuple(unreadable.found),
     )
+
+
+def _top1_with(
+    network: DynamicResNet, policy: Tensor, batches: Iterable[Batch], device: torch.device, amp: bool
+) -> float:
+    """Top-1 when every image is given the decisions ``policy`` (P * L,)."""
+    top1 = AverageMeter()
+    for batch in batches:
+        if len(batch.targets):
+            images = batch.images.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
+                logits = network.run(images, policy.expand(len(images), -1)).logits
+            _update(top1, AverageMeter(), logits, batch.targets)
+    return float(top1.avg)
 
 
 @torch.inference_mode()

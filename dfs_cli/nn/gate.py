@@ -15,6 +15,7 @@ State = tuple[Tensor, Tensor]
 
 _BIAS_SCALE = 6.0
 _NOISE = 0.05
+_SCALARS = 2  # confidence and margin, in front of the pooled features
 
 
 def initial_preference(bits: tuple[int, ...]) -> Tensor:
@@ -128,12 +129,54 @@ class FeedForwardGate(Gate):
         return [c * self.embedding + self.embedding * self.options for c in self.channels]
 
 
+class RefineGate(nn.Module):
+    """Scores K options for each of L blocks of the second pass, from what the first one found.
+
+    Args:
+        channels: width of the features that enter each block; the last pass's pooled features are as wide as ``features``.
+        features: width of the features that enter the classifier.
+        config: options and hidden width.
+
+    ``preference`` (L, K) is what a score is without a look at the image.
+    """
+
+    input_mean: Tensor
+    input_deviation: Tensor
+
+    def __init__(self, channels: list[int], features: int, config: DynamicConfig) -> None:
+        super().__init__()
+        self.blocks, self.options = len(channels), len(config.bits)
+        width = _SCALARS + features
+        self.register_buffer("input_mean", torch.zeros(width))
+        self.register_buffer("input_deviation", torch.ones(width))
+        self.embed = nn.Linear(width, config.hidden)
+        self.head = nn.Linear(config.hidden, self.blocks * self.options, bias=False)
+        nn.init.normal_(self.head.weight, std=_NOISE)
+        self.preference = nn.Parameter(initial_preference(config.bits).repeat(len(channels), 1))
+
+    def forward(self, summary: Tensor) -> Tensor:
+        """Scores (N, L, K) for ``summary`` (N, 2 + features) as :func:`dfs_cli.nn.probe.summarise` makes it."""
+        dtype = torch.float32 if self.training else torch.float64
+        with torch.autocast(summary.device.type, enabled=False):
+            x = (summary.to(dtype) - self.input_mean.to(dtype)) / self.input_deviation.to(dtype)
+            scores = _linear(self.head, _linear(self.embed, x).relu())
+            return scores.reshape(-1, self.blocks, self.options) + self.preference.to(dtype)
+
+    @torch.no_grad()
+    def normalise_input(self, summary: Tensor) -> None:
+        """Scale the input so that summaries like these have zero mean and unit deviation."""
+        self.input_mean.copy_(summary.mean(dim=0))
+        deviation = summary.std(dim=0, unbiased=False)
+        floor = 0.1 * float(deviation.mean()) or 1.0
+        self.input_deviation.copy_(deviation.clamp_min(floor))
+
+    def macs(self) -> list[int]:
+        """Multiply-accumulates for one image that enters the second pass: all before its first block."""
+        total = self.embed.weight.numel() + self.head.weight.numel()
+        return [total] + [0] * (self.blocks - 1)
+
+
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
     """A linear layer applied in the precision of ``x``."""
     layer = cast(nn.Linear, layer)
     return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
-
-
-def create_gate(channels: list[int], config: DynamicConfig) -> Gate:
-    """The gate that ``config`` names."""
-    return {"rnn": RecurrentGate, "ff": FeedForwardGate}[config.gate](channels, config)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.precision import Precision
-from dfs_cli.nn.quantization import best_step, code_range, fake_quantize, quantize_codes, route_gradient
+from dfs_cli.nn.quantization import (
+    Convolution,
+    OtherOptions,
+    best_step,
+    code_range,
+    fake_quantize,
+    quantize_codes,
+    quantized_convolution,
+)
 
 if TYPE_CHECKING:
     _Layer = nn.Module
@@ -26,6 +34,7 @@ else:
 
 # PyTorch sends a lone image with fewer values than this to another CPU convolution, which rounds differently.
 _SMALL_INPUT = 20480
+_SAMPLED_OPTIONS = 2
 
 
 class _CachedWeight(NamedTuple):
@@ -106,25 +115,38 @@ class FractionalLayer(_Layer):
         return y if self.bias is None else y + self.bias.reshape(self._output_shape())
 
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:
-        weight, quantized = self._effective_weight(), x
-        if bits != FULL_BITS:
-            row = self.bitwidths.index(bits)
-            x = x.float()
-            quantized = fake_quantize(x, self.log_input_steps[row].exp(), *code_range(bits, self._signed()))
-            weight_step = self.log_weight_steps[row].exp().reshape(self._weight_shape())
-            weight = fake_quantize(weight, weight_step, *code_range(bits, signed=True))
-        if (routing := self.precision.routing) is not None:
-            others = tuple(
-                (column, None, 0, 0)
-                if other == FULL_BITS
-                else (column, self.bitwidths.index(other), *code_range(other, self._signed()))
-                for column, other in enumerate(routing.bits)
-                if other not in (0, bits)
-            )
-            steps = self.log_input_steps.detach().exp()
-            quantized = route_gradient(quantized, x.detach(), steps, routing.probs, others)
+        weight = self._effective_weight()
+        if bits == FULL_BITS:
+            return self._apply_quantized(x, None, None, weight)
+        row = self.bitwidths.index(bits)
+        weight_step = self.log_weight_steps[row].exp().reshape(self._weight_shape())
+        weight = fake_quantize(weight, weight_step, *code_range(bits, signed=True))
         with self._exact(bits, x):
-            return self._apply_weight(quantized, weight, self.bias)
+            step = self.log_input_steps[row].exp()
+            return self._apply_quantized(x.float(), step, code_range(bits, self._signed()), weight)
+
+    def _apply_quantized(
+        self, x: Tensor, step: Tensor | None, limits: tuple[int, int] | None, weight: Tensor
+    ) -> Tensor:
+        """The layer applied to ``x`` (training), quantized with ``step`` and code ``limits``, or as it is without them."""
+        quantized = x if step is None or limits is None else fake_quantize(x, step, *limits)
+        return self._apply_weight(quantized, weight, self.bias)
+
+    def _others(self) -> OtherOptions | None:
+        """What the gate's gradient needs to know of the options that were not taken."""
+        if (routing := self.precision.routing) is None:
+            return None
+        rows = tuple(
+            (column, None, 0, 0)
+            if other == FULL_BITS
+            else (column, self.bitwidths.index(other), *code_range(other, self._signed()))
+            for column, other in enumerate(routing.bits)
+            if other not in (0, self.precision.bits)
+        )
+        # Each option costs a pass over the input: a sample of them has the same gradient in the mean.
+        sample = [rows[i] for i in torch.randperm(len(rows))[:_SAMPLED_OPTIONS].tolist()]
+        scale = len(rows) / max(1, len(sample))
+        return OtherOptions(routing.probs, self.log_input_steps.detach().exp(), tuple(sample), scale)
 
     @staticmethod
     def _exact(bits: int, x: Tensor) -> AbstractContextManager[object]:
@@ -198,6 +220,16 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
 
     def _output_shape(self) -> tuple[int, ...]:
         return (1, -1, 1, 1)
+
+    def _apply_quantized(
+        self, x: Tensor, step: Tensor | None, limits: tuple[int, int] | None, weight: Tensor
+    ) -> Tensor:
+        others = self._others()
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or (step is None and others is None):
+            return super()._apply_quantized(x, step, limits, weight)
+        geometry = Convolution(self.stride, self.padding, self.dilation, self.groups)
+        y = quantized_convolution(x, step, limits, weight, geometry, others)
+        return y if self.bias is None else y + self.bias.reshape(self._output_shape())
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[0] == 1 and not self.training and x.device.type == "cpu" and x.numel() <= _SMALL_INPUT:

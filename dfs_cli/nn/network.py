@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.config import FULL_BITS, DynamicConfig
-from dfs_cli.nn.gate import create_gate
+from dfs_cli.nn.gate import Gate, RefineGate
 from dfs_cli.nn.precision import Precision, Routing
 
 
@@ -43,11 +43,21 @@ class Block:
 
 
 class Output(NamedTuple):
-    """Logits (N, classes), decisions (N, L) as option indices, and the gate's probabilities (N, L, K) in training."""
+    """What a network makes of a batch of N images.
+
+    Args:
+        logits: (N, classes).
+        decisions: (N, P * L) as option indices, pass after pass; -1 where an image did not enter the pass.
+        probs: in training, the gate's probabilities (M, L, K) for the images it decided on.
+        first: with two passes, the first one's logits (N, classes).
+        unsure: with two passes, the indices (M,) of the images that entered the second.
+    """
 
     logits: Tensor
     decisions: Tensor
     probs: Tensor | None
+    first: Tensor | None = None
+    unsure: Tensor | None = None
 
 
 class DynamicResNet(nn.Module):
@@ -63,12 +73,14 @@ class DynamicResNet(nn.Module):
         edges: the precision of what always runs.
         config: options and gate.
         prices: (L, K), the cost of each option as a fraction of the dense network's cost.
+        gate: what scores the options.
 
     ``operating_point`` is the price of cost: decisions maximise ``logits - operating_point * prices``. It is a plain
     number, moved in tuning and set by calibration.
     """
 
     prices: Tensor
+    gate: Gate
 
     def __init__(
         self,
@@ -78,6 +90,7 @@ class DynamicResNet(nn.Module):
         edges: Precision,
         config: DynamicConfig,
         prices: Tensor,
+        gate: Gate | RefineGate,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -85,7 +98,7 @@ class DynamicResNet(nn.Module):
         self.blocks = blocks
         self.edges = edges
         self.config = config
-        self.gate = create_gate([block.channels for block in blocks], config)
+        self.add_module("gate", gate)
         self.register_buffer("prices", prices.double(), persistent=False)
         self.operating_point = 0.0
 
@@ -129,6 +142,40 @@ class DynamicResNet(nn.Module):
     def full_precision(self) -> AbstractContextManager[None]:
         """A context within which what always runs does so in floating point."""
         return self.edges.at(FULL_BITS)
+
+    @property
+    def price(self) -> float:
+        """What the gate's scores are charged per unit of cost."""
+        return self.operating_point
+
+    @price.setter
+    def price(self, value: float) -> None:
+        self.operating_point = value
+
+    def fit_gate(self, images: Tensor) -> None:
+        """Scale the gate's input to zero mean and unit deviation over ``images`` (N, C, H, W), run in full precision."""
+        handles = []
+        for i, block in enumerate(self.blocks):
+
+            def normalise(_: nn.Module, inputs: tuple[Tensor, ...], index: int = i) -> None:
+                self.gate.normalise_input(index, inputs[0])
+
+            handles.append(block.module.register_forward_pre_hook(normalise))
+        try:
+            self.run_in_full(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def run_in_full(self, images: Tensor) -> Tensor:
+        """Logits in floating point throughout: those of the model that this network was made from."""
+        with self.full_precision():
+            x = self.layout.stem(self.backbone, images)
+            for block in self.blocks:
+                with block.precision.at(FULL_BITS):
+                    x = block.module(x)
+            return self.layout.head(self.backbone, x)
 
     def _route(self, block: Block, x: Tensor, choice: Tensor, probs: Tensor | None, explore: float) -> Tensor:
         """Run each group of images with its option, (N, C, H, W) to (N, C', H', W'), in the order of the batch."""

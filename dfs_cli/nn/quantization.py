@@ -7,10 +7,11 @@ LSQ's gradient scale is not needed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -39,14 +40,27 @@ class _FakeQuantize(torch.autograd.Function):
         (grad,) = grads
         x, step = ctx.saved_tensors
         ratio = x / step
-        inside = (ratio >= ctx.low) & (ratio <= ctx.high)
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
+        grad_x = torch.ops.aten.hardtanh_backward(grad, ratio, *_open_ends(ctx.low, ctx.high))
         grad_step = None
         if ctx.needs_input_grad[1]:
-            # LSQ, equation 3: round(v/s) - v/s inside the range, the clipped code outside.
-            slope = ratio.round().clamp_(ctx.low, ctx.high).sub_(ratio.mul_(inside))
-            grad_step = slope.mul_(grad).sum_to_size(step.shape)
-        return grad_x, grad_step, None, None
+            slope = ratio.mul(grad_x)
+            grad_step = ratio.round_().clamp_(ctx.low, ctx.high).mul_(grad).sub_(slope).sum_to_size(step.shape)
+        return grad_x if ctx.needs_input_grad[0] else None, grad_step, None, None
+
+
+def _open_ends(low: float, high: float) -> tuple[float, float]:
+    """The range in which the gradient passes; its ends do not, but for zero: there ReLU has put half of the values."""
+    return (low if low else -float("inf")), high
+
+
+def _clip_gradient_(grad: Tensor, x: Tensor, step: Tensor, low: int, high: int) -> None:
+    """Set ``grad`` to zero where ``x`` is outside the quantizer's range, in place, for a ``step`` of one element.
+
+    With it LSQ's gradient of the step size (equation 3: the rounding error inside the range, the clipped code outside)
+    is ``(<grad, quantized> - <clipped grad, x>) / step``.
+    """
+    ends = _open_ends(float(step) * low, float(step) * high)
+    torch.ops.aten.hardtanh_backward.grad_input(grad, x.to(grad.dtype), *ends, grad_input=grad)
 
 
 def fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
@@ -84,40 +98,131 @@ def best_step(x: Tensor, bits: int, signed: bool, candidates: int = 24) -> Tenso
     return best
 
 
-class _RouteGradient(torch.autograd.Function):
-    """Identity on the quantized input; backward gives the gate the first-order effect of the options not taken."""
+class Convolution(NamedTuple):
+    """The geometry of a convolution."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class OtherOptions(NamedTuple):
+    """Options that a block might have taken: what the gate's gradient is computed from.
+
+    Args:
+        probs: (N, K), the gate's probabilities.
+        steps: (Q,), step sizes.
+        rows: (column of ``probs``, row of ``steps`` or None for full precision, lowest code, highest code) per option.
+        scale: factor of the gradient, where ``rows`` are a sample of the options.
+    """
+
+    probs: Tensor
+    steps: Tensor
+    rows: tuple[tuple[int, int | None, int, int], ...]
+    scale: float = 1.0
+
+
+class _QuantizedConvolution(torch.autograd.Function):
+    """Convolution of the quantized input. The quantized input is computed again in the backward pass, not kept."""
 
     @staticmethod
     def forward(
-        ctx: Any, quantized: Tensor, x: Tensor, steps: Tensor, probs: Tensor, options: tuple[Any, ...]
+        ctx: Any,
+        x: Tensor,
+        step: Tensor,
+        code_limits: tuple[int, int] | None,
+        weight: Tensor,
+        convolution: Convolution,
+        probs: Tensor | None,
+        steps: Tensor | None,
+        rows: tuple[tuple[int, int | None, int, int], ...],
+        scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(quantized, x, steps)
-        ctx.options, ctx.shape = options, probs.shape
-        return quantized.view_as(quantized)
+        ctx.save_for_backward(x, step, weight, steps)
+        ctx.limits, ctx.convolution, ctx.rows, ctx.scale = code_limits, convolution, rows, scale
+        ctx.shape = None if probs is None else probs.shape
+        return functional.conv2d(_quantize(x, step, code_limits), weight, None, *convolution)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        quantized, x, steps = ctx.saved_tensors
-        effect = grad.new_zeros(ctx.shape)
-        for column, row, low, high in ctx.options:
-            other = x if row is None else quantize_codes(x, steps[row], low, high).mul_(steps[row])
-            effect[:, column] = (grad * (other - quantized)).flatten(1).sum(1)
-        return grad, None, None, effect, None
+        x, step, weight, steps = ctx.saved_tensors
+        geometry, limits = ctx.convolution, ctx.limits
+        quantized = _quantize(x, step, limits)
+        needs_x, needs_step, _, needs_weight, _, needs_probs = ctx.needs_input_grad[:6]
+        grad, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grads[0], quantized.to(grads[0].dtype), weight.to(grads[0].dtype), None,
+            geometry.stride, geometry.padding, geometry.dilation, False, [0, 0], geometry.groups,
+            [needs_x or needs_step or needs_probs, needs_weight, False],
+        )  # fmt: skip
+        grad_step = effect = None
+        if needs_probs:
+            effect = x.new_zeros(ctx.shape)
+            taken = _rowwise_dot(grad, quantized)
+            for column, row, low, high in ctx.rows:
+                other = x if row is None else _quantize(x, steps[row], (low, high))
+                effect[:, column] = (_rowwise_dot(grad, other) - taken) * ctx.scale
+        if needs_step:
+            grad_step = _dot(grad, quantized)
+        del quantized
+        if limits is not None and (needs_x or needs_step):
+            _clip_gradient_(grad, x, step, *limits)
+        if grad_step is not None:
+            grad_step = (grad_step - _dot(grad, x)) / step
+        grad_x = grad if needs_x else None
+        return grad_x, grad_step, None, grad_weight, None, effect, None, None, None
 
 
-def route_gradient(quantized: Tensor, x: Tensor, steps: Tensor, probs: Tensor, options: tuple[Any, ...]) -> Tensor:
-    """``quantized`` unchanged, with a gradient for ``probs``: ``<dL/dq, Q_k(x) - q>`` for each other option k.
+def _quantize(x: Tensor, step: Tensor, limits: tuple[int, int] | None) -> Tensor:
+    return x if limits is None else quantize_codes(x, step, *limits).mul_(step)
+
+
+def _rows_in_memory(x: Tensor) -> Tensor:
+    """``x`` (N, C, H, W) as (N, values), in the order in which it lies in memory."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(len(x), -1)
+
+
+def _same_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``a`` and ``b`` (N, C, H, W) as (N, values), their values in the same order."""
+    if a.stride() != b.stride():
+        is_last = b.is_contiguous(memory_format=torch.channels_last)
+        a = a.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+    return _rows_in_memory(a.to(b.dtype)), _rows_in_memory(b)
+
+
+def _rowwise_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Dot products of each image's values, (N,)."""
+    a, b = _same_order(a, b)
+    return (a * b).sum(dim=1)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    a, b = _same_order(a, b)
+    return torch.dot(a.flatten(), b.flatten())
+
+
+def quantized_convolution(
+    x: Tensor,
+    step: Tensor | None,
+    code_limits: tuple[int, int] | None,
+    weight: Tensor,
+    convolution: Convolution,
+    others: OtherOptions | None = None,
+) -> Tensor:
+    """``conv2d(fake_quantize(x, step, *code_limits), weight)`` in about the memory of a dense convolution.
 
     Args:
-        quantized: (N, ...), the input as quantized by the option taken.
-        x: (N, ...), the input before quantization.
-        steps: (Q,), step sizes.
-        probs: (N, K), the gate's probabilities.
-        options: a tuple (column of ``probs``, row of ``steps`` or None for full precision, low, high) per other option.
-
-    This costs elementwise work only: no other option is run.
+        x: (N, C, H, W).
+        step: (), positive; None with ``code_limits`` None: ``x`` is not quantized.
+        weight: quantized already.
+        others: gives ``others.probs`` the gradient ``<dL/dq, Q_k(x) - q>`` for each other option k, the first-order
+            effect of taking it. This is elementwise work only: no other option is run.
     """
-    result = _RouteGradient.apply(quantized, x, steps, probs, options)
+    if step is None:
+        step = x.new_ones(())
+    probs, steps, rows, scale = others if others is not None else (None, None, (), 1.0)
+    result = _QuantizedConvolution.apply(x, step, code_limits, weight, convolution, probs, steps, rows, scale)
     assert isinstance(result, Tensor)
     return result

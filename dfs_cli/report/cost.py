@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, TypedDict
 
 from dfs_cli.artifact.manifest import Evaluation, Manifest
@@ -13,17 +14,21 @@ CONVENTIONS = (
     "MACs are multiply-accumulates of convolutions and linear maps, as fvcore counts them (one multiply-accumulate counts "
     "one), for one image at the evaluation size.",
     "A b-bit MAC costs (b/32)^2 of a 32-bit one; costs are fractions of the dense 32-bit network's MACs.",
-    "The gate is included, at 32 bits; so is everything else that always runs.",
+    "The gate is included, at 32 bits; so is everything else that always runs, and every pass that an image takes.",
 )
 
 
 class LayerRow(TypedDict):
-    """One layer: ``histogram`` maps bitwidths to shares of the images, costs are fractions of the dense network's."""
+    """One layer: ``histogram`` maps bitwidths to shares of its runs, of which an image has one per pass.
+
+    ``macs`` are those of one run, ``mean_cost`` that of all runs of an image as a fraction of the dense network's.
+    """
 
     name: str
     block: str | None
     macs: int
     dense_share: float
+    runs: float
     histogram: dict[int, float]
     mean_bits: float
     mean_bitweighted_macs: float
@@ -41,19 +46,21 @@ def layer_rows(table: CostTable, evaluation: Evaluation) -> list[LayerRow]:
             counts = evaluation.choices[layer.block]
             histogram = {b: n / sum(counts) for b, n in zip(table.options, counts, strict=True)}
         block = None if layer.block is None else table.blocks[layer.block]
-        rows.append(_row(layer.name, block, layer.macs, histogram, table.dense_macs))
-    gate = _row("gate", None, sum(table.gate_macs), {FULL_BITS: 1.0}, table.dense_macs)
+        rows.append(_row(layer.name, block, layer.macs, evaluation.passes, histogram, table.dense_macs))
+    gate_runs = evaluation.passes - (table.passes - 1)
+    gate = _row("gate", None, sum(table.gate_macs), gate_runs, {FULL_BITS: 1.0}, table.dense_macs)
     gate["dense_share"] = 0.0  # the dense network has no gate
     return [*rows, gate]
 
 
-def _row(name: str, block: str | None, macs: int, histogram: dict[int, float], dense: int) -> LayerRow:
-    bitweighted = macs * sum(share * relative_cost(bits) for bits, share in histogram.items())
+def _row(name: str, block: str | None, macs: int, runs: float, histogram: dict[int, float], dense: int) -> LayerRow:
+    bitweighted = macs * runs * sum(share * relative_cost(bits) for bits, share in histogram.items())
     return LayerRow(
         name=name,
         block=block,
         macs=macs,
         dense_share=macs / dense,
+        runs=runs,
         histogram=histogram,
         mean_bits=sum(share * bits for bits, share in histogram.items()),
         mean_bitweighted_macs=bitweighted,
@@ -61,8 +68,13 @@ def _row(name: str, block: str | None, macs: int, histogram: dict[int, float], d
     )
 
 
+def dynamics_record(evaluation: Evaluation) -> dict[str, Any]:
+    """How dynamic the network is, for reports and ``--json``."""
+    return {"passes": evaluation.passes, **asdict(evaluation.dynamics)}
+
+
 def option_shares(table: CostTable, evaluation: Evaluation) -> dict[int, float]:
-    """How often each option was chosen, over all images and blocks."""
+    """How often each option was chosen, over all images, blocks and passes."""
     totals = [sum(column) for column in zip(*evaluation.choices, strict=True)]
     return {b: n / sum(totals) for b, n in zip(table.options, totals, strict=True)}
 
@@ -97,6 +109,7 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "gmacs_dense": table.dense_macs / 1e9,
         "gmacs_bitweighted": table.dense_macs * evaluation.cost / 1e9,
         "option_shares": option_shares(table, evaluation),
+        "dynamics": dynamics_record(evaluation),
         "layers": layer_rows(table, evaluation),
         "not_counted": table.not_counted,
         "unreadable_images": list(evaluation.unreadable),
@@ -126,5 +139,6 @@ def evaluation_record(manifest: Manifest, evaluation: Evaluation, param_count: f
         "interpolation": preprocessing.interpolation,
         "images_per_second": evaluation.images_per_second,
         "option_shares": option_shares(table, evaluation),
+        "dynamics": dynamics_record(evaluation),
         "unreadable": list(evaluation.unreadable),
     }

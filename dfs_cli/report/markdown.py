@@ -9,6 +9,17 @@ def _percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _dynamics(report: dict[str, Any]) -> list[str]:
+    d = report["dynamics"]
+    return [
+        f"**How dynamic it is:** {d['policies']} distinct policies over {report['images']} images, "
+        f"{d['passes']:.2f} passes per image; the choice of a block has {d['choice_entropy']:.2f} bits of entropy in the mean, "
+        f"and {d['variance_between_images']:.1%} of the variance of block costs lies between images. "
+        f"With the most common policy ({d['common_share']:.1%} of the images) for all: "
+        f"top-1 {d['common_top1']:.2f} at cost {d['common_cost']:.4f}.",
+    ]
+
+
 def render_markdown(report: dict[str, Any]) -> str:
     """The report of :func:`dfs_cli.report.cost.cost_report` for people."""
     source = report["source"]
@@ -30,6 +41,8 @@ def render_markdown(report: dict[str, Any]) -> str:
         "",
         f"**For comparison:** the same network run statically with everything at 8 bits costs "
         f"{report['cost_all_8_bit']:.4f}, and usually loses next to nothing.",
+        "",
+        *_dynamics(report),
         "",
         f"Weights: {source.get('weights') or 'unknown'}; licence: {source.get('license') or 'unknown'}.",
         "",

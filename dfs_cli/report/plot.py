@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return find_spec("matplotlib") is not None
+
+
 def check_plot_path(path: Path) -> None:
     """Raises ConfigError where the suffix names no format, MissingDependencyError without matplotlib."""
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ConfigError(f"plot {path}: expected a name that ends in {', '.join(PLOT_SUFFIXES)}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingDependencyError("plots need matplotlib: pip install 'dfs-cli[plot]'") from None
+    if not has_matplotlib():
+        raise MissingDependencyError("plots need matplotlib: pip install 'dfs-cli[plot]'")
 
 
 def plot_choices(manifest: Manifest, evaluation: Evaluation) -> Figure:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from dfs_cli.artifact.manifest import Evaluation, Manifest
 from dfs_cli.cost.table import CostTable
-from dfs_cli.report.cost import LayerRow, layer_rows
+from dfs_cli.report.cost import LayerRow, dynamics_record, layer_rows
 
 # Grey for skipped, then from blue to red, in the 256 colours of terminals.
 _COLOURS = (240, 21, 27, 33, 39, 45, 51, 49, 47, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
@@ -76,6 +76,7 @@ def print_profile(console: Console, manifest: Manifest, evaluation: Evaluation, 
         + f"; all at 8 bits: {table.uniform_cost(8):.4f})",
         highlight=False,
     )
+    console.print(dynamics_text(dynamics_record(evaluation)), highlight=False)
 
 
 def print_plan(console: Console, name: str, table: CostTable, budget: float) -> None:
@@ -88,8 +89,8 @@ def print_plan(console: Console, name: str, table: CostTable, budget: float) -> 
     for block, macs, prices in zip(table.blocks, table.block_macs, table.prices.tolist(), strict=True):
         grid.add_row(block, f"{macs / 1e6:.2f}", *(f"{price:.4f}" for price in prices))
     always = sum(layer.macs for layer in table.layers if layer.block is None)
-    grid.add_row("always", f"{always / 1e6:.2f}", f"{table.fixed - sum(table.gate_macs) / table.dense_macs:.4f}")
-    grid.add_row("gate", f"{sum(table.gate_macs) / 1e6:.2f}", f"{sum(table.gate_macs) / table.dense_macs:.4f}")
+    grid.add_row("always", f"{always / 1e6:.2f}", f"{table.edges_cost:.4f}")
+    grid.add_row("gate", f"{sum(table.gate_macs) / 1e6:.2f}", f"{table.gate_cost:.4f}")
     console.print(f"{name}: cost of each option, as a fraction of the dense network", highlight=False)
     console.print(grid)
     for line in (
@@ -98,6 +99,17 @@ def print_plan(console: Console, name: str, table: CostTable, budget: float) -> 
         f"for comparison     {table.uniform_cost(8):.4f} with everything statically at 8 bits",
     ):
         console.print(line, highlight=False)
+
+
+def dynamics_text(dynamics: dict[str, Any]) -> str:
+    """How dynamic a network is, in two lines."""
+    return (
+        f"{dynamics['policies']} policies, {dynamics['passes']:.2f} passes per image, "
+        f"{dynamics['choice_entropy']:.2f} bits of entropy per choice, "
+        f"{dynamics['variance_between_images']:.1%} of cost variance between images\n"
+        f"the most common policy ({dynamics['common_share']:.1%} of images) for all: "
+        f"top-1 {dynamics['common_top1']:.2f} at cost {dynamics['common_cost']:.4f}"
+    )
 
 
 def print_evaluation(console: Console, record: dict[str, Any]) -> None:
@@ -121,4 +133,5 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
         f"{'skip' if b == 0 else f'{b} bit'} {share:.1%}" for b, share in record["option_shares"].items()
     )
     grid.add_row("chosen", shares)
+    grid.add_row("dynamic", dynamics_text(record["dynamics"]))
     console.print(grid, highlight=False)

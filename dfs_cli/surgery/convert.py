@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -13,10 +15,12 @@ from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.cost.count import count_macs
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.errors import UnsupportedModelError
-from dfs_cli.nn.gate import create_gate
+from dfs_cli.nn.gate import FeedForwardGate, Gate, RecurrentGate, RefineGate
 from dfs_cli.nn.layers import CONVOLUTIONS, FractionalConv2d, FractionalLayer, FractionalLinear
 from dfs_cli.nn.network import Block, DynamicResNet
+from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, match_statistics, moments
 from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.probe import ProbedResNet
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
 
 
@@ -92,8 +96,17 @@ def plan_costs(model: nn.Module, config: DynamicConfig, input_size: tuple[int, i
         for name, macs in count.layers.items()
     )
     with torch.random.fork_rng(devices=[]):  # a throwaway gate must not use up random numbers
-        gate_macs = create_gate(block_channels(model), config).macs()
-    return CostTable(config.bits, tuple(find_blocks(model)), layers, tuple(gate_macs), count.not_counted)
+        gate_macs = _create_gate(model, config).macs()
+    passes = 2 if config.gate == "probe" else 1
+    return CostTable(config.bits, tuple(find_blocks(model)), layers, tuple(gate_macs), count.not_counted, passes)
+
+
+def _create_gate(model: nn.Module, config: DynamicConfig) -> Gate | RefineGate:
+    """The gate that ``config`` names, for ``model``."""
+    channels = block_channels(model)
+    if config.gate == "probe":
+        return RefineGate(channels, int(model.num_features), config)  # type: ignore[arg-type]
+    return {"rnn": RecurrentGate, "ff": FeedForwardGate}[config.gate](channels, config)
 
 
 def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> DynamicResNet:
@@ -125,51 +138,73 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
             assert isinstance(layer, nn.Linear)
             new = FractionalLinear.from_module(layer, widths, precision)
         backbone.set_submodule(name, new)
+    if bitwidths:
+        for name, (norm, block) in _norms(backbone).items():
+            adopted = FRACTIONAL_NORMS[type(norm)].adopt(norm, bitwidths, precisions[block])
+            backbone.set_submodule(name, adopted)
     blocks = [
         Block(path, module, FAMILIES[type(module)].skip, precision, width)
         for (path, module), precision, width in zip(block_modules.items(), precisions, channels, strict=True)
     ]
     device = next(backbone.parameters()).device
-    return DynamicResNet(backbone, LAYOUTS[type(backbone)], blocks, edges, config, table.prices).to(device).eval()
+    gate = _create_gate(model, config)
+    parts = (backbone, LAYOUTS[type(backbone)], blocks, edges, config, table.prices)
+    network = ProbedResNet(*parts, gate) if isinstance(gate, RefineGate) else DynamicResNet(*parts, gate)
+    return network.to(device).eval()
+
+
+def _norms(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """The batch-norms that see what a block's bitwidth changes, by path, with the block's index."""
+    found = {}
+    for i, (path, block) in enumerate(find_blocks(model).items()):
+        family = FAMILIES[type(block)]
+        for name, module in block.named_modules(prefix=path):
+            if type(module) in FRACTIONAL_NORMS and not _is_within(name, path, (family.shortcut, *family.before)):
+                found[name] = (module, i)
+    return found
 
 
 @torch.no_grad()
 def fit_scales(network: DynamicResNet, images: Tensor) -> None:
-    """Set all step sizes and the gate's input scale, from the weights and a pass in full over ``images`` (N, C, H, W)."""
-    handles = []
+    """Set all step sizes, the statistics per bitwidth and the gate's input scale, from ``images`` (N, C, H, W)."""
+    was_training = network.training
+    network.eval()
+    expected: dict[FractionalBatchNorm, tuple[Tensor, Tensor]] = {}
+
+    def observe_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        cast(FractionalLayer, layer).calibrate_input(inputs[0])
+
+    def observe_moments(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        expected[cast(FractionalBatchNorm, norm)] = moments(inputs[0])
+
     for layer in network.backbone.modules():
         if isinstance(layer, FractionalLayer):
             layer.calibrate_weight()
+    with _hooked(network, FractionalLayer, observe_input), _hooked(network, FractionalBatchNorm, observe_moments):
+        network.run_in_full(images)
+    for option, bits in enumerate(network.config.bits):
+        if bits in (0, FULL_BITS):
+            continue
 
-            def observe(module: FractionalLayer, inputs: tuple[Tensor, ...]) -> None:
-                module.calibrate_input(inputs[0])
+        def match(norm: nn.Module, inputs: tuple[Tensor, ...], bits: int = bits) -> None:
+            norm = cast(FractionalBatchNorm, norm)
+            match_statistics(norm, norm.bitwidths.index(bits), expected[norm], inputs[0])
 
-            handles.append(layer.register_forward_pre_hook(observe))
-    for i, block in enumerate(network.blocks):
+        with _hooked(network, FractionalBatchNorm, match):
+            network.run(images, torch.full((len(images), len(network.blocks)), option, device=images.device))
+    network.fit_gate(images)
+    network.train(was_training)
 
-        def normalise(_: nn.Module, inputs: tuple[Tensor, ...], index: int = i) -> None:
-            network.gate.normalise_input(index, inputs[0])
 
-        handles.append(block.module.register_forward_pre_hook(normalise))
-    was_training = network.training
-    network.eval()
+@contextmanager
+def _hooked(network: nn.Module, kind: type, hook: Callable[[nn.Module, tuple[Tensor, ...]], None]) -> Iterator[None]:
+    """Call ``hook`` with the inputs of every layer of a kind before it runs, within the context."""
+    handles = [m.register_forward_pre_hook(hook) for m in network.modules() if isinstance(m, kind)]
     try:
-        run_in_full(network, images)
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        network.train(was_training)
-
-
-@torch.no_grad()
-def run_in_full(network: DynamicResNet, images: Tensor) -> Tensor:
-    """Logits of the network in floating point throughout: those of the model it was made from."""
-    with network.full_precision():
-        x = network.layout.stem(network.backbone, images)
-        for block in network.blocks:
-            with block.precision.at(FULL_BITS):
-                x = block.module(x)
-        return network.layout.head(network.backbone, x)
 
 
 def verify_conversion(model: nn.Module, network: DynamicResNet, images: Tensor) -> None:
@@ -183,7 +218,7 @@ def verify_conversion(model: nn.Module, network: DynamicResNet, images: Tensor) 
     with torch.no_grad():
         expected = model(images)
     model.train(was_training)
-    found = run_in_full(network, images)
+    found = network.run_in_full(images)
     scale = float(expected.abs().max()) or 1.0
     difference = float((found - expected).abs().max()) / scale
     if math.isnan(difference) or difference > 1e-4:

@@ -29,6 +29,7 @@ class BlockFamily:
         branch: modules inside it whose convolutions follow the block's bitwidth.
         skip: ``skip(block, x)`` is the block's output with its residual branch zeroed.
         shortcut: the module whose convolutions always run, at the edge bitwidth.
+        before: modules that run before the block's first convolution, on what no bitwidth of the block has changed.
 
     Convolutions elsewhere in the block (attention) always run in floating point.
     """
@@ -37,6 +38,7 @@ class BlockFamily:
     branch: tuple[str, ...]
     skip: Callable[[nn.Module, Tensor], Tensor]
     shortcut: str = "downsample"
+    before: tuple[str, ...] = ()
 
 
 def _skip_after_activation(last_activation: str) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -97,8 +99,8 @@ FAMILIES = {
         BlockFamily(
             SelectiveKernelBottleneck, ("conv1.conv", "conv2.paths", "conv3.conv"), _skip_after_activation("act")
         ),
-        BlockFamily(PreActBasic, ("conv1", "conv2"), _skip_before_activation),
-        BlockFamily(PreActBottleneck, ("conv1", "conv2", "conv3"), _skip_before_activation),
+        BlockFamily(PreActBasic, ("conv1", "conv2"), _skip_before_activation, before=("norm1",)),
+        BlockFamily(PreActBottleneck, ("conv1", "conv2", "conv3"), _skip_before_activation, before=("norm1",)),
     )
 }
 

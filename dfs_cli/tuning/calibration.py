@@ -10,6 +10,11 @@ from torch import Tensor
 from dfs_cli.cost.operating_point import OperatingPoint, find_operating_point, target_cost
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.probe import NOBODY_IS_SURE, ProbedResNet, doubt
+
+# A threshold of doubt lies in the middle of the interval that the budget promises: what is sure of held-out images need not be
+# as sure of new ones.
+_AIM = 0.96
 
 
 def calibrate(
@@ -38,6 +43,8 @@ def calibrate(
         return cost
 
     network.eval()
+    if isinstance(network, ProbedResNet):
+        return _calibrate_threshold(network, table, batches, budget, on_evaluation)
     images = sum(len(b) for b in batches)
     point = find_operating_point(cost_at, budget, start=network.operating_point)
     deviation = float(cost_at(point.value).std(unbiased=False))
@@ -45,4 +52,45 @@ def calibrate(
     if target < budget:
         point = find_operating_point(cost_at, target, start=point.value)
     network.operating_point = point.value
+    return point
+
+
+@torch.inference_mode()
+def _calibrate_threshold(
+    network: ProbedResNet,
+    table: CostTable,
+    batches: Sequence[Tensor],
+    budget: float,
+    on_evaluation: Callable[[float, float], None],
+) -> OperatingPoint:
+    """Set the threshold of doubt; where all images may enter the second pass, its price."""
+
+    def run_all(price: float) -> tuple[Tensor, Tensor]:
+        """Doubts and costs (N,) of the held-out images, all of them in both passes."""
+        network.price, network.operating_point = price, NOBODY_IS_SURE
+        outputs = [network.run(images) for images in batches]
+        costs = torch.cat([table.cost(output.decisions) for output in outputs]).cpu()
+        on_evaluation(price, float(costs.mean()))
+        return torch.cat([doubt(output.first) for output in outputs if output.first is not None]).cpu(), costs
+
+    doubts, costs = run_all(network.price)
+    if float(costs.mean()) <= budget:
+        point = find_operating_point(lambda price: run_all(price)[1], budget, start=network.price)
+        network.price, network.operating_point = point.value, NOBODY_IS_SURE
+        return OperatingPoint(NOBODY_IS_SURE, point.cost)
+    first = float(table.cost(torch.cat([network.policy, torch.full_like(network.policy, -1)])[None].cpu()))
+
+    def cost_at(threshold: float) -> Tensor:
+        return torch.where(doubts > threshold, costs, first)
+
+    def threshold_for(target: float) -> float:
+        # The most doubtful images whose second passes can be paid.
+        order = doubts.argsort(descending=True)
+        mean_cost = first + (costs[order] - first).cumsum(0) / len(costs)
+        affordable = int((mean_cost <= target).sum())
+        return float(doubts[order[affordable]]) if affordable < len(order) else NOBODY_IS_SURE
+
+    network.operating_point = threshold_for(_AIM * budget)
+    point = OperatingPoint(network.operating_point, float(cost_at(network.operating_point).mean()))
+    on_evaluation(*point)
     return point

@@ -17,6 +17,7 @@ from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler
 from dfs_cli.errors import DivergedError
+from dfs_cli.nn.probe import ProbedResNet
 from dfs_cli.tuning.losses import cost_excess, distillation_loss
 from dfs_cli.tuning.state import TuningState
 
@@ -37,6 +38,18 @@ class StepRecord(NamedTuple):
     target: float
     price: float
     lr: float
+
+
+class Goal(NamedTuple):
+    """What a network is tuned for.
+
+    Args:
+        cost: mean cost of the pass that the gate decides on, of the only one or of the second.
+        share: with two passes, the share of a batch's images that enter the second; 0 tunes the first alone.
+    """
+
+    cost: float
+    share: float | None = None
 
 
 def seed_everything(seed: int) -> None:
@@ -60,7 +73,7 @@ def tune(
     state: TuningState,
     teacher: nn.Module,
     table: CostTable,
-    budget: float,
+    goal: Goal,
     loader: DataLoader[Batch],
     config: TuningConfig,
     device: torch.device,
@@ -71,7 +84,7 @@ def tune(
 
     Args:
         teacher: the original network, for distillation.
-        budget: the target cost once the ramp is over.
+        goal: what the network is tuned for.
         loader: over an :class:`EpochSampler`.
         on_step: called after each step; the only place where a run reports.
 
@@ -79,25 +92,30 @@ def tune(
         DivergedError: the loss is NaN or infinite.
         DataError: too many images are unreadable.
     """
-    network = state.network.train()
+    network = state.network.to(memory_format=torch.channels_last).train()
+    teacher = teacher.to(memory_format=torch.channels_last)
     gate = {id(p) for p in network.gate.parameters()}
     trained_later = [p for group in state.optimizer.param_groups for p in group["params"] if id(p) not in gate]
-    warmup_steps = int(config.warmup * state.total_steps)
+    # Two passes start from the best static mixes: there is nothing to approach slowly.
+    approaches = goal.share is None
+    warmup_steps = int(config.warmup * state.total_steps) if approaches else 0
     try:
         for batch in _batches(state, loader):
             unreadable.add(batch.unreadable)
             warming_up = state.step < warmup_steps
             for parameter in trained_later:
                 parameter.requires_grad_(not warming_up)
-            target = target_at(state.step, state.total_steps, config.ramp, table.dearest, budget)
-            images = batch.images.to(device, non_blocking=True)
+            target = goal.cost
+            if approaches:
+                target = target_at(state.step, state.total_steps, config.ramp, table.dearest, goal.cost)
+            images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
             targets = batch.targets.to(device, non_blocking=True)
-            record = _step(state, teacher, table, images, targets, target, config)
+            record = tuning_step(state, teacher, table, images, targets, goal._replace(cost=target), config)
             on_step(record._replace(phase="gate" if warming_up else "all"))
     finally:
         for parameter in trained_later:
             parameter.requires_grad_(True)
-        network.eval()
+        network.to(memory_format=torch.contiguous_format).eval()
 
 
 def _batches(state: TuningState, loader: DataLoader[Batch]) -> Iterator[Batch]:
@@ -115,39 +133,73 @@ def _batches(state: TuningState, loader: DataLoader[Batch]) -> Iterator[Batch]:
         sampler.start = 0
 
 
-def _step(
+def tuning_step(
     state: TuningState,
     teacher: nn.Module,
     table: CostTable,
     images: Tensor,
     targets: Tensor,
-    target: float,
+    goal: Goal,
     config: TuningConfig,
 ) -> StepRecord:
+    """One step: forward, backward, update of the parameters and of the price of cost."""
+    network = state.network
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.amp):
+        if isinstance(network, ProbedResNet):
+            output = network.run(images, explore=_EXPLORE, share=goal.share)
+        else:
+            output = network.run(images, explore=_EXPLORE)
+        taught = _taught_images(len(images), output.unsure) if config.distillation else None
         with torch.no_grad():
-            teacher_logits = teacher(images) if config.distillation else None
-        output = state.network.run(images, explore=_EXPLORE)
-    logits = output.logits.float()
-    assert output.probs is not None
+            teacher_logits = None if taught is None else teacher(images[taught]).float()
+    logits, first, unsure = output.logits.float(), output.first, output.unsure
     cost = table.cost(output.decisions)
-    excess = cost_excess(cost.float(), table.expected_cost(output.probs), target)
-    loss = F.cross_entropy(logits, targets) + _COST_WEIGHT * excess
-    if teacher_logits is not None:
-        loss = loss + config.distillation * distillation_loss(logits, teacher_logits.float(), config.temperature)
+    loss = _task_loss(logits if first is None else first.float(), targets, teacher_logits, taught, config)
+    decided_cost = None
+    if output.probs is not None:
+        decided = output.decisions
+        if unsure is not None:
+            # The images that entered the second pass are the first of those that the teacher saw.
+            soft = None if teacher_logits is None else teacher_logits[: len(unsure)]
+            loss = loss + _task_loss(logits[unsure], targets[unsure], soft, None, config) * (len(unsure) / len(targets))
+            decided = decided[unsure, -len(table.blocks) :]
+        decided_cost = table.pass_cost(decided)
+        excess = cost_excess(decided_cost.float(), table.expected_cost(output.probs), goal.cost)
+        loss = loss + _COST_WEIGHT * excess
     value = float(loss.detach())
     lr = max(group["lr"] for group in state.optimizer.param_groups)
     if not math.isfinite(value):
         raise DivergedError(f"the loss is {value} at step {state.step + 1}, learning rate {lr:.2g}: try a smaller --lr")
-    state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(state.network.parameters(), 5.0)
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
     state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has their memory
     state.scheduler.step_update(state.step + 1)
-    mean_cost = float(cost.mean())
-    state.network.operating_point *= (mean_cost / target) ** _PRICE_RATE
+    if decided_cost is not None:
+        network.price *= (float(decided_cost.mean()) / goal.cost) ** _PRICE_RATE
     state.step += 1
     accuracy = float((logits.argmax(dim=1) == targets).float().mean()) * 100
     return StepRecord(
-        state.step, state.total_steps, "", value, accuracy, mean_cost, target, state.network.operating_point, lr
+        state.step, state.total_steps, "", value, accuracy, float(cost.mean()), goal.cost, network.price, lr
     )
+
+
+def _taught_images(images: int, unsure: Tensor | None) -> Tensor:
+    """Half of a batch: the images that entered the second pass, then others at random. The teacher costs a forward pass."""
+    order = torch.randperm(images)
+    if unsure is None or not len(unsure):
+        return order[: (images + 1) // 2]
+    unsure = unsure.cpu()
+    others = order[~torch.isin(order, unsure)]
+    return torch.cat([unsure, others[: max(0, (images + 1) // 2 - len(unsure))]])
+
+
+def _task_loss(
+    logits: Tensor, targets: Tensor, teacher_logits: Tensor | None, taught: Tensor | None, config: TuningConfig
+) -> Tensor:
+    """Cross-entropy, plus distillation from the teacher on the images ``taught`` (None: all)."""
+    loss = F.cross_entropy(logits, targets)
+    if teacher_logits is not None:
+        students = logits if taught is None else logits[taught]
+        loss = loss + config.distillation * distillation_loss(students, teacher_logits, config.temperature)
+    return loss

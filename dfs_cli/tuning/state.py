@@ -13,6 +13,7 @@ from timm.scheduler import CosineLRScheduler
 from dfs_cli.config import TuningConfig
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.probe import ProbedResNet
 
 _GATE_RATE, _BACKBONE_RATE = 5.0, 0.1
 # Adam divides by the gradient's size. The gate's gradient is small and mostly noise: with the usual epsilon that noise
@@ -20,6 +21,7 @@ _GATE_RATE, _BACKBONE_RATE = 5.0, 0.1
 _GATE_EPSILON = 1e-2
 _FIRST_PRICE = 10.0  # too low to change a decision of an untrained gate
 _WEIGHT_DECAY = 1e-4
+_QUANTIZERS = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
 
 
 @dataclass
@@ -90,7 +92,8 @@ def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: i
     optimizer = create_optimizer_v2([g for g in groups if g["params"]], opt="adamw", lr=config.lr)
     total = steps_per_epoch * epochs
     scheduler = CosineLRScheduler(optimizer, t_initial=total, lr_min=0.0, t_in_epochs=False)
-    network.operating_point = _FIRST_PRICE
+    if not isinstance(network, ProbedResNet):
+        network.operating_point = _FIRST_PRICE
     return TuningState(network, optimizer, scheduler, steps_per_epoch, total)
 
 
@@ -98,10 +101,10 @@ def parameter_groups(
     network: DynamicResNet,
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """The parameters of the gate, of the quantizers (step sizes) and of the backbone."""
-    gate = list(network.gate.parameters())
+    gate = [p for name, p in network.named_parameters() if not name.startswith("backbone.")]
     quantizers: list[torch.nn.Parameter] = []
     backbone: list[torch.nn.Parameter] = []
     for name, parameter in network.backbone.named_parameters():
-        is_step = name.rpartition(".")[2] in ("log_weight_steps", "log_input_steps")
+        is_step = name.rpartition(".")[2] in _QUANTIZERS
         (quantizers if is_step else backbone).append(parameter)
     return gate, quantizers, backbone

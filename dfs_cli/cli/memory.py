@@ -1,0 +1,22 @@
+"""How this process keeps memory."""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's <malloc.h>
+_LARGE = (1 << 31) - 1
+
+
+def keep_freed_memory() -> None:
+    """Let freed tensors' memory serve the next ones, instead of going back to the system and coming back zeroed.
+
+    A tuning step makes and frees hundreds of large tensors; fetching each from the system anew took a fifth of the step's time
+    (ResNet-50, two cores). Does nothing where the C library is not glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGE)
+    mallopt(_TRIM_THRESHOLD, _LARGE)

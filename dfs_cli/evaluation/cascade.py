@@ -1,0 +1,81 @@
+"""A cascade of two static networks: the plain alternative to a network that adapts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import permutations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfs_cli.cost.operating_point import target_cost
+
+
+class Answers(NamedTuple):
+    """What one static network costs, and its logits (N, classes) on held-out and on validation images."""
+
+    cost: float
+    held_out: Tensor
+    validation: Tensor
+
+
+class Cascade(NamedTuple):
+    """Two networks, by index; the share of validation images that both ran, and what came of it."""
+
+    cheap: int
+    dear: int
+    share: float
+    cost: float
+    top1: float
+
+
+def best_cascade(
+    networks: Sequence[Answers], budget: float, held_out_targets: Tensor, validation_targets: Tensor
+) -> Cascade | None:
+    """The pair with the best top-1 on held-out images whose mean cost keeps ``budget`` there.
+
+    All images run the cheap network; those whose softmax confidence is below a threshold, set on held-out images, run the
+    dear one too, which then answers. Both are paid.
+
+    Returns:
+        None where no pair fits the budget.
+    """
+    best: tuple[float, int, int, float] | None = None
+    for cheap, dear in permutations(range(len(networks)), 2):
+        first, second = networks[cheap], networks[dear]
+        if (
+            second.cost <= first.cost
+            or (threshold := _threshold(first, second, budget, len(validation_targets))) is None
+        ):
+            continue
+        top1, _ = _evaluate(first.held_out, second.held_out, threshold, held_out_targets)
+        if best is None or top1 > best[0]:
+            best = top1, cheap, dear, threshold
+    if best is None:
+        return None
+    _, cheap, dear, threshold = best
+    top1, share = _evaluate(networks[cheap].validation, networks[dear].validation, threshold, validation_targets)
+    return Cascade(cheap, dear, share, networks[cheap].cost + share * networks[dear].cost, top1)
+
+
+def _threshold(first: Answers, second: Answers, budget: float, validation_images: int) -> float | None:
+    """The confidence below which the second network runs, so that the held-out images keep the budget."""
+    share = (budget - first.cost) / second.cost
+    if not 0 < share < 1:
+        return None
+    deviation = second.cost * math.sqrt(share * (1 - share))
+    images = len(first.held_out)
+    share = (target_cost(budget, deviation, images, validation_images) - first.cost) / second.cost
+    if share <= 0:
+        return None
+    confidence = first.held_out.double().softmax(dim=1).amax(dim=1)
+    return float(confidence.quantile(share))
+
+
+def _evaluate(first: Tensor, second: Tensor, threshold: float, targets: Tensor) -> tuple[float, float]:
+    """Top-1 in percent, and the share of images that ran the second network."""
+    unsure = first.double().softmax(dim=1).amax(dim=1) < threshold
+    answers = torch.where(unsure, second.argmax(dim=1), first.argmax(dim=1))
+    return 100 * float((answers == targets).double().mean()), float(unsure.double().mean())

@@ -1,0 +1,112 @@
+"""Batch normalisation with statistics and affine parameters of its own for each bitwidth.
+
+Quantizing shifts the mean and the spread of what a convolution gives, the more the fewer the bits; normalisation per
+bitwidth takes that back (AdaBits, Jin et al., 2020; Any-Precision DNNs, Yu et al., 2021). In floating point the
+original's statistics and parameters are used. Statistics are set once, before tuning, and stay: a group of images may
+be too small to estimate them from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+from dfs_cli.config import FULL_BITS
+from dfs_cli.nn.precision import Precision
+
+if TYPE_CHECKING:
+    _Norm = nn.BatchNorm2d
+else:
+    _Norm = object
+
+N = TypeVar("N", bound="FractionalBatchNorm")
+
+
+class FractionalBatchNorm(_Norm):
+    """Shared by :class:`FractionalBatchNorm2d` and :class:`FractionalBatchNormAct2d`.
+
+    ``bit_weight``, ``bit_bias``, ``bit_mean`` and ``bit_var`` are (Q, C), a row per bitwidth.
+    """
+
+    bit_weight: nn.Parameter
+    bit_bias: nn.Parameter
+    bit_mean: Tensor
+    bit_var: Tensor
+    bitwidths: tuple[int, ...]
+    precision: Precision
+
+    @classmethod
+    def adopt(cls: type[N], norm: nn.Module, bitwidths: tuple[int, ...], precision: Precision) -> N:
+        """A layer with the parameters and statistics of ``norm`` (they are shared, not copied)."""
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new.__dict__.update({k: v for k, v in norm.__dict__.items() if k not in ("_parameters", "_buffers")})
+        new._parameters, new._buffers = dict(norm._parameters), dict(norm._buffers)
+        new.bitwidths, new.precision = bitwidths, precision
+        rows = len(bitwidths)
+        for name, source in (("bit_weight", new.weight), ("bit_bias", new.bias)):
+            new.register_parameter(name, nn.Parameter(source.detach().repeat(rows, 1)))
+        assert new.running_mean is not None and new.running_var is not None
+        new.register_buffer("bit_mean", new.running_mean.repeat(rows, 1))
+        new.register_buffer("bit_var", new.running_var.repeat(rows, 1))
+        return new
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        bits = self.precision.bits
+        weight: Tensor
+        bias: Tensor
+        if bits == FULL_BITS:
+            mean, variance, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        else:
+            row = self.bitwidths.index(bits)
+            mean, variance = self.bit_mean[row], self.bit_var[row]
+            weight, bias = self.bit_weight[row], self.bit_bias[row]
+        return nn.functional.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+
+
+class FractionalBatchNorm2d(FractionalBatchNorm, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that follows its block's bitwidth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normalise(x)
+
+
+class FractionalBatchNormAct2d(FractionalBatchNorm, BatchNormAct2d):
+    """timm's ``BatchNormAct2d``, normalisation and activation in one, that follows its block's bitwidth."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated: Tensor = self.act(self.drop(self._normalise(x)))
+        return activated
+
+
+FRACTIONAL_NORMS: dict[type[nn.Module], type[FractionalBatchNorm]] = {
+    nn.BatchNorm2d: FractionalBatchNorm2d,
+    BatchNormAct2d: FractionalBatchNormAct2d,
+}
+"""Which class stands in for which; other normalisations (of groups, of layers) have no statistics to shift."""
+
+
+def match_statistics(norm: FractionalBatchNorm, row: int, expected: tuple[Tensor, Tensor], x: Tensor) -> None:
+    """Set a bitwidth's statistics from a sample of its input.
+
+    The sample's own error cancels: what is applied to the original's statistics is the difference that the bitwidth makes on
+    the sample.
+
+    Args:
+        expected: mean and variance (C,) of the sample in floating point.
+        x: (N, C, H, W), the sample at that bitwidth.
+    """
+    mean, variance = moments(x)
+    assert norm.running_mean is not None and norm.running_var is not None
+    norm.bit_mean[row] = norm.running_mean + mean - expected[0]
+    norm.bit_var[row] = norm.running_var * ((variance + norm.eps) / (expected[1] + norm.eps)).clamp(0.1, 10.0)
+
+
+@torch.no_grad()
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, (C,), of ``x`` (N, C, H, W)."""
+    variance, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
+    return mean, variance

@@ -1,0 +1,296 @@
+"""Dynamic networks beside what a user would run instead, at equal cost, steps, data and starting weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+from dfs_cli.artifact.files import write_atomically
+from dfs_cli.config import PRESET_EDGE_BITS, PRESETS, DataConfig, DynamicConfig, Preprocessing, TuningConfig
+from dfs_cli.errors import ConfigError, OutputError
+from dfs_cli.evaluation.cascade import Answers, best_cascade
+from dfs_cli.pipeline import Observer, Run
+from dfs_cli.report.cost import dynamics_record
+from dfs_cli.resolve import default_tuning
+
+Baseline = Literal["uniform", "mixed", "skipnet", "cascade"]
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
+STATIC_OPTIONS = (2, 3, 4, 5, 6, 8, 16, 32)
+
+Point = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One network to tune: ``budget`` of all but uniform ones, ``bits`` of those."""
+
+    method: str
+    seed: int
+    budget: float | None = None
+    bits: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {f'{self.bits} bit' if self.bits else f'{self.budget:g}'}, seed {self.seed}"
+
+    def matches(self, point: Point) -> bool:
+        return all(point[key] == value for key, value in dataclasses.asdict(self).items())
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """What a sweep compares.
+
+    Args:
+        budgets: of the dynamic networks, and of the baselines that have one.
+        baselines: some of ``uniform``, ``mixed``, ``skipnet``, ``cascade``.
+        seeds: how many repetitions, from the tuning settings' seed on.
+        dynamic: options and gate of the dynamic network for a budget; where there is none, those that a conversion uses.
+    """
+
+    budgets: tuple[float, ...]
+    baselines: tuple[Baseline, ...] = BASELINES
+    seeds: int = 1
+    dynamic: dict[float, DynamicConfig] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.budgets:
+            raise ConfigError("a sweep needs at least one budget")
+        if len(set(self.budgets)) != len(self.budgets):
+            raise ConfigError("a budget is given twice")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds {self.seeds} is below 1")
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise ConfigError(f"baseline {name!r} is not one of {', '.join(BASELINES)}")
+
+    def jobs(self, seed: int) -> list[Job]:
+        """The networks to tune, dynamic ones first; a cascade needs none of its own."""
+        jobs = [Job("dfs", seed, budget=budget) for budget in self.budgets]
+        if "uniform" in self.baselines or "cascade" in self.baselines:
+            jobs += [Job("uniform", seed, bits=bits) for bits in UNIFORM_BITS]
+        for method in ("mixed", "skipnet"):
+            if method in self.baselines:
+                jobs += [Job(method, seed, budget=budget) for budget in self.budgets]
+        return jobs
+
+
+def sweep(
+    model: nn.Module | str,
+    config: SweepConfig,
+    path: Path,
+    data: DataConfig | None = None,
+    *,
+    tuning: TuningConfig | None = None,
+    preprocessing: Preprocessing | None = None,
+    source: dict[str, Any] | None = None,
+    observer: Observer | None = None,
+    on_point: Callable[[Point], None] = lambda point: None,
+) -> dict[str, Any]:
+    """Tune and evaluate every network of a sweep, and write what was measured to ``path`` after each.
+
+    A sweep whose file exists goes on where it stopped. The answers of the static networks, from which cascades are made, lie
+    in a folder beside it.
+
+    Args:
+        model: as for :func:`dfs_cli.pipeline.convert`; so are the other arguments.
+        path: the results, JSON: ``points`` is a list with ``method``, ``budget``, ``bits``, ``cost``, ``top1``, ``seed``,
+            ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` names what could not be had, and why.
+        on_point: called with each point, those of an earlier run included.
+
+    Returns:
+        The results.
+
+    Raises:
+        OutputError: the file is of another sweep.
+    """
+    tuning = tuning or default_tuning(data)
+    results = _open_results(path, model, config, tuning, data)
+    for point in results["points"]:
+        on_point(point)
+    observer = observer or Observer()
+    for seed in range(tuning.seed, tuning.seed + config.seeds):
+        seeded = dataclasses.replace(tuning, seed=seed)
+        jobs = config.jobs(seed)
+        for number, job in enumerate(jobs, 1):
+            if any(job.matches(p) for p in (*results["points"], *results["skipped"])):
+                continue
+            observer.job(f"{job.name} ({number} of {len(jobs)})")
+            try:
+                run = _start(job, model, config, data, seeded, preprocessing, source, observer)
+            except ConfigError as error:
+                # A budget that a baseline cannot reach is a result, not a failure; one of ours is the user's mistake.
+                if job.method == "dfs":
+                    raise
+                results["skipped"].append({**dataclasses.asdict(job), "reason": str(error)})
+            else:
+                point = _measure(job, run, results, _answers_path(path, job))
+                results["points"].append(point)
+                on_point(point)
+            _write(path, results)
+        if "cascade" in config.baselines:
+            for point in _cascades(seed, config, results, path):
+                results["points"].append(point)
+                on_point(point)
+            _write(path, results)
+    return results
+
+
+def _open_results(
+    path: Path, model: nn.Module | str, config: SweepConfig, tuning: TuningConfig, data: DataConfig | None
+) -> dict[str, Any]:
+    """The results so far; an empty record where there are none."""
+    name = model if isinstance(model, str) else str(getattr(model, "pretrained_cfg", {}).get("architecture"))
+    identity = {
+        "model": name,
+        "tuning": tuning.to_dict() | {"workers": None, "device": None},
+        "data": data.to_dict() | {"data_dir": None} if data else None,
+        "dynamic": {str(budget): dynamic.to_dict() for budget, dynamic in config.dynamic.items()},
+    }
+    fresh: dict[str, Any] = {**identity, "original": None, "points": [], "skipped": []}
+    if not path.exists():
+        return fresh
+    try:
+        found = json.loads(path.read_text())
+        same = all(found[key] == json.loads(json.dumps(value)) for key, value in identity.items())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path} exists and is not the result of a sweep: {error}") from None
+    if not same:
+        raise OutputError(f"{path} is of a sweep with other settings: pass --force to start again, or another --output")
+    return dict(found)
+
+
+def _start(
+    job: Job,
+    model: nn.Module | str,
+    config: SweepConfig,
+    data: DataConfig | None,
+    tuning: TuningConfig,
+    preprocessing: Preprocessing | None,
+    source: dict[str, Any] | None,
+    observer: Observer,
+) -> Run:
+    dynamic, cost = config.dynamic.get(job.budget or 0.0), job.budget
+    if job.method == "skipnet":
+        dynamic = DynamicConfig(PRESETS["skipnet"], PRESET_EDGE_BITS["skipnet"], gate="rnn")
+    elif job.method == "uniform":
+        assert job.bits is not None
+        dynamic, cost = DynamicConfig(tuple(sorted({*STATIC_OPTIONS, job.bits}))), 1.0
+    elif job.method == "mixed":
+        dynamic = DynamicConfig(STATIC_OPTIONS)
+    assert cost is not None
+    return Run(model, cost, data, dynamic, tuning, preprocessing, source, observer)
+
+
+def _measure(job: Job, run: Run, results: dict[str, Any], answers: Path) -> Point:
+    static = job.method in ("uniform", "mixed")
+    with run.own_generators():
+        if static:
+            run.plan_static(job.bits)
+        else:
+            run.plan_dynamic()
+        if results["original"] is None:
+            top1, top5 = run.evaluate_original()
+            results["original"] = {"top1": top1, "top5": top5}
+        run.tune()
+        if not static:
+            run.calibrate()
+        converted = run.finish(results["original"]["top1"], results["original"]["top5"])
+    evaluation = converted.manifest.validation
+    assert evaluation is not None
+    point: Point = {
+        **dataclasses.asdict(job),
+        "cost": evaluation.cost,
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "steps": run.steps,
+        "option_shares": {str(b): n for b, n in _shares(run, evaluation.choices).items()},
+    }
+    if static:
+        _save_answers(answers, run, evaluation.cost)
+    else:
+        point["gate"] = run.dynamic.gate
+        point["dynamics"] = dynamics_record(evaluation)
+    return point
+
+
+def _shares(run: Run, choices: Sequence[Sequence[int]]) -> dict[int, float]:
+    totals = [sum(column) for column in zip(*choices, strict=True)]
+    return {b: n / sum(totals) for b, n in zip(run.table.options, totals, strict=True) if n}
+
+
+def answers_folder(path: Path) -> Path:
+    """Where the static networks' answers lie, for the results ``path``."""
+    return path.with_suffix(".answers")
+
+
+def _answers_path(path: Path, job: Job) -> Path:
+    return answers_folder(path) / f"{job.name.replace(', ', '-').replace(' ', '-')}.safetensors"
+
+
+@torch.inference_mode()
+def _save_answers(path: Path, run: Run, cost: float) -> None:
+    """Keep a static network's logits: cascades are made of them."""
+    validation = [
+        (batch.images.to(run.device), batch.targets) for batch in run.validation_loader() if len(batch.targets)
+    ]
+    tensors = {
+        "held_out": torch.cat([run.network.run(images).logits.cpu() for images in run.held_out]),
+        "held_out_targets": run.held_out_targets,
+        "validation": torch.cat([run.network.run(images).logits.cpu() for images, _ in validation]),
+        "validation_targets": torch.cat([targets for _, targets in validation]),
+        "cost": torch.tensor(cost, dtype=torch.float64),
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, serialise({k: v.contiguous() for k, v in tensors.items()}))
+
+
+def _load_answers(path: Path) -> tuple[Answers, Tensor, Tensor]:
+    tensors = load_file(path)
+    answers = Answers(float(tensors["cost"]), tensors["held_out"], tensors["validation"])
+    return answers, tensors["held_out_targets"], tensors["validation_targets"]
+
+
+def _cascades(seed: int, config: SweepConfig, results: dict[str, Any], path: Path) -> list[Point]:
+    """The best cascade of two of the static networks for each budget that has none yet."""
+    static = [
+        Job(p["method"], p["seed"], p["budget"], p["bits"])
+        for p in results["points"]
+        if p["method"] in ("uniform", "mixed") and p["seed"] == seed
+    ]
+    loaded = [_load_answers(_answers_path(path, job)) for job in static]
+    steps = {p["steps"] for p in results["points"] if p["seed"] == seed}
+    points = []
+    for budget in config.budgets:
+        job = Job("cascade", seed, budget)
+        if any(job.matches(p) for p in (*results["points"], *results["skipped"])):
+            continue
+        found = best_cascade([answers for answers, _, _ in loaded], budget, loaded[0][1], loaded[0][2])
+        if found is None:
+            results["skipped"].append({**dataclasses.asdict(job), "reason": "no two static networks fit the budget"})
+            continue
+        members = [static[i].name.partition(",")[0] for i in (found.cheap, found.dear)]
+        points.append(
+            {
+                **dataclasses.asdict(job),
+                "cost": found.cost,
+                "top1": found.top1,
+                "steps": max(steps),
+                "members": members,
+                "second_share": found.share,
+            }
+        )
+    return points
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(results, indent=1) + "\n")

@@ -115,8 +115,8 @@ def recalibrate(converted: Converted, budget: float, data: DataConfig | Images |
     Args:
         converted: left unchanged.
         budget: within the network's range: with the probe gate from the first pass alone to a second one in full for all.
-        data: where the training images are: the operating point is set on those that the conversion held out of them. Or held-out
-            images themselves. None: the embedded digits, for their model.
+        data: where the training images are: the operating point is set on those that the conversion held out of them.
+            Or held-out images themselves. None: the embedded digits, for their model.
 
     Returns:
         A network at the new budget, not evaluated yet.
@@ -138,7 +138,9 @@ def recalibrate(converted: Converted, budget: float, data: DataConfig | Images |
     if not isinstance(data, Images):
         data = default_data(manifest.architecture, data)
         if stored := made_with.get("data"):
-            data = replace(data, train_split=data.train_split or stored["train_split"], num_samples=stored["num_samples"])
+            data = replace(
+                data, train_split=data.train_split or stored["train_split"], num_samples=stored["num_samples"]
+            )
         splits = open_splits(data, manifest.preprocessing, made_with["tuning"]["seed"])
         if manifest.class_names and splits.class_names != manifest.class_names:
             raise DataError("the data has other classes than the network was converted with")

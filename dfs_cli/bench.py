@@ -45,12 +45,12 @@ def bench_tuning(
 ) -> dict[str, Any]:
     """One tuning step (forward, backward, update) against a step of fine-tuning the dense network, on random images.
 
-    Both train all weights with AdamW at the same batch size, in the channels-last layout. The dense step is cross-entropy alone, with
-    batch-norm in training mode; the tuning step includes the original's forward pass for distillation.
+    Both train all weights with AdamW at the same batch size, in the channels-last layout. The dense step is cross-entropy
+    alone, with batch-norm in training mode; the tuning step includes the original's forward pass for distillation.
 
     Returns:
-        ``time_ratio`` and ``memory_ratio`` (tuning over dense; of peak memory, with weights, optimizer and images), and what they
-        are made of: seconds and bytes.
+        ``time_ratio`` and ``memory_ratio`` (tuning over dense; of peak memory, with weights, optimizer and images), and
+        what they are made of: seconds and bytes.
     """
     if repeats < 1:
         raise ConfigError(f"repeats {repeats} is below 1")

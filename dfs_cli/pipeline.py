@@ -226,7 +226,7 @@ class Run:
     def _make_network(self) -> Tensor:
         """The network, its scales fitted to held-out images; gives the damage (L, K) of each option."""
         self.network = to_dynamic(self.teacher, self.dynamic, self.table)
-        self.held_out, self.held_out_targets = self._load(self.splits.calibration)
+        self.held_out, _ = self._load(self.splits.calibration)
         fit_scales(self.network, self.held_out[0])
         verify_conversion(self.teacher, self.network, self.held_out[0][:8])
         return measure_damage(self.network, self.table, self.held_out[0])
@@ -278,11 +278,13 @@ class Run:
 
     def calibrate(self) -> None:
         """Set the operating point on the held-out images, in full precision, whatever tuning used."""
-        images = self.held_out
-        if isinstance(self.network, ProbedResNet):
-            images, _ = self._load(unfamiliar(self.splits.calibration, self.preprocessing, self.tuning))
+        images = self.unfamiliar_images()[0] if isinstance(self.network, ProbedResNet) else self.held_out
         self.observer.stage("calibrating", None)
         calibrate(self.network, self.table, images, self.budget, len(self.splits.validation), self.observer.calibrated)
+
+    def unfamiliar_images(self) -> tuple[list[Tensor], Tensor]:
+        """The held-out images in memory, and their classes, as thresholds of confidence are set on them."""
+        return self._load(unfamiliar(self.splits.calibration, self.preprocessing, self.tuning))
 
     def finish(self, top1: float | None, top5: float | None) -> Converted:
         """Evaluate the network on the validation split, and describe it; the original's figures are recorded beside its own."""

@@ -240,14 +240,17 @@ def _answers_path(path: Path, job: Job) -> Path:
 @torch.inference_mode()
 def _save_answers(path: Path, run: Run, cost: float) -> None:
     """Keep a static network's logits: cascades are made of them."""
-    validation = [
-        (batch.images.to(run.device), batch.targets) for batch in run.validation_loader() if len(batch.targets)
-    ]
+    held_out, held_out_targets = run.unfamiliar_images()
+    logits, targets = [], []
+    for batch in run.validation_loader():
+        if len(batch.targets):
+            logits.append(run.network.run(batch.images.to(run.device)).logits.cpu())
+            targets.append(batch.targets)
     tensors = {
-        "held_out": torch.cat([run.network.run(images).logits.cpu() for images in run.held_out]),
-        "held_out_targets": run.held_out_targets,
-        "validation": torch.cat([run.network.run(images).logits.cpu() for images, _ in validation]),
-        "validation_targets": torch.cat([targets for _, targets in validation]),
+        "held_out": torch.cat([run.network.run(images).logits.cpu() for images in held_out]),
+        "held_out_targets": held_out_targets,
+        "validation": torch.cat(logits),
+        "validation_targets": torch.cat(targets),
         "cost": torch.tensor(cost, dtype=torch.float64),
     }
     path.parent.mkdir(exist_ok=True)

@@ -17,6 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 import dfs_cli
+import dfs_cli.models  # registers the CIFAR ResNets
 from dfs_cli.config import DynamicConfig
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic

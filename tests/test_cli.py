@@ -253,3 +253,24 @@ def test_nan_loss_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("convert", "resnet20_digits", "--budget", "0.4", *SHORT)
     assert result.exit_code == 2 and written() == []
     assert "nan at step 1, learning rate" in result.stderr.splitlines()[-1]
+
+
+def test_eval_moves_a_file_to_another_budget(artifact: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved.safetensors"
+    arguments = ["eval", str(artifact), "--json", "--budget"]
+    costs = []
+    for budget, more in (("0.3", ["--output", str(moved)]), ("0.15", [])):
+        result = CliRunner().invoke(app, [*arguments, budget, *more])
+        assert result.exit_code == 0, result.stderr
+        record = json.loads(result.stdout)
+        assert record["budget"] == float(budget)
+        assert 0.9 * float(budget) <= record["cost"] <= 1.01 * float(budget)
+        assert {"policies", "choice_entropy", "variance_between_images", "common_top1"} <= set(record["dynamics"])
+        costs.append(record["cost"])
+    result = CliRunner().invoke(app, ["eval", str(moved), "--json"])
+    again = json.loads(result.stdout)
+    assert again["cost"] == costs[0] and again["budget"] == 0.3
+    result = CliRunner().invoke(app, [*arguments, "0.001"])
+    assert result.exit_code == 2 and "outside what this network can be moved to" in result.stderr
+    result = CliRunner().invoke(app, ["eval", str(artifact), "--output", str(moved)])
+    assert result.exit_code == 2 and "--budget" in result.stderr

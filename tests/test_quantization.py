@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from dfs_cli.nn.quantization import best_step, code_range, fake_quantize, quantize_codes, route_gradient
+from dfs_cli.nn.quantization import (
+    Convolution,
+    OtherOptions,
+    best_step,
+    code_range,
+    fake_quantize,
+    quantize_codes,
+    quantized_convolution,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,18 +69,48 @@ def test_best_step_of_zeros_is_positive() -> None:
     assert (best_step(torch.zeros(2, 3), 4, signed=False) > 0).all()
 
 
-def test_route_gradient_is_the_first_order_effect_of_the_other_options() -> None:
-    x = torch.tensor([[0.3, 0.8], [0.1, 0.6]])
+GEOMETRY = Convolution((1, 1), (1, 1), (1, 1), 1)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(0, 15), (-7, 7)])
+def test_quantized_convolution_has_the_gradients_of_its_parts(channels_last: bool, low: int, high: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 6, 6, generator=generator)
+    x = x.relu() if low == 0 else x
+    weight = torch.randn(5, 4, 3, 3, generator=generator)
+    direction = torch.randn(3, 5, 6, 6, generator=generator)
+    if channels_last:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    results = []
+    for apart in (True, False):
+        own = [t.clone().requires_grad_() for t in (x, torch.tensor(0.11), weight)]
+        if apart:
+            y = torch.nn.functional.conv2d(fake_quantize(own[0], own[1], low, high), own[2], padding=1)
+        else:
+            y = quantized_convolution(own[0], own[1], (low, high), own[2], GEOMETRY)
+        y.backward(direction)
+        results.append([y, *(t.grad for t in own)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gate_hears_the_first_order_effect_of_the_other_options() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 4, 4, generator=generator)
     steps = torch.tensor([0.5, 0.1])
-    quantized = quantize_codes(x, steps[0], 0, 3) * steps[0]
+    weight = torch.randn(2, 3, 1, 1, generator=generator)
     probs = torch.full((2, 4), 0.25, requires_grad=True)
     # Options: 0 skip, 1 the one taken (step 0.5), 2 with step 0.1, 3 full precision.
-    out = route_gradient(quantized, x, steps, probs, ((2, 1, 0, 15), (3, None, 0, 0)))
-    assert torch.equal(out, quantized)
-    grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    out.backward(grad)
+    others = OtherOptions(probs, steps, ((2, 1, 0, 15), (3, None, 0, 0)), scale=2.0)
+    y = quantized_convolution(x, steps[0], (0, 3), weight, Convolution((1, 1), (0, 0), (1, 1), 1), others)
+    quantized = quantize_codes(x, steps[0], 0, 3) * steps[0]
+    torch.testing.assert_close(y, torch.nn.functional.conv2d(quantized, weight))
+    grad = torch.randn(y.shape, generator=generator)
+    y.backward(grad)
+    at_input = torch.nn.functional.conv_transpose2d(grad, weight)
     fine = quantize_codes(x, steps[1], 0, 15) * steps[1]
     expected = torch.zeros(2, 4)
-    expected[:, 2] = (grad * (fine - quantized)).sum(1)
-    expected[:, 3] = (grad * (x - quantized)).sum(1)
-    torch.testing.assert_close(probs.grad, expected)
+    expected[:, 2] = 2 * (at_input * (fine - quantized)).sum((1, 2, 3))
+    expected[:, 3] = 2 * (at_input * (x - quantized)).sum((1, 2, 3))
+    torch.testing.assert_close(probs.grad, expected, rtol=1e-4, atol=1e-5)

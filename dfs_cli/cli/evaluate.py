@@ -19,10 +19,13 @@ def evaluate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="What dfs convert wrote.")],
     budget: Annotated[
         float | None,
-        typer.Option("--budget", "-b", help="Move the network to another budget first, on its held-out training images."),
+        typer.Option(
+            "--budget", "-b", help="Move the network to another budget first, on its held-out training images."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="With --budget: write the network moved to it.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="With --budget: write the network moved to it."),
     ] = None,
     data: options.DataDir = None,
     dataset: options.Dataset = "",

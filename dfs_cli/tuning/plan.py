@@ -16,7 +16,9 @@ _FIRST_SHARE = 0.65
 # More than this for all images is wasted on the first pass: six bits lose next to nothing.
 _FIRST_LIMIT = 0.04
 # The share of images planned for the second pass; more where each would cost more than eight bits do.
-_SECOND_SHARE, _SECOND_LIMIT = 0.3, 0.0625
+_SECOND_SHARE, _SECOND_LIMIT = 0.2, 0.0625
+# A second pass costs at least this share of the first: a much poorer look has nothing to add.
+_SECOND_LEAST = 0.6
 # Largest share of the budget that the mean cost of two samples may differ by (one standard error), as planned.
 _PLANNED_ERROR = 0.02
 
@@ -45,8 +47,9 @@ def plan_passes(
     share = max(share, 1 / (1 + allowed**2))
     dearest = table.last_pass_fixed + float(table.prices.max(dim=1).values.sum())
     share = min(1.0, max(share, rest / min(dearest, _SECOND_LIMIT)))
-    network.price = price_for(network, table, rest / share)
-    return Goal(rest / share, share)
+    second = max(rest / share, _SECOND_LEAST * (budget - rest))
+    network.price = price_for(network, table, second)
+    return Goal(second, min(1.0, rest / second))
 
 
 def set_policy(network: ProbedResNet, policy: Tensor) -> None:

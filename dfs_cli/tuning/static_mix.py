@@ -30,10 +30,11 @@ def best_static_mix(table: CostTable, damage: Tensor, cost: float) -> Tensor:
     if prices.min(axis=1).sum() > spendable * (1 + 1e-9):
         raise ConfigError(f"no static mix of these options costs {cost:g} or less")
     one_each = np.kron(np.eye(blocks), np.ones(options))
-    # Costs as shares of what may be spent: the solver's tolerances are absolute.
+    # Costs as shares of the largest: the solver's tolerances are absolute.
+    scale = prices.max(axis=1).sum()
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(prices.reshape(1, -1) / spendable, -np.inf, 1 + 1e-9),
+        LinearConstraint(prices.reshape(1, -1) / scale, -np.inf, spendable / scale + 1e-12),
     ]
     objective = damage.double().cpu().numpy().ravel()
     # Of equal damages the cheaper one is taken.

@@ -1,0 +1,179 @@
+import csv
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_resnet
+from timm.models.resnet import BasicBlock
+from typer.testing import CliRunner
+
+from dfs_cli.cli.app import app
+from dfs_cli.config import DynamicConfig
+from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.errors import ConfigError
+from dfs_cli.evaluation.cascade import Answers, best_cascade
+from dfs_cli.evaluation.dynamics import (
+    choice_entropy,
+    distinct_policies,
+    most_common_policy,
+    variance_between_images,
+)
+from dfs_cli.report.sweep import plot_sweep, points_csv, summarise, verdict_line, verdicts
+from dfs_cli.surgery.convert import plan_costs
+from dfs_cli.sweep import SweepConfig
+from dfs_cli.tuning.static_mix import best_static_mix
+
+TWO_BLOCKS = CostTable((0, 8, 32), ("a", "b"), (LayerCost("a", 100, 0), LayerCost("b", 300, 1)), (0, 0), {})
+
+
+def test_the_static_mix_is_the_best_of_all() -> None:
+    table = plan_costs(tiny_resnet(BasicBlock), DynamicConfig(bits=(2, 4, 8, 32), edge_bits=2), (3, 32, 32))
+    damage = torch.rand(5, 4, generator=torch.Generator().manual_seed(3)).sort(dim=1, descending=True).values
+    for cost in (0.005, 0.02, 0.1, 0.5):
+        found = best_static_mix(table, damage, cost)
+        affordable = {
+            mix: sum(damage[i, k].item() for i, k in enumerate(mix))
+            for mix in product(range(4), repeat=5)
+            if table.edges_cost + sum(table.prices[i, k].item() for i, k in enumerate(mix)) <= cost
+        }
+        assert sum(damage[i, k].item() for i, k in enumerate(found.tolist())) == pytest.approx(min(affordable.values()))
+        assert tuple(found.tolist()) in affordable
+    with pytest.raises(ConfigError, match="no static mix"):
+        best_static_mix(table, damage, 0.0001)
+
+
+def test_dynamics_by_hand() -> None:
+    decisions = torch.tensor([[0, 1], [0, 1], [2, 1], [2, 2]])
+    assert distinct_policies(decisions) == 3
+    assert most_common_policy(decisions).tolist() == [0, 1]
+    # Block a: two halves, one bit; block b: 3 to 1.
+    entropy = -(0.75 * torch.tensor(0.75).log2() + 0.25 * torch.tensor(0.25).log2()).item()
+    assert choice_entropy(decisions) == pytest.approx((1 + entropy) / 2)
+    prices = TWO_BLOCKS.prices
+    costs = torch.stack([prices[[0, 1], row] for row in decisions])
+    expected = (costs.mean(1).var(correction=0) / costs.var(correction=0)).item()
+    assert variance_between_images(TWO_BLOCKS, decisions) == pytest.approx(expected)
+    assert variance_between_images(TWO_BLOCKS, decisions[:1].repeat(4, 1)) == 0
+
+
+def test_a_cascade_by_hand() -> None:
+    # The cheap network is wrong, and unsure, on the last of four images; the dear one is always right.
+    targets = torch.tensor([0, 1, 0, 1])
+    cheap = torch.tensor([[5.0, 0.0], [0.0, 4.0], [3.0, 0.0], [0.2, 0.0]])
+    dear = torch.tensor([[5.0, 0.0], [0.0, 5.0], [5.0, 0.0], [0.0, 5.0]])
+    many = [t.repeat(1000, 1) for t in (cheap, dear)]
+    networks = [Answers(0.01, many[0], many[0]), Answers(0.04, many[1], many[1])]
+    found = best_cascade(networks, 0.023, targets.repeat(1000), targets.repeat(1000))
+    assert found is not None and (found.cheap, found.dear) == (0, 1)
+    assert found.top1 == 100 and found.share == 0.25 and found.cost == pytest.approx(0.02)
+    assert best_cascade(networks, 0.009, targets.repeat(1000), targets.repeat(1000)) is None
+
+
+def point(method: str, cost: float, top1: float, **kwargs: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"budget": None, "bits": None, "seed": 0, "steps": 10, "top5": 99.0}
+    return {"method": method, "cost": cost, "top1": top1, **values, **kwargs}
+
+
+DYNAMICS = {"policies": 3, "common_top1": 80.0, "common_cost": 0.02}
+RESULTS: dict[str, Any] = {
+    "model": "net",
+    "original": {"top1": 90.0, "top5": 99.0},
+    "skipped": [],
+    "points": [
+        point("dfs", 0.029, 88.0, budget=0.03, dynamics=DYNAMICS),
+        point("dfs", 0.0285, 88.4, budget=0.03, seed=1, dynamics=DYNAMICS),
+        point("uniform", 0.0244, 87.5, bits=5),
+        point("uniform", 0.0626, 90.0, bits=8),
+        point("mixed", 0.0299, 87.9, budget=0.03),
+        point("cascade", 0.0295, 88.5, budget=0.03, members=["uniform 4 bit", "uniform 6 bit"]),
+    ],
+}
+
+
+def test_the_verdict_counts_baselines_up_to_the_budget_and_says_when_one_wins() -> None:
+    own = next(row for row in summarise(RESULTS) if row["method"] == "dfs")
+    assert own["top1"] == pytest.approx(88.2) and own["spread"] == pytest.approx(0.4) and own["seeds"] == 2
+    (verdict,) = verdicts(RESULTS)
+    assert verdict["best"]["method"] == "cascade" and verdict["difference"] == pytest.approx(-0.3)
+    assert verdict["best_static"]["method"] == "mixed" and verdict["difference_to_static"] == pytest.approx(0.3)
+    assert "loses by 0.30" in verdict_line(verdict) and "uniform 4 bit then uniform 6 bit" in verdict_line(verdict)
+    alone = {**RESULTS, "points": RESULTS["points"][:1]}
+    assert "no baseline" in verdict_line(verdicts(alone)[0])
+
+
+def test_csv_and_plot_have_every_point() -> None:
+    pytest.importorskip("matplotlib")
+    rows = list(csv.DictReader(points_csv(RESULTS).splitlines()))
+    assert len(rows) == 6 and rows[0]["method"] == "dfs" and float(rows[0]["cost"]) == 0.029
+    axes = plot_sweep(RESULTS).axes[0]
+    assert axes.get_xscale() == "log"
+    labels = [t.get_text() for t in axes.texts]
+    assert "dense 90.00" in labels and "5 bit" in labels and labels.count("0.03") == 3
+
+
+def test_settings_are_checked() -> None:
+    for kwargs in ({"budgets": ()}, {"budgets": (0.1, 0.1)}, {"budgets": (0.1,), "seeds": 0}):
+        with pytest.raises(ConfigError):
+            SweepConfig(**kwargs)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'unifrom' is not one of"):
+        SweepConfig((0.1,), baselines=("unifrom",))  # type: ignore[arg-type]
+
+
+def sweep_digits(path: Path, *more: str) -> str:
+    arguments = ["sweep", "resnet20_digits", "--budgets", "0.05", "--epochs", "1", "-o", str(path), *more]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    shown = sweep_digits(path)
+    assert "budget 0.05: DFS" in shown and "best baseline" in shown
+    results = json.loads(path.read_text())
+    methods = [p["method"] for p in results["points"]]
+    assert {"dfs", "uniform", "mixed", "cascade"} <= set(methods) and methods.count("uniform") == 6
+    assert {s["method"] for s in results["skipped"]} | set(methods) >= {"skipnet"}
+    steps = {p["steps"] for p in results["points"]}
+    assert steps == {18}
+    for p in results["points"]:
+        assert {"method", "budget", "bits", "cost", "top1", "seed", "steps"} <= set(p)
+    uniform = {p["bits"]: p["cost"] for p in results["points"] if p["method"] == "uniform"}
+    assert uniform[8] == pytest.approx(1 / 16) and uniform[4] < 0.02
+    mixed = next(p for p in results["points"] if p["method"] == "mixed")
+    assert 0.04 < mixed["cost"] <= 0.05
+    assert (tmp_path / "s.csv").is_file() and (tmp_path / "s.png").is_file()
+
+    results["points"] = [p for p in results["points"] if p["method"] != "mixed"]
+    path.write_text(json.dumps(results))
+    before = {p["method"]: p for p in results["points"]}
+    sweep_digits(path)
+    again = json.loads(path.read_text())["points"]
+    assert [p["method"] for p in again][-1] == "mixed" and len(again) == len(methods)
+    assert next(p for p in again if p["method"] == "mixed") == mixed, "a seed gives the same network again"
+    assert all(before[p["method"]] for p in again if p["method"] != "mixed")
+
+
+def test_a_sweep_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    sweep_digits(path, "--baselines", "none")
+    arguments = [
+        "sweep",
+        "resnet20_digits",
+        "--budgets",
+        "0.05",
+        "--epochs",
+        "2",
+        "--baselines",
+        "none",
+        "-o",
+        str(path),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "other settings" in result.stderr
+    path.write_text("[]")
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "not the result of a sweep" in result.stderr

@@ -23,7 +23,17 @@ def test_peak_memory_by_hand() -> None:
 
 
 def test_a_tuning_step_is_measured_against_a_dense_one() -> None:
-    arguments = ["bench", "resnet20_cifar", "--tuning", "--no-pretrained", "--batch-size", "8", "--repeats", "2", "--json"]
+    arguments = [
+        "bench",
+        "resnet20_cifar",
+        "--tuning",
+        "--no-pretrained",
+        "--batch-size",
+        "8",
+        "--repeats",
+        "2",
+        "--json",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)

@@ -33,7 +33,7 @@ def test_counts_of_a_hand_counted_network() -> None:
 def test_table_of_a_hand_counted_toy_network() -> None:
     """A ResNet-20 on 1x8x8 images, counted by hand."""
     model = timm.create_model("resnet20_cifar", in_chans=1)
-    config = DynamicConfig(bits=(0, 8, 32), edge_bits=8, embedding=2, hidden=3)
+    config = DynamicConfig(bits=(0, 8, 32), edge_bits=8, gate="rnn", embedding=2, hidden=3)
     table = plan_costs(model, config, (1, 8, 8))
     stage1 = 2 * 16 * 16 * 9 * 64
     stage2_first = (16 * 32 * 9 + 32 * 32 * 9) * 16
@@ -58,7 +58,7 @@ def test_table_of_a_hand_counted_toy_network() -> None:
 @pytest.mark.parametrize("name", ["resnet18", "seresnet50", "resnetblur50", "ecaresnet26t", "resnetrs50", "resnet50c"])
 def test_full_cost_plus_gate_agrees_with_torch(name: str) -> None:
     model = timm.create_model(name).eval()
-    table = plan_costs(model, DynamicConfig(edge_bits=32), (3, 64, 64))
+    table = plan_costs(model, DynamicConfig(edge_bits=32, gate="rnn"), (3, 64, 64))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 64, 64))
     assert 2 * table.dense_macs == counter.get_total_flops()
@@ -74,19 +74,19 @@ def test_attention_is_in_the_fixed_part() -> None:
 
 
 def test_expected_cost_of_certain_decisions_is_their_cost() -> None:
-    table = plan_costs(tiny_resnet(BasicBlock), DynamicConfig(), (3, 32, 32))
+    table = plan_costs(tiny_resnet(BasicBlock), DynamicConfig(gate="rnn"), (3, 32, 32))
     decisions = torch.randint(0, 5, (7, 5), generator=torch.Generator().manual_seed(0))
     probs = torch.nn.functional.one_hot(decisions, 5).double()
     torch.testing.assert_close(table.expected_cost(probs), table.cost(decisions))
 
 
 def test_table_goes_to_json_and_back() -> None:
-    table = plan_costs(tiny_resnet(BasicBlock), DynamicConfig(), (3, 32, 32))
+    table = plan_costs(tiny_resnet(BasicBlock), DynamicConfig(gate="rnn"), (3, 32, 32))
     assert CostTable.from_dict(table.to_dict()) == table
 
 
 def test_unreachable_budgets_are_refused_with_the_reachable_one() -> None:
-    table = plan_costs(tiny_resnet(BasicBlock), DynamicConfig(), (3, 32, 32))
+    table = plan_costs(tiny_resnet(BasicBlock), DynamicConfig(gate="rnn"), (3, 32, 32))
     with pytest.raises(ConfigError, match="smallest reachable one is") as caught:
         table.check_budget(table.cheapest * 0.99)
     named = float(str(caught.value).split()[-1])

@@ -12,8 +12,8 @@ from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.probe import NOBODY_IS_SURE, ProbedResNet, doubt
 
-# A threshold of doubt lies in the middle of the interval that the budget promises: what is sure of held-out images need not be
-# as sure of new ones.
+# The middle of the interval that the budget promises: what the gate is sure of on held-out images, it need not be as sure of on
+# new ones.
 _AIM = 0.96
 
 
@@ -74,8 +74,9 @@ def _calibrate_threshold(
         return torch.cat([doubt(output.first) for output in outputs if output.first is not None]).cpu(), costs
 
     doubts, costs = run_all(network.price)
-    if float(costs.mean()) <= budget:
-        point = find_operating_point(lambda price: run_all(price)[1], budget, start=network.price)
+    target = _AIM * budget
+    if float(costs.mean()) <= target:
+        point = find_operating_point(lambda price: run_all(price)[1], target, start=network.price)
         network.price, network.operating_point = point.value, NOBODY_IS_SURE
         return OperatingPoint(NOBODY_IS_SURE, point.cost)
     first = float(table.cost(torch.cat([network.policy, torch.full_like(network.policy, -1)])[None].cpu()))
@@ -90,7 +91,7 @@ def _calibrate_threshold(
         affordable = int((mean_cost <= target).sum())
         return float(doubts[order[affordable]]) if affordable < len(order) else NOBODY_IS_SURE
 
-    network.operating_point = threshold_for(_AIM * budget)
+    network.operating_point = threshold_for(target)
     point = OperatingPoint(network.operating_point, float(cost_at(network.operating_point).mean()))
     on_evaluation(*point)
     return point

@@ -99,7 +99,7 @@ def test_the_verdict_counts_baselines_up_to_the_budget_and_says_when_one_wins() 
     (verdict,) = verdicts(RESULTS)
     assert verdict["best"]["method"] == "cascade" and verdict["difference"] == pytest.approx(-0.3)
     assert verdict["best_static"]["method"] == "mixed" and verdict["difference_to_static"] == pytest.approx(0.3)
-    assert "loses by 0.30" in verdict_line(verdict) and "uniform 4 bit then uniform 6 bit" in verdict_line(verdict)
+    assert "loses by 0.30" in verdict_line(verdict) and "(4 bit + 6 bit)" in verdict_line(verdict)
     alone = {**RESULTS, "points": RESULTS["points"][:1]}
     assert "no baseline" in verdict_line(verdicts(alone)[0])
 

@@ -85,14 +85,16 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _name(row: dict[str, Any]) -> str:
     if row["members"]:
-        return f"{row['method']} ({' then '.join(row['members'])})"
+        return f"{row['method']} ({' + '.join(m.removeprefix('uniform ') for m in row['members'])})"
     return f"{row['method']} {row['bits']} bit" if row["bits"] else row["method"]
 
 
 def print_sweep(console: Console, results: dict[str, Any]) -> None:
     """All points from dear to cheap, and the verdicts."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("method", "budget", "cost", "top-1 (%)", "spread", "policies", "with the common policy"):
+    repeated = any(row["seeds"] > 1 for row in summarise(results))
+    headings = ["method", "budget", "cost", "top-1 (%)", *(["spread"] if repeated else []), "policies", "one for all"]
+    for heading in headings:
         grid.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for row in sorted(summarise(results), key=lambda r: (-r["cost"], r["method"])):
         dynamics = row["dynamics"]
@@ -101,12 +103,16 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
             "" if row["budget"] is None else f"{row['budget']:g}",
             f"{row['cost']:.4f}",
             f"{row['top1']:.2f}",
-            f"{row['spread']:.2f}" if row["seeds"] > 1 else "",
+            *([f"{row['spread']:.2f}"] if repeated else []),
             str(dynamics["policies"]) if dynamics else "1" if row["method"] != "cascade" else "2",
-            f"{dynamics['common_top1']:.2f} at {dynamics['common_cost']:.4f}" if dynamics else "",
+            f"{dynamics['common_top1']:.2f} {dynamics['common_cost']:.4f}" if dynamics else "",
             style="bold" if row["method"] == "dfs" else "",
         )
-    console.print(f"{results['model']}, dense top-1 {results['original']['top1']:.2f} %", highlight=False)
+    console.print(
+        f"{results['model']}, dense top-1 {results['original']['top1']:.2f} %; one for all: top-1 and cost when every image "
+        "gets the most common policy",
+        highlight=False,
+    )
     console.print(grid)
     for skipped in results["skipped"]:
         what = f"{skipped['bits']} bit" if skipped["bits"] else f"{skipped['budget']:g}"
@@ -134,6 +140,7 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
         A matplotlib figure.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(8.6, 5.2), layout="constrained")
     axes: Axes = figure.subplots()
@@ -166,11 +173,14 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
                 ha="center",
             )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("cost: bit-weighted MACs, fraction of the dense 32-bit network's")
     axes.set_ylabel("top-1 (%)")
     axes.set_title(f"{results['model']}: accuracy over cost", fontsize=10)
     axes.grid(True, which="major", color="0.92", zorder=0)
-    axes.legend(frameon=False, loc="lower right", fontsize=8)
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(_STYLES), fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure

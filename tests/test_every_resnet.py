@@ -22,6 +22,7 @@ from dfs_cli.config import FULL_BITS, DynamicConfig, Preprocessing
 from dfs_cli.cost.table import CostTable
 from dfs_cli.models.zoo import candidate_names
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.probe import NOBODY_IS_SURE
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
 from dfs_cli.surgery.families import FAMILIES
 
@@ -85,7 +86,7 @@ def check_skipping(model: nn.Module, network: DynamicResNet, images: torch.Tenso
 
 
 def check_batches_and_training(network: DynamicResNet, images: torch.Tensor) -> None:
-    decisions = torch.randint(0, len(CONFIG.bits), (len(images), len(network.blocks)))
+    decisions = torch.randint(0, len(CONFIG.bits), (len(images), 2 * len(network.blocks)))  # both passes
     with torch.no_grad():
         together = network.run(images, decisions).logits
         alone = torch.cat([network.run(images[i : i + 1], decisions[i : i + 1]).logits for i in range(len(images))])
@@ -93,7 +94,7 @@ def check_batches_and_training(network: DynamicResNet, images: torch.Tensor) -> 
     network.train()
     network.run(images, decisions, explore=1.0).logits.logsumexp(dim=1).sum().backward()
     network.eval()
-    kinds = {"gate.": 0, "log_": 0, "backbone.": 0}
+    kinds = {"gate.": 0, "evidence": 0, "log_": 0, "backbone.": 0}
     for name, parameter in network.named_parameters():
         if parameter.grad is not None:
             assert torch.isfinite(parameter.grad).all(), name
@@ -106,7 +107,7 @@ def check_costs(model: nn.Module, table: CostTable) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, *SIZE))
     assert 2 * table.dense_macs == counter.get_total_flops()
-    assert table.dearest * table.dense_macs == pytest.approx(table.dense_macs + sum(table.gate_macs))
+    assert table.dearest * table.dense_macs == pytest.approx(2 * table.dense_macs + sum(table.gate_macs))
     for layer in table.layers:
         parts = layer.name.split(".")
         if any(p in ("se", "attn", "fc1", "fc2") for p in parts):
@@ -118,6 +119,7 @@ def check_costs(model: nn.Module, table: CostTable) -> None:
 
 
 def check_file(name: str, network: DynamicResNet, table: CostTable, images: torch.Tensor, folder: Path) -> None:
+    network.operating_point = NOBODY_IS_SURE  # so that both passes are compared
     preprocessing = Preprocessing(SIZE, SIZE, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
     args = {"num_classes": 1000, "in_chans": 3}
     manifest = dfs_cli.Manifest(name, args, (), preprocessing, CONFIG, table, None, network.operating_point)

@@ -52,7 +52,7 @@ def plot_choices(manifest: Manifest, evaluation: Evaluation) -> Figure:
         axes.bar(range(len(shares)), shares, bottom=bottoms, width=0.82, color=colour, label=label)
         bottoms = [b + s for b, s in zip(bottoms, shares, strict=True)]
     axes.set_xticks(range(len(table.blocks)), table.blocks, rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel("images (%)")
+    axes.set_ylabel("images (%)" if table.passes == 1 else "images and passes (%)")
     axes.set_ylim(0, 100)
     axes.set_xlim(-0.6, len(table.blocks) - 0.4)
     axes.set_title(

@@ -154,14 +154,19 @@ def _open_results(
         "model": name,
         "tuning": tuning.to_dict() | {"workers": None, "device": None},
         "data": data.to_dict() | {"data_dir": None} if data else None,
-        "dynamic": {str(budget): dynamic.to_dict() for budget, dynamic in config.dynamic.items()},
     }
-    fresh: dict[str, Any] = {**identity, "original": None, "points": [], "skipped": []}
+    # Budgets may be added later; those that are there keep their options and gate.
+    dynamic = {str(budget): own.to_dict() for budget, own in config.dynamic.items()}
+    fresh: dict[str, Any] = {**identity, "dynamic": dynamic, "original": None, "points": [], "skipped": []}
     if not path.exists():
         return fresh
     try:
         found = json.loads(path.read_text())
-        same = all(found[key] == json.loads(json.dumps(value)) for key, value in identity.items())
+        wanted = json.loads(json.dumps({**identity, "dynamic": dynamic}))
+        own = found["dynamic"]
+        same = all(found[key] == wanted[key] for key in identity)
+        same = same and all(own.get(budget, value) == value for budget, value in wanted["dynamic"].items())
+        found["dynamic"] = own | wanted["dynamic"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} exists and is not the result of a sweep: {error}") from None
     if not same:

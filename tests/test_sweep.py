@@ -169,6 +169,16 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     assert all(before[p["method"]] for p in again if p["method"] != "mixed")
 
 
+def test_budgets_can_be_added_to_a_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    sweep_digits(path, "--baselines", "none")
+    first = json.loads(path.read_text())["points"]
+    arguments = ["--budgets", "0.1", "--baselines", "none"]
+    sweep_digits(path, *arguments)
+    points = json.loads(path.read_text())["points"]
+    assert points[:1] == first and [p["budget"] for p in points] == [0.05, 0.1]
+
+
 def test_a_sweep_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     sweep_digits(path, "--baselines", "none")

@@ -50,7 +50,11 @@ def print_profile(console: Console, manifest: Manifest, evaluation: Evaluation, 
     colours = _colours(sorted({bits for row in rows for bits in row["histogram"]}))
     grid = Table(box=None, pad_edge=False, header_style="bold")
     grid.add_column("layer", no_wrap=True)
-    grid.add_column("bitwidths over images" if table.passes == 1 else "bitwidths over images and passes", no_wrap=True, min_width=width)
+    grid.add_column(
+        "bitwidths over images" if table.passes == 1 else "bitwidths over images and passes",
+        no_wrap=True,
+        min_width=width,
+    )
     for heading in ("mean bits", "mean cost"):
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

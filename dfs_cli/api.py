@@ -145,8 +145,8 @@ def recalibrate(converted: Converted, budget: float, data: DataConfig | Images |
         if manifest.class_names and splits.class_names != manifest.class_names:
             raise DataError("the data has other classes than the network was converted with")
         data = splits.calibration
-        if isinstance(network, ProbedResNet):
-            data = unfamiliar(data, manifest.preprocessing, TuningConfig.from_dict(made_with["tuning"]))
+    if isinstance(network, ProbedResNet):
+        data = unfamiliar(data, manifest.preprocessing, TuningConfig.from_dict(made_with["tuning"]))
     images = len(data)
     log = UnreadableLog("held-out", images)
     batches = []

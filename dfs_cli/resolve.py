@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import timm
@@ -109,3 +110,12 @@ def unfamiliar(held_out: Images, preprocessing: Preprocessing, tuning: TuningCon
     images = held_out.with_transform(unfamiliar_transform(preprocessing, tuning.hflip, tuning.min_crop))
     images.draw = tuning.seed
     return images
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's tensors with their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -14,12 +14,22 @@ from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from dfs_cli.artifact.files import write_atomically
-from dfs_cli.config import PRESET_EDGE_BITS, PRESETS, DataConfig, DynamicConfig, Preprocessing, TuningConfig
-from dfs_cli.errors import ConfigError, OutputError
+from dfs_cli.config import (
+    DEFAULT_EDGE_BITS,
+    PRESET_EDGE_BITS,
+    PRESETS,
+    DataConfig,
+    DynamicConfig,
+    Preprocessing,
+    TuningConfig,
+)
+from dfs_cli.data.preprocessing import resolve_preprocessing
+from dfs_cli.errors import ConfigError, DivergedError, OutputError
 from dfs_cli.evaluation.cascade import Answers, best_cascade
+from dfs_cli.models.zoo import load_model
 from dfs_cli.pipeline import Observer, Run
 from dfs_cli.report.cost import dynamics_record
-from dfs_cli.resolve import default_tuning
+from dfs_cli.resolve import default_tuning, describe_model, weights_digest
 
 Baseline = Literal["uniform", "mixed", "skipnet", "cascade"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
@@ -114,7 +124,7 @@ def sweep(
         OutputError: the file is of another sweep.
     """
     tuning = tuning or default_tuning(data)
-    results = _open_results(path, model, config, tuning, data)
+    results = _open_results(path, model, config, tuning, data, preprocessing)
     for point in results["points"]:
         on_point(point)
     observer = observer or Observer()
@@ -127,17 +137,20 @@ def sweep(
             observer.job(f"{job.name} ({number} of {len(jobs)})")
             try:
                 run = _start(job, model, config, data, seeded, preprocessing, source, observer)
-            except ConfigError as error:
-                # A budget that a baseline cannot reach is a result, not a failure; one of ours is the user's mistake.
+                point = _measure(job, run, results, _answers_path(path, job))
+            except (ConfigError, DivergedError) as error:
+                # What a baseline cannot reach is a result, not a failure; one of ours is the user's mistake.
                 if job.method == "dfs":
                     raise
                 results["skipped"].append({**dataclasses.asdict(job), "reason": str(error)})
             else:
-                point = _measure(job, run, results, _answers_path(path, job))
                 results["points"].append(point)
                 on_point(point)
             _write(path, results)
         if "cascade" in config.baselines:
+            # Made anew, of all static networks that there are by now.
+            results["points"] = [p for p in results["points"] if (p["method"], p["seed"]) != ("cascade", seed)]
+            results["skipped"] = [p for p in results["skipped"] if (p["method"], p["seed"]) != ("cascade", seed)]
             for point in _cascades(seed, config, results, path):
                 results["points"].append(point)
                 on_point(point)
@@ -146,12 +159,19 @@ def sweep(
 
 
 def _open_results(
-    path: Path, model: nn.Module | str, config: SweepConfig, tuning: TuningConfig, data: DataConfig | None
+    path: Path,
+    model: nn.Module | str,
+    config: SweepConfig,
+    tuning: TuningConfig,
+    data: DataConfig | None,
+    preprocessing: Preprocessing | None,
 ) -> dict[str, Any]:
     """The results so far; an empty record where there are none."""
-    name = model if isinstance(model, str) else str(getattr(model, "pretrained_cfg", {}).get("architecture"))
+    module = load_model(model) if isinstance(model, str) else model
     identity = {
-        "model": name,
+        "model": describe_model(module)[0],
+        "weights_sha256": weights_digest(module),
+        "preprocessing": (preprocessing or resolve_preprocessing(module)).to_dict(),
         "tuning": tuning.to_dict() | {"workers": None, "device": None},
         "data": data.to_dict() | {"data_dir": None} if data else None,
     }
@@ -184,14 +204,15 @@ def _start(
     source: dict[str, Any] | None,
     observer: Observer,
 ) -> Run:
+    edge_bits = max((own.edge_bits for own in config.dynamic.values()), default=DEFAULT_EDGE_BITS)
     dynamic, cost = config.dynamic.get(job.budget or 0.0), job.budget
     if job.method == "skipnet":
         dynamic = DynamicConfig(PRESETS["skipnet"], PRESET_EDGE_BITS["skipnet"], gate="rnn")
     elif job.method == "uniform":
         assert job.bits is not None
-        dynamic, cost = DynamicConfig(tuple(sorted({*STATIC_OPTIONS, job.bits}))), 1.0
+        dynamic, cost = DynamicConfig(STATIC_OPTIONS, edge_bits), 1.0
     elif job.method == "mixed":
-        dynamic = DynamicConfig(STATIC_OPTIONS)
+        dynamic = DynamicConfig(STATIC_OPTIONS, edge_bits)
     assert cost is not None
     return Run(model, cost, data, dynamic, tuning, preprocessing, source, observer)
 
@@ -224,6 +245,7 @@ def _measure(job: Job, run: Run, results: dict[str, Any], answers: Path) -> Poin
         _save_answers(answers, run, evaluation.cost)
     else:
         point["gate"] = run.dynamic.gate
+        point["keeps_budget"] = converted.keeps_budget
         point["dynamics"] = dynamics_record(evaluation)
     return point
 
@@ -269,7 +291,7 @@ def _load_answers(path: Path) -> tuple[Answers, Tensor, Tensor]:
 
 
 def _cascades(seed: int, config: SweepConfig, results: dict[str, Any], path: Path) -> list[Point]:
-    """The best cascade of two of the static networks for each budget that has none yet."""
+    """The best cascade of two of the static networks for each budget."""
     static = [
         Job(p["method"], p["seed"], p["budget"], p["bits"])
         for p in results["points"]
@@ -278,10 +300,8 @@ def _cascades(seed: int, config: SweepConfig, results: dict[str, Any], path: Pat
     loaded = [_load_answers(_answers_path(path, job)) for job in static]
     steps = {p["steps"] for p in results["points"] if p["seed"] == seed}
     points = []
-    for budget in config.budgets:
+    for budget in sorted({*config.budgets, *(p["budget"] for p in results["points"] if p["budget"])}, reverse=True):
         job = Job("cascade", seed, budget)
-        if any(job.matches(p) for p in (*results["points"], *results["skipped"])):
-            continue
         found = best_cascade([answers for answers, _, _ in loaded], budget, loaded[0][1], loaded[0][2])
         if found is None:
             results["skipped"].append({**dataclasses.asdict(job), "reason": "no two static networks fit the budget"})

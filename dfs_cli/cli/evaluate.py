@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dfs_cli.cli import options
-from dfs_cli.errors import ConfigError
+from dfs_cli.errors import BudgetMissedError, ConfigError
 
 
 def evaluate(
@@ -57,6 +57,10 @@ def evaluate(
 
     if output is not None and budget is None:
         raise ConfigError("--output writes the network that --budget moves: pass --budget too")
+    if output is not None and (amp or num_samples is not None):
+        raise ConfigError(
+            "--output records figures of the whole split without --amp: pass neither --amp nor --num-samples"
+        )
     check_writable([path for path in (results_file, output) if path is not None], force)
     converted = api.load(file, device)
     if budget is not None:
@@ -66,9 +70,9 @@ def evaluate(
         evaluation = api.evaluate(
             converted, data_config, batch_size=batch_size, workers=workers, amp=amp, observer=observer
         )
+    evaluated = api.Converted(converted.network, dataclasses.replace(converted.manifest, validation=evaluation))
     if output is not None:
-        moved = dataclasses.replace(converted.manifest, validation=evaluation)
-        api.save(api.Converted(converted.network, moved), output, force)
+        api.save(evaluated, output, force)
     parameters = sum(p.numel() for p in converted.network.parameters())
     record = evaluation_record(converted.manifest, evaluation, round(parameters / 1e6, 2))
     if results_file is not None:
@@ -82,6 +86,10 @@ def evaluate(
         typer.echo(json.dumps(record))
     else:
         print_evaluation(Console(), record)
+    if budget is not None and not evaluated.keeps_budget:
+        raise BudgetMissedError(
+            f"the budget was missed: cost {evaluation.cost:.4f} is outside 0.9 to 1.01 of {budget:g}"
+        )
 
 
 def _to_csv(record: dict[str, Any]) -> str:

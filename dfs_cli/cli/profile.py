@@ -43,7 +43,7 @@ def profile(
     from dfs_cli.artifact.file import read_manifest
     from dfs_cli.artifact.files import check_writable
     from dfs_cli.cli.progress import create_observer, stderr_console
-    from dfs_cli.report.cost import layer_rows
+    from dfs_cli.report.cost import dynamics_record, layer_rows
     from dfs_cli.report.plot import check_plot_path, plot_choices, save_plot
     from dfs_cli.report.terminal import print_profile
 
@@ -71,15 +71,18 @@ def profile(
             "cost": evaluation.cost,
             "budget": manifest.budget,
             "options": manifest.table.options,
+            "dynamics": dynamics_record(evaluation),
             "layers": rows,
         }
         typer.echo(json.dumps(record))
     elif as_csv:
         bits = sorted({b for row in rows for b in row["histogram"]})
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(["layer", "block", "macs", *(f"bits_{b}" for b in bits), "mean_bits", "mean_cost"])
+        writer.writerow(["layer", "block", "macs", "runs", *(f"bits_{b}" for b in bits), "mean_bits", "mean_cost"])
         for row in rows:
             shares = [row["histogram"].get(b, 0.0) for b in bits]
-            writer.writerow([row["name"], row["block"], row["macs"], *shares, row["mean_bits"], row["mean_cost"]])
+            writer.writerow(
+                [row["name"], row["block"], row["macs"], row["runs"], *shares, row["mean_bits"], row["mean_cost"]]
+            )
     else:
         print_profile(Console(), manifest, evaluation)

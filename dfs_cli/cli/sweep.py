@@ -85,7 +85,8 @@ def sweep(
 
     keep_freed_memory()
     check_convertible(model)
-    check_writable([output], force=True)
+    # What lies beside the results of a sweep belongs to it.
+    check_writable([output, output.with_suffix(".csv"), output.with_suffix(".png")], force or output.exists())
     data_config = api.default_data(model.partition(".")[0], data_config)
     tuning = dataclasses.replace(api.default_tuning(data_config), **{k: v for k, v in given.items() if v is not None})
     api.resolve_device(tuning.device)

@@ -63,8 +63,10 @@ def best_cascade(
 def _threshold(first: Answers, second: Answers, budget: float, validation_images: int) -> float | None:
     """The confidence below which the second network runs, so that the held-out images keep the budget."""
     share = (budget - first.cost) / second.cost
-    if not 0 < share < 1:
+    if share <= 0:
         return None
+    if share >= 1:
+        return 1.0  # all images may run both
     deviation = second.cost * math.sqrt(share * (1 - share))
     images = len(first.held_out)
     share = (target_cost(budget, deviation, images, validation_images) - first.cost) / second.cost
@@ -76,6 +78,7 @@ def _threshold(first: Answers, second: Answers, budget: float, validation_images
 
 def _evaluate(first: Tensor, second: Tensor, threshold: float, targets: Tensor) -> tuple[float, float]:
     """Top-1 in percent, and the share of images that ran the second network."""
-    unsure = first.double().softmax(dim=1).amax(dim=1) < threshold
+    confidence = first.double().softmax(dim=1).amax(dim=1)
+    unsure = (confidence < threshold) | (threshold >= 1)
     answers = torch.where(unsure, second.argmax(dim=1), first.argmax(dim=1))
     return 100 * float((answers == targets).double().mean()), float(unsure.double().mean())

@@ -117,6 +117,8 @@ class FractionalLayer(_Layer):
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:
         weight = self._effective_weight()
         if bits == FULL_BITS:
+            # The gate's gradient is a small difference of large sums: not in the 8 bits of bfloat16.
+            x = x if self.precision.routing is None else x.float()
             return self._apply_quantized(x, None, None, weight)
         row = self.bitwidths.index(bits)
         weight_step = self.log_weight_steps[row].exp().reshape(self._weight_shape())

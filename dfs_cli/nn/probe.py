@@ -7,7 +7,6 @@ others a gate that sees that answer chooses the bitwidths of a second pass, and 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,11 @@ def doubt(logits: Tensor) -> Tensor:
     """
     top, others = _split_top(logits)
     return others.logsumexp(dim=1) - top
+
+
+def _count(share: float, images: int) -> int:
+    """How many images a share is; one at least, where there is any."""
+    return min(images, max(round(share * images), 1 if share > 0 else 0))
 
 
 def _split_top(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +114,7 @@ class ProbedResNet(DynamicResNet):
         if decisions is not None:
             unsure = decisions[:, blocks] >= 0
         elif share is not None:
-            chosen = doubt(first.logits.detach()).topk(min(len(images), math.ceil(share * len(images) - 0.5))).indices
+            chosen = doubt(first.logits.detach()).topk(_count(share, len(images))).indices
             limit = max(1, round(_TRAINED_SHARE * len(images)))
             if self.training and len(chosen) > limit:
                 chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[:limit]]

@@ -24,10 +24,15 @@ from dfs_cli.tuning.state import TuningState
 _EXPLORE = 0.1
 _COST_WEIGHT = 0.2
 _PRICE_RATE = 0.1
+LEAST_PRICE = 1e-3
+"""The price is multiplied, so it must stay above zero to come back; so low, it changes no decision."""
 
 
 class StepRecord(NamedTuple):
-    """One step's figures; ``cost`` and ``target`` are fractions of the dense network's cost."""
+    """One step's figures; ``cost`` and ``target`` are fractions of the dense network's cost.
+
+    They are of the pass that the gate decides on: of the only one, or of the second.
+    """
 
     step: int
     total_steps: int
@@ -142,7 +147,15 @@ def tuning_step(
     goal: Goal,
     config: TuningConfig,
 ) -> StepRecord:
-    """One step: forward, backward, update of the parameters and of the price of cost."""
+    """One step: forward, backward, update of the parameters and of the price of cost.
+
+    Args:
+        images: (N, C, H, W), channels last for speed.
+        targets: (N,), class indices.
+
+    Raises:
+        DivergedError: the loss is NaN or infinite.
+    """
     network = state.network
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.amp):
         if isinstance(network, ProbedResNet):
@@ -176,12 +189,12 @@ def tuning_step(
     state.optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has their memory
     state.scheduler.step_update(state.step + 1)
     if decided_cost is not None:
-        network.price *= (float(decided_cost.mean()) / goal.cost) ** _PRICE_RATE
+        ratio = (float(decided_cost.mean()) / goal.cost) ** _PRICE_RATE
+        network.price = max(network.price * ratio, LEAST_PRICE)
     state.step += 1
     accuracy = float((logits.argmax(dim=1) == targets).float().mean()) * 100
-    return StepRecord(
-        state.step, state.total_steps, "", value, accuracy, float(cost.mean()), goal.cost, network.price, lr
-    )
+    shown = float((cost if decided_cost is None else decided_cost).mean())
+    return StepRecord(state.step, state.total_steps, "", value, accuracy, shown, goal.cost, network.price, lr)
 
 
 def _taught_images(images: int, unsure: Tensor | None) -> Tensor:

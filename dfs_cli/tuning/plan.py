@@ -8,7 +8,7 @@ from torch import Tensor
 from dfs_cli.cost.operating_point import find_operating_point, sampling_error
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.probe import ProbedResNet
-from dfs_cli.tuning.loop import Goal
+from dfs_cli.tuning.loop import LEAST_PRICE, Goal
 from dfs_cli.tuning.static_mix import best_static_mix
 
 # Of the budget, what the first pass costs, unless the cheapest mix costs more.
@@ -19,6 +19,8 @@ _FIRST_LIMIT = 0.04
 _SECOND_SHARE, _SECOND_LIMIT = 0.2, 0.0625
 # A second pass costs at least this share of the first: a much poorer look has nothing to add.
 _SECOND_LEAST = 0.6
+# Left for the second pass at least, where the first can cost no less than the budget.
+_LEAST_REST = 1e-3
 # Largest share of the budget that the mean cost of two samples may differ by (one standard error), as planned.
 _PLANNED_ERROR = 0.02
 
@@ -38,14 +40,15 @@ def plan_passes(
         calibration_images, images: how many the operating point is set on, and how many it is to hold for.
     """
     cheapest = table.edges_cost + float(table.prices.min(dim=1).values.sum())
-    first = max(min(_FIRST_SHARE * budget, _FIRST_LIMIT), min(cheapest, budget))
+    dearest = table.last_pass_fixed + float(table.prices.max(dim=1).values.sum())
+    # No more than what the budget's part allows, no less than what the second pass cannot spend.
+    first = max(min(_FIRST_SHARE * budget, _FIRST_LIMIT), min(cheapest, budget), budget - dearest)
     set_policy(network, best_static_mix(table, damage, first))
-    rest = budget - table.cost(network.policy[None].cpu()).item()
+    rest = max(budget - table.cost(network.policy[None].cpu()).item(), _LEAST_REST * budget)
     share = _SECOND_SHARE
     # The deviation of the cost between images is rest * sqrt((1 - share) / share).
     allowed = _PLANNED_ERROR * budget / (rest * sampling_error(1.0, calibration_images, images))
     share = max(share, 1 / (1 + allowed**2))
-    dearest = table.last_pass_fixed + float(table.prices.max(dim=1).values.sum())
     share = min(1.0, max(share, rest / min(dearest, _SECOND_LIMIT)))
     second = max(rest / share, _SECOND_LEAST * (budget - rest))
     network.price = price_for(network, table, second)
@@ -58,10 +61,10 @@ def set_policy(network: ProbedResNet, policy: Tensor) -> None:
 
 
 def price_for(network: ProbedResNet, table: CostTable, cost: float) -> float:
-    """The price at which the gate's preferences alone make the second pass cost at most ``cost``."""
+    """The price, positive, at which the gate's preferences alone make the second pass cost at most ``cost``."""
     preference = network.gate.preference.detach().double().cpu()
 
     def cost_at(price: float) -> Tensor:
         return table.pass_cost((preference - price * table.prices).argmax(dim=1)[None])
 
-    return find_operating_point(cost_at, cost).value
+    return max(find_operating_point(cost_at, cost).value, LEAST_PRICE)

@@ -129,10 +129,10 @@ def test_torchvision_readers_work(tmp_path: Path) -> None:
     assert splits.class_names == tuple("abcdefghij")
 
 
-def test_unknown_readers_are_refused() -> None:
+def test_unknown_readers_are_refused(tmp_path: Path) -> None:
     for name in ("torch/nonsense", "nonsense/x"):
         with pytest.raises(DataError, match="could not be opened"):
-            open_splits(DataConfig(dataset=name, data_dir="."), GREY)
+            open_splits(DataConfig(dataset=name, data_dir=str(tmp_path)), GREY)
 
 
 def test_unreadable_images_are_counted_and_named_and_the_rest_is_kept(tmp_path: Path) -> None:

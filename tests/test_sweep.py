@@ -100,6 +100,11 @@ def test_the_verdict_counts_baselines_up_to_the_budget_and_says_when_one_wins() 
     assert verdict["best"]["method"] == "cascade" and verdict["difference"] == pytest.approx(-0.3)
     assert verdict["best_static"]["method"] == "mixed" and verdict["difference_to_static"] == pytest.approx(0.3)
     assert "loses by 0.30" in verdict_line(verdict) and "(4 bit + 6 bit)" in verdict_line(verdict)
+    equal = {
+        **RESULTS,
+        "points": [point("dfs", 0.02, 88.0, budget=0.03), point("mixed", 0.02, 88.0 - 1e-9, budget=0.03)],
+    }
+    assert verdict_line(verdicts(equal)[0]).endswith("DFS draws")
     alone = {**RESULTS, "points": RESULTS["points"][:1]}
     assert "no baseline" in verdict_line(verdicts(alone)[0])
 

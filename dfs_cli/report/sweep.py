@@ -132,9 +132,11 @@ def verdict_line(verdict: dict[str, Any]) -> str:
     line = f"budget {verdict['budget']:g}: DFS {own['top1']:.2f} at {own['cost']:.4f}{missed}"
     if best is None:
         return f"{line}; no baseline costs as little"
-    difference = verdict["difference"]
-    outcome = "wins by" if difference > 0 else "loses by" if difference < 0 else "equals it:"
-    return f"{line}; best baseline {_name(best)} {best['top1']:.2f} at {best['cost']:.4f}: DFS {outcome} {abs(difference):.2f}"
+    difference = round(verdict["difference"], 2)
+    outcome = (
+        f"wins by {difference:.2f}" if difference > 0 else f"loses by {-difference:.2f}" if difference else "draws"
+    )
+    return f"{line}; best baseline {_name(best)} {best['top1']:.2f} at {best['cost']:.4f}: DFS {outcome}"
 
 
 def plot_sweep(results: dict[str, Any]) -> Figure:

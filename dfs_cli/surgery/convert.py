@@ -159,7 +159,7 @@ def _norms(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
     for i, (path, block) in enumerate(find_blocks(model).items()):
         family = FAMILIES[type(block)]
         for name, module in block.named_modules(prefix=path):
-            if type(module) in FRACTIONAL_NORMS and not _is_within(name, path, (family.shortcut, *family.before)):
+            if type(module) in FRACTIONAL_NORMS and not _is_within(name, path, (family.shortcut, *family.apart)):
                 found[name] = (module, i)
     return found
 

@@ -29,7 +29,8 @@ class BlockFamily:
         branch: modules inside it whose convolutions follow the block's bitwidth.
         skip: ``skip(block, x)`` is the block's output with its residual branch zeroed.
         shortcut: the module whose convolutions always run, at the edge bitwidth.
-        before: modules that run before the block's first convolution, on what no bitwidth of the block has changed.
+        apart: modules whose normalisation keeps to the original's statistics: what runs before the first convolution, and
+            attention, which stays in floating point.
 
     Convolutions elsewhere in the block (attention) always run in floating point.
     """
@@ -38,7 +39,7 @@ class BlockFamily:
     branch: tuple[str, ...]
     skip: Callable[[nn.Module, Tensor], Tensor]
     shortcut: str = "downsample"
-    before: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 def _skip_after_activation(last_activation: str) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -93,14 +94,21 @@ FAMILIES = {
         BlockFamily(Bottleneck, ("conv1", "conv2", "conv3"), _skip_after_activation("act3")),
         BlockFamily(Bottle2neck, ("conv1", "convs", "conv3"), _skip_after_activation("relu")),
         # conv2 is split attention: its `conv` is the branch, its `fc1` and `fc2` are attention.
-        BlockFamily(ResNestBottleneck, ("conv1", "conv2.conv", "conv3"), _skip_after_activation("act3")),
-        # One of the convolutions is a selective kernel: its paths are the branch, the rest of it is attention.
-        BlockFamily(SelectiveKernelBasic, ("conv1.paths", "conv2.conv"), _skip_after_activation("act")),
         BlockFamily(
-            SelectiveKernelBottleneck, ("conv1.conv", "conv2.paths", "conv3.conv"), _skip_after_activation("act")
+            ResNestBottleneck, ("conv1", "conv2.conv", "conv3"), _skip_after_activation("act3"), apart=("conv2.bn1",)
         ),
-        BlockFamily(PreActBasic, ("conv1", "conv2"), _skip_before_activation, before=("norm1",)),
-        BlockFamily(PreActBottleneck, ("conv1", "conv2", "conv3"), _skip_before_activation, before=("norm1",)),
+        # One of the convolutions is a selective kernel: its paths are the branch, the rest of it is attention.
+        BlockFamily(
+            SelectiveKernelBasic, ("conv1.paths", "conv2.conv"), _skip_after_activation("act"), apart=("conv1.attn",)
+        ),
+        BlockFamily(
+            SelectiveKernelBottleneck,
+            ("conv1.conv", "conv2.paths", "conv3.conv"),
+            _skip_after_activation("act"),
+            apart=("conv2.attn",),
+        ),
+        BlockFamily(PreActBasic, ("conv1", "conv2"), _skip_before_activation, apart=("norm1",)),
+        BlockFamily(PreActBottleneck, ("conv1", "conv2", "conv3"), _skip_before_activation, apart=("norm1",)),
     )
 }
 

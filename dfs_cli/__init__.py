@@ -25,14 +25,14 @@ if TYPE_CHECKING:
         save,
     )
     from dfs_cli.artifact.manifest import Evaluation, Manifest
-    from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig
+    from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SweepConfig, TuningConfig
     from dfs_cli.cost.table import CostTable
     from dfs_cli.data.images import Images
     from dfs_cli.data.splits import Splits
     from dfs_cli.errors import DfsError
     from dfs_cli.models.zoo import load_model
     from dfs_cli.nn.network import DynamicResNet
-    from dfs_cli.sweep import SweepConfig, sweep
+    from dfs_cli.sweep import sweep
 
 _HOMES = {
     "Converted": "dfs_cli.api",
@@ -58,7 +58,7 @@ _HOMES = {
     "DfsError": "dfs_cli.errors",
     "load_model": "dfs_cli.models.zoo",
     "DynamicResNet": "dfs_cli.nn.network",
-    "SweepConfig": "dfs_cli.sweep",
+    "SweepConfig": "dfs_cli.config",
     "sweep": "dfs_cli.sweep",
 }
 

@@ -14,9 +14,10 @@ from torch import nn
 from dfs_cli.artifact.file import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import Evaluation
 from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig, check_budget
+from dfs_cli.cost.operating_point import LOWEST_SHARE
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Images, UnreadableLog
-from dfs_cli.data.loading import default_workers, eval_loader
+from dfs_cli.data.loading import default_workers, eval_loader, load_all
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import open_splits, open_validation
 from dfs_cli.errors import ConfigError, DataError
@@ -132,7 +133,7 @@ def recalibrate(converted: Converted, budget: float, data: DataConfig | Images |
         first = network.policy[None].cpu()
         low = float(manifest.table.cost(first))
         high = low + float(manifest.table.pass_cost(torch.full_like(first, len(manifest.table.options) - 1)))
-    if not low <= budget or not 0.9 * budget <= high:
+    if not low <= budget or not LOWEST_SHARE * budget <= high:
         raise ConfigError(f"budget {budget:g} is outside what this network can be moved to: {low:.4f} to {high:.4f}")
     made_with = manifest.configuration
     if not isinstance(data, Images):
@@ -149,16 +150,10 @@ def recalibrate(converted: Converted, budget: float, data: DataConfig | Images |
         data = unfamiliar(data, manifest.preprocessing, TuningConfig.from_dict(made_with["tuning"]))
     images = len(data)
     log = UnreadableLog("held-out", images)
-    batches = []
-    for batch in eval_loader(data, EVAL_BATCH, default_workers(data)):
-        log.add(batch.unreadable)
-        if len(batch.targets):
-            batches.append(batch.images.to(network.prices.device))
-    if not batches:
-        raise DataError("there is no readable image among those held out for calibration")
+    batches, _ = load_all(data, EVAL_BATCH, default_workers(data), network.prices.device, log)
     validation_images = made_with.get("images", {}).get("validation", images)
     point = calibrate(network, manifest.table, batches, budget, validation_images)
-    if point.cost < 0.9 * budget:
+    if point.cost < LOWEST_SHARE * budget:
         raise ConfigError(f"budget {budget:g} cannot be spent: with these options the network costs {point.cost:.4f}")
     return Converted(network, replace(manifest, budget=budget, operating_point=point.value, validation=None))
 

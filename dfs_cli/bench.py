@@ -68,6 +68,7 @@ def bench_tuning(
         # The fewer bits, the more damage: all that a plan of costs needs to know.
         damage = (1 - torch.tensor(table.options) / max(table.options)).square().repeat(len(table.blocks), 1)
         goal = plan_passes(network, table, damage, budget, _HELD_OUT, _VALIDATION)
+    network.fit_gate(images)
     images = images.to(memory_format=torch.channels_last)
     teacher = teacher.to(memory_format=torch.channels_last)
     state = start_state(network.to(memory_format=torch.channels_last).train(), tuning, 10**6, 1)

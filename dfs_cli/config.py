@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dfs_cli.errors import ConfigError
@@ -26,14 +26,18 @@ PRESETS: dict[str, tuple[int, ...]] = {
 }
 """Named option lists. ``paper`` is that of DFS (Shen et al., 2020), ``skipnet`` that of SkipNet (Wang et al., 2018)."""
 
-LOWBIT_BUDGET = 0.12
-"""The largest budget that ``lowbit`` is the default for: two passes at 8 bits cost 0.125. Above it ``hardware`` is."""
+LOWBIT_BUDGET = 0.06
+"""The largest budget per pass that ``lowbit`` is the default for: a pass at 8 bits costs 0.0625. Above it ``hardware`` is."""
 
 DEFAULT_EDGE_BITS = 8
 PRESET_EDGE_BITS = {"paper": FULL_BITS, "skipnet": FULL_BITS}
 
 GateKind = Literal["probe", "rnn", "ff"]
 DeviceKind = Literal["auto", "cpu", "cuda"]
+Baseline = Literal["uniform", "mixed", "skipnet", "cascade"]
+
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+"""What a sweep can compare dynamic networks with."""
 
 
 class _Settings:
@@ -54,9 +58,10 @@ class _Settings:
             raise ConfigError(f"{cls.__name__}: {error}") from None
 
 
-def default_preset(budget: float) -> str:
+def default_preset(budget: float, gate: GateKind) -> str:
     """The option list for a budget: bitwidths far from what it pays for only fight over the weights."""
-    return "lowbit" if budget <= LOWBIT_BUDGET else "hardware"
+    passes = 2 if gate == "probe" else 1
+    return "lowbit" if budget <= passes * LOWBIT_BUDGET else "hardware"
 
 
 def parse_bits(text: str) -> tuple[int, ...]:
@@ -231,3 +236,31 @@ class DataConfig(_Settings):
     def __post_init__(self) -> None:
         if self.num_samples is not None and self.num_samples < 1:
             raise ConfigError(f"num-samples {self.num_samples} is below 1")
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What a sweep compares.
+
+    Args:
+        budgets: of the dynamic networks, and of the baselines that have one.
+        baselines: some of ``uniform``, ``mixed``, ``skipnet``, ``cascade``.
+        seeds: how many repetitions, from the tuning settings' seed on.
+        dynamic: options and gate of the dynamic network for a budget; where there is none, those that a conversion uses.
+    """
+
+    budgets: tuple[float, ...]
+    baselines: tuple[Baseline, ...] = BASELINES
+    seeds: int = 1
+    dynamic: dict[float, DynamicConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.budgets:
+            raise ConfigError("a sweep needs at least one budget")
+        if len(set(self.budgets)) != len(self.budgets):
+            raise ConfigError("a budget is given twice")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds {self.seeds} is below 1")
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise ConfigError(f"baseline {name!r} is not one of {', '.join(BASELINES)}")

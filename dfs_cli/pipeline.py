@@ -18,10 +18,9 @@ from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfi
 from dfs_cli.cost.operating_point import HIGHEST_SHARE, LOWEST_SHARE
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
-from dfs_cli.data.loading import EpochSampler, eval_loader, train_loader
+from dfs_cli.data.loading import EpochSampler, eval_loader, load_all, train_loader
 from dfs_cli.data.preprocessing import resolve_preprocessing, train_transform
 from dfs_cli.data.splits import Splits, check_class_count, open_splits
-from dfs_cli.errors import DataError
 from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
 from dfs_cli.models.zoo import load_model
 from dfs_cli.nn.network import DynamicResNet
@@ -39,7 +38,7 @@ from dfs_cli.resolve import (
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic, verify_conversion
 from dfs_cli.tuning.calibration import calibrate
 from dfs_cli.tuning.loop import Goal, StepRecord, seed_everything, tune
-from dfs_cli.tuning.plan import plan_passes, set_policy
+from dfs_cli.tuning.plan import plan_passes
 from dfs_cli.tuning.sensitivity import measure_damage, prefer_harmless_options
 from dfs_cli.tuning.state import start_state
 from dfs_cli.tuning.static_mix import best_static_mix
@@ -205,45 +204,39 @@ class Run:
 
     def plan_dynamic(self) -> None:
         """Make the network and plan how it spends the budget."""
-        damage = self._make_network()
+        sample = self._make_network()
+        damage = measure_damage(self.network, self.table, sample)
         prefer_harmless_options(self.network, damage)
         if isinstance(self.network, ProbedResNet):
             counts = len(self.splits.calibration), len(self.splits.validation)
             self.goal = plan_passes(self.network, self.table, damage, self.budget, *counts)
-            self.network.fit_gate(self.held_out[0])
+        self.network.fit_gate(sample)
 
     def plan_static(self, bits: int | None) -> None:
         """Make a network of one pass that runs every block at ``bits``, or at the best static mix for the cost."""
-        damage = self._make_network()
+        sample = self._make_network()
         assert isinstance(self.network, ProbedResNet), "a static network is the first pass of a probed one"
         if bits is None:
-            set_policy(self.network, best_static_mix(self.table, damage, self.budget))
+            damage = measure_damage(self.network, self.table, sample)
+            self.network.policy.copy_(best_static_mix(self.table, damage, self.budget))
         else:
-            set_policy(self.network, torch.full_like(self.network.policy, self.dynamic.bits.index(bits)))
+            self.network.policy.fill_(self.dynamic.bits.index(bits))
         self.network.operating_point = EVERYBODY_IS_SURE
         self.goal = Goal(self.budget, share=0.0)
 
     def _make_network(self) -> Tensor:
-        """The network, its scales fitted to held-out images; gives the damage (L, K) of each option."""
+        """The network, its scales fitted to a sample of the held-out images, (N, C, H, W), which is returned."""
         self.network = to_dynamic(self.teacher, self.dynamic, self.table)
-        self.held_out, _ = self._load(self.splits.calibration)
-        fit_scales(self.network, self.held_out[0])
-        verify_conversion(self.teacher, self.network, self.held_out[0][:8])
-        return measure_damage(self.network, self.table, self.held_out[0])
+        held_out = self.splits.calibration
+        (sample, *_), _ = self._load(held_out.subset(range(min(EVAL_BATCH, len(held_out)))))
+        fit_scales(self.network, sample)
+        verify_conversion(self.teacher, self.network, sample[:8])
+        return sample
 
     def _load(self, images: Images) -> tuple[list[Tensor], Tensor]:
-        """The held-out images in memory (every price of cost is tried on all of them), and their classes."""
+        """Held-out images in memory (every price of cost is tried on all of them), and their classes."""
         self.observer.stage("loading held-out images", len(images))
-        batches, targets = [], []
-        for batch in eval_loader(images, EVAL_BATCH, self.workers):
-            self.train_log.add(batch.unreadable)
-            self.observer.advance(len(batch.targets) + len(batch.unreadable))
-            if len(batch.targets):
-                batches.append(batch.images.to(self.device))
-                targets.append(batch.targets)
-        if not batches:
-            raise DataError("there is no readable image among those held out for calibration")
-        return batches, torch.cat(targets)
+        return load_all(images, EVAL_BATCH, self.workers, self.device, self.train_log, self.observer.advance)
 
     def evaluate_original(self) -> tuple[float, float]:
         """Top-1 and top-5 of the original network on the validation split."""
@@ -278,7 +271,8 @@ class Run:
 
     def calibrate(self) -> None:
         """Set the operating point on the held-out images, in full precision, whatever tuning used."""
-        images = self.unfamiliar_images()[0] if isinstance(self.network, ProbedResNet) else self.held_out
+        probed = isinstance(self.network, ProbedResNet)
+        images, _ = self.unfamiliar_images() if probed else self._load(self.splits.calibration)
         self.observer.stage("calibrating", None)
         calibrate(self.network, self.table, images, self.budget, len(self.splits.validation), self.observer.calibrated)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from typing import Any
 
 import timm
@@ -47,7 +46,7 @@ def default_dynamic(budget: float, tuning: TuningConfig) -> DynamicConfig:
 
     Images are mirrored for the second pass where they are mirrored in tuning, that is, where it does not change their class.
     """
-    return DynamicConfig(bits=PRESETS[default_preset(budget)], mirror=tuning.hflip > 0)
+    return DynamicConfig(bits=PRESETS[default_preset(budget, DynamicConfig.gate)], mirror=tuning.hflip > 0)
 
 
 def resolve_device(kind: str) -> torch.device:
@@ -110,12 +109,3 @@ def unfamiliar(held_out: Images, preprocessing: Preprocessing, tuning: TuningCon
     images = held_out.with_transform(unfamiliar_transform(preprocessing, tuning.hflip, tuning.min_crop))
     images.draw = tuning.seed
     return images
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors with their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
+from dfs_cli.artifact.file import tensor_digest
 from dfs_cli.artifact.files import write_atomically
 from dfs_cli.config import (
     DEFAULT_EDGE_BITS,
@@ -21,6 +22,7 @@ from dfs_cli.config import (
     DataConfig,
     DynamicConfig,
     Preprocessing,
+    SweepConfig,
     TuningConfig,
 )
 from dfs_cli.data.preprocessing import resolve_preprocessing
@@ -28,11 +30,9 @@ from dfs_cli.errors import ConfigError, DivergedError, OutputError
 from dfs_cli.evaluation.cascade import Answers, best_cascade
 from dfs_cli.models.zoo import load_model
 from dfs_cli.pipeline import Observer, Run
-from dfs_cli.report.cost import dynamics_record
-from dfs_cli.resolve import default_tuning, describe_model, weights_digest
+from dfs_cli.report.cost import dynamics_record, option_shares
+from dfs_cli.resolve import default_tuning, describe_model
 
-Baseline = Literal["uniform", "mixed", "skipnet", "cascade"]
-BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
 STATIC_OPTIONS = (2, 3, 4, 5, 6, 8, 16, 32)
 
@@ -56,42 +56,15 @@ class Job:
         return all(point[key] == value for key, value in dataclasses.asdict(self).items())
 
 
-@dataclasses.dataclass(frozen=True)
-class SweepConfig:
-    """What a sweep compares.
-
-    Args:
-        budgets: of the dynamic networks, and of the baselines that have one.
-        baselines: some of ``uniform``, ``mixed``, ``skipnet``, ``cascade``.
-        seeds: how many repetitions, from the tuning settings' seed on.
-        dynamic: options and gate of the dynamic network for a budget; where there is none, those that a conversion uses.
-    """
-
-    budgets: tuple[float, ...]
-    baselines: tuple[Baseline, ...] = BASELINES
-    seeds: int = 1
-    dynamic: dict[float, DynamicConfig] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.budgets:
-            raise ConfigError("a sweep needs at least one budget")
-        if len(set(self.budgets)) != len(self.budgets):
-            raise ConfigError("a budget is given twice")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds {self.seeds} is below 1")
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise ConfigError(f"baseline {name!r} is not one of {', '.join(BASELINES)}")
-
-    def jobs(self, seed: int) -> list[Job]:
-        """The networks to tune, dynamic ones first; a cascade needs none of its own."""
-        jobs = [Job("dfs", seed, budget=budget) for budget in self.budgets]
-        if "uniform" in self.baselines or "cascade" in self.baselines:
-            jobs += [Job("uniform", seed, bits=bits) for bits in UNIFORM_BITS]
-        for method in ("mixed", "skipnet"):
-            if method in self.baselines:
-                jobs += [Job(method, seed, budget=budget) for budget in self.budgets]
-        return jobs
+def jobs(config: SweepConfig, seed: int) -> list[Job]:
+    """The networks to tune, dynamic ones first; a cascade needs none of its own."""
+    found = [Job("dfs", seed, budget=budget) for budget in config.budgets]
+    if "uniform" in config.baselines or "cascade" in config.baselines:
+        found += [Job("uniform", seed, bits=bits) for bits in UNIFORM_BITS]
+    for method in ("mixed", "skipnet"):
+        if method in config.baselines:
+            found += [Job(method, seed, budget=budget) for budget in config.budgets]
+    return found
 
 
 def sweep(
@@ -102,9 +75,7 @@ def sweep(
     *,
     tuning: TuningConfig | None = None,
     preprocessing: Preprocessing | None = None,
-    source: dict[str, Any] | None = None,
     observer: Observer | None = None,
-    on_point: Callable[[Point], None] = lambda point: None,
 ) -> dict[str, Any]:
     """Tune and evaluate every network of a sweep, and write what was measured to ``path`` after each.
 
@@ -115,7 +86,6 @@ def sweep(
         model: as for :func:`dfs_cli.pipeline.convert`; so are the other arguments.
         path: the results, JSON: ``points`` is a list with ``method``, ``budget``, ``bits``, ``cost``, ``top1``, ``seed``,
             ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` names what could not be had, and why.
-        on_point: called with each point, those of an earlier run included.
 
     Returns:
         The results.
@@ -123,20 +93,28 @@ def sweep(
     Raises:
         OutputError: the file is of another sweep.
     """
+    module = load_model(model) if isinstance(model, str) else model
     tuning = tuning or default_tuning(data)
-    results = _open_results(path, model, config, tuning, data, preprocessing)
-    for point in results["points"]:
-        on_point(point)
+    preprocessing = preprocessing or resolve_preprocessing(module)
+    results = _open_results(path, module, config, tuning, data, preprocessing)
     observer = observer or Observer()
     for seed in range(tuning.seed, tuning.seed + config.seeds):
-        seeded = dataclasses.replace(tuning, seed=seed)
-        jobs = config.jobs(seed)
-        for number, job in enumerate(jobs, 1):
+        start = partial(
+            Run,
+            module,
+            data=data,
+            tuning=dataclasses.replace(tuning, seed=seed),
+            preprocessing=preprocessing,
+            observer=observer,
+        )
+        planned = jobs(config, seed)
+        for number, job in enumerate(planned, 1):
             if any(job.matches(p) for p in (*results["points"], *results["skipped"])):
                 continue
-            observer.job(f"{job.name} ({number} of {len(jobs)})")
+            observer.job(f"{job.name} ({number} of {len(planned)})")
             try:
-                run = _start(job, model, config, data, seeded, preprocessing, source, observer)
+                cost, dynamic = _settings(job, config)
+                run = start(cost=cost, dynamic=dynamic)
                 point = _measure(job, run, results, _answers_path(path, job))
             except (ConfigError, DivergedError) as error:
                 # What a baseline cannot reach is a result, not a failure; one of ours is the user's mistake.
@@ -145,7 +123,6 @@ def sweep(
                 results["skipped"].append({**dataclasses.asdict(job), "reason": str(error)})
             else:
                 results["points"].append(point)
-                on_point(point)
             _write(path, results)
         if "cascade" in config.baselines:
             # Made anew, of all static networks that there are by now.
@@ -153,25 +130,23 @@ def sweep(
             results["skipped"] = [p for p in results["skipped"] if (p["method"], p["seed"]) != ("cascade", seed)]
             for point in _cascades(seed, config, results, path):
                 results["points"].append(point)
-                on_point(point)
             _write(path, results)
     return results
 
 
 def _open_results(
     path: Path,
-    model: nn.Module | str,
+    model: nn.Module,
     config: SweepConfig,
     tuning: TuningConfig,
     data: DataConfig | None,
-    preprocessing: Preprocessing | None,
+    preprocessing: Preprocessing,
 ) -> dict[str, Any]:
     """The results so far; an empty record where there are none."""
-    module = load_model(model) if isinstance(model, str) else model
     identity = {
-        "model": describe_model(module)[0],
-        "weights_sha256": weights_digest(module),
-        "preprocessing": (preprocessing or resolve_preprocessing(module)).to_dict(),
+        "model": describe_model(model)[0],
+        "weights_sha256": tensor_digest(model.state_dict()),
+        "preprocessing": preprocessing.to_dict(),
         "tuning": tuning.to_dict() | {"workers": None, "device": None},
         "data": data.to_dict() | {"data_dir": None} if data else None,
     }
@@ -194,27 +169,16 @@ def _open_results(
     return dict(found)
 
 
-def _start(
-    job: Job,
-    model: nn.Module | str,
-    config: SweepConfig,
-    data: DataConfig | None,
-    tuning: TuningConfig,
-    preprocessing: Preprocessing | None,
-    source: dict[str, Any] | None,
-    observer: Observer,
-) -> Run:
-    edge_bits = max((own.edge_bits for own in config.dynamic.values()), default=DEFAULT_EDGE_BITS)
-    dynamic, cost = config.dynamic.get(job.budget or 0.0), job.budget
+def _settings(job: Job, config: SweepConfig) -> tuple[float, DynamicConfig | None]:
+    """Cost, options and gate of a job's network; None: what a conversion to that budget uses."""
+    if job.method == "dfs":
+        assert job.budget is not None
+        return job.budget, config.dynamic.get(job.budget)
     if job.method == "skipnet":
-        dynamic = DynamicConfig(PRESETS["skipnet"], PRESET_EDGE_BITS["skipnet"], gate="rnn")
-    elif job.method == "uniform":
-        assert job.bits is not None
-        dynamic, cost = DynamicConfig(STATIC_OPTIONS, edge_bits), 1.0
-    elif job.method == "mixed":
-        dynamic = DynamicConfig(STATIC_OPTIONS, edge_bits)
-    assert cost is not None
-    return Run(model, cost, data, dynamic, tuning, preprocessing, source, observer)
+        assert job.budget is not None
+        return job.budget, DynamicConfig(PRESETS["skipnet"], PRESET_EDGE_BITS["skipnet"], gate="rnn")
+    edge_bits = max((own.edge_bits for own in config.dynamic.values()), default=DEFAULT_EDGE_BITS)
+    return job.budget or 1.0, DynamicConfig(STATIC_OPTIONS, edge_bits)
 
 
 def _measure(job: Job, run: Run, results: dict[str, Any], answers: Path) -> Point:
@@ -239,7 +203,7 @@ def _measure(job: Job, run: Run, results: dict[str, Any], answers: Path) -> Poin
         "top1": evaluation.top1,
         "top5": evaluation.top5,
         "steps": run.steps,
-        "option_shares": {str(b): n for b, n in _shares(run, evaluation.choices).items()},
+        "option_shares": {str(b): n for b, n in option_shares(run.table, evaluation).items() if n},
     }
     if static:
         _save_answers(answers, run, evaluation.cost)
@@ -248,11 +212,6 @@ def _measure(job: Job, run: Run, results: dict[str, Any], answers: Path) -> Poin
         point["keeps_budget"] = converted.keeps_budget
         point["dynamics"] = dynamics_record(evaluation)
     return point
-
-
-def _shares(run: Run, choices: Sequence[Sequence[int]]) -> dict[int, float]:
-    totals = [sum(column) for column in zip(*choices, strict=True)]
-    return {b: n / sum(totals) for b, n in zip(run.table.options, totals, strict=True) if n}
 
 
 def answers_folder(path: Path) -> Path:

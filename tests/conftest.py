@@ -51,7 +51,9 @@ def make_dynamic(
     config = config or DynamicConfig(gate="rnn")
     torch.manual_seed(seed)
     network = to_dynamic(model, config, plan_costs(model, config, size))
-    fit_scales(network, torch.randn(16, *size))
+    sample = torch.randn(16, *size)
+    fit_scales(network, sample)
+    network.fit_gate(sample)
     return network
 
 

@@ -134,10 +134,10 @@ def test_missing_and_extra_tensors_are_refused(artifact: Path, tmp_path: Path) -
 
 def forge(folder: Path, manifest: str, tensors: dict[str, torch.Tensor]) -> Path:
     """A file with a checksum that matches whatever is in it."""
-    from dfs_cli.artifact.file import _DIGEST, _MANIFEST, _digest
+    from dfs_cli.artifact.file import _DIGEST, _MANIFEST, tensor_digest
 
     path = folder / "forged.safetensors"
-    save_file(tensors, path, metadata={_MANIFEST: manifest, _DIGEST: _digest(manifest, tensors)})
+    save_file(tensors, path, metadata={_MANIFEST: manifest, _DIGEST: tensor_digest(tensors, manifest)})
     return path
 
 

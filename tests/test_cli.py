@@ -142,6 +142,13 @@ def test_dry_run_plans_and_writes_nothing() -> None:
     assert written() == []
 
 
+@pytest.mark.parametrize(("gate", "offered"), [("rnn", "16 bit"), ("probe", "3 bit")])
+def test_the_default_options_can_spend_the_budget(gate: str, offered: str) -> None:
+    result = run("convert", "resnet20_digits", "--budget", "0.1", "--gate", gate, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert offered in result.stdout
+
+
 def test_list() -> None:
     found = json.loads(run("list", "resnet*_cifar", "--json").stdout)
     assert [m["name"] for m in found] == [f"resnet{d}_cifar" for d in (110, 20, 32, 38, 44, 56, 74)]

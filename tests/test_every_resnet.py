@@ -150,6 +150,7 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
         return
     _seen.add(signature(model))
     fit_scales(network, images)
+    network.fit_gate(images)
     check_batches_and_training(network, images)
     check_file(shallow, network, table, images, tmp_path)
     check_skipping(model, network, images)  # last: it zeroes the branches of `model`

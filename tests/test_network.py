@@ -97,7 +97,9 @@ def test_gradients_can_be_recorded_after_inference_mode(tiny: nn.Module) -> None
 
 def test_batches_of_one_and_none(tiny: nn.Module) -> None:
     network = make_dynamic(tiny)
-    fit_scales(network, torch.randn(1, 3, 32, 32))
+    lone = torch.randn(1, 3, 32, 32)
+    fit_scales(network, lone)
+    network.fit_gate(lone)
     assert all(torch.isfinite(p).all() for p in network.parameters())
     with torch.no_grad():
         assert network.run(torch.empty(0, 3, 32, 32)).logits.shape == (0, 5)

@@ -13,7 +13,7 @@ from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.probe import EVERYBODY_IS_SURE, NOBODY_IS_SURE, ProbedResNet, doubt
 from dfs_cli.surgery.convert import plan_costs
 from dfs_cli.tuning.calibration import calibrate
-from dfs_cli.tuning.plan import plan_passes, set_policy
+from dfs_cli.tuning.plan import plan_passes
 from dfs_cli.tuning.state import parameter_groups
 
 MIRRORED = DynamicConfig(mirror=True)
@@ -23,7 +23,7 @@ def probed(config: DynamicConfig = MIRRORED, first: int = 1) -> ProbedResNet:
     """A network whose first pass runs option ``first`` everywhere, and whose second depends on the image."""
     network = make_dynamic(tiny_resnet(BasicBlock), config)
     assert isinstance(network, ProbedResNet)
-    set_policy(network, torch.full((5,), first))
+    network.policy.fill_(first)
     network.fit_gate(torch.randn(32, 3, 32, 32))
     spread_gate(network)
     return network

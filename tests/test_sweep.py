@@ -11,7 +11,7 @@ from timm.models.resnet import BasicBlock
 from typer.testing import CliRunner
 
 from dfs_cli.cli.app import app
-from dfs_cli.config import DynamicConfig
+from dfs_cli.config import DynamicConfig, SweepConfig
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.errors import ConfigError
 from dfs_cli.evaluation.cascade import Answers, best_cascade
@@ -23,7 +23,6 @@ from dfs_cli.evaluation.dynamics import (
 )
 from dfs_cli.report.sweep import plot_sweep, points_csv, summarise, verdict_line, verdicts
 from dfs_cli.surgery.convert import plan_costs
-from dfs_cli.sweep import SweepConfig
 from dfs_cli.tuning.static_mix import best_static_mix
 
 TWO_BLOCKS = CostTable((0, 8, 32), ("a", "b"), (LayerCost("a", 100, 0), LayerCost("b", 300, 1)), (0, 0), {})

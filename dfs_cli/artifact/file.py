@@ -32,7 +32,7 @@ def save_artifact(path: Path, network: DynamicResNet, manifest: Manifest, force:
     check_writable([path], force)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     text = manifest.to_json()
-    metadata = {"format": "pt", _MANIFEST: text, _DIGEST: _digest(text, tensors)}
+    metadata = {"format": "pt", _MANIFEST: text, _DIGEST: tensor_digest(tensors, text)}
     write_atomically(
         path, serialise(tensors, metadata=metadata), check=lambda p: _check_identical(p, network, manifest)
     )
@@ -103,15 +103,15 @@ def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
         raise ArtifactError(f"{path} is a safetensors file, but not one that dfs convert wrote: it has no manifest")
     # Old and future versions say so before their checksum is looked at: it may be of another kind.
     manifest = Manifest.from_json(metadata[_MANIFEST])
-    if metadata.get(_DIGEST) != _digest(metadata[_MANIFEST], tensors):
+    if metadata.get(_DIGEST) != tensor_digest(tensors, metadata[_MANIFEST]):
         raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
     return manifest, tensors
 
 
-def _digest(manifest: str, tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the manifest and every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(manifest.encode())
+def tensor_digest(tensors: dict[str, Tensor], text: str = "") -> str:
+    """SHA-256 over ``text`` and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

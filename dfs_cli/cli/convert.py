@@ -85,8 +85,7 @@ def convert(
     if not dry_run:
         check_writable((output, *reports), force)
         data_config = api.default_data(model.partition(".")[0], data_config)
-    defaults = api.default_tuning(data_config)
-    tuning = dataclasses.replace(defaults, **{k: v for k, v in given.items() if v is not None})
+    tuning = options.tuned(api.default_tuning(data_config), **given)
     dynamic = dataclasses.replace(dynamic, mirror=options.mirrors(gate, mirror, tuning.hflip))
     api.resolve_device(tuning.device)
     if dry_run:

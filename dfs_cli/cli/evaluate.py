@@ -45,6 +45,12 @@ def evaluate(
     force: options.Force = False,
 ) -> None:
     """Evaluate a converted network: accuracy, cost, and what it chose."""
+    if output is not None and budget is None:
+        raise ConfigError("--output writes the network that --budget moves: pass --budget too")
+    if output is not None and (amp or num_samples is not None):
+        raise ConfigError(
+            "--output records figures of the whole split without --amp: pass neither --amp nor --num-samples"
+        )
     data_config = options.data_config(data, dataset, None, val_split, num_samples, dataset_download)
 
     from rich.console import Console
@@ -55,12 +61,6 @@ def evaluate(
     from dfs_cli.report.cost import evaluation_record
     from dfs_cli.report.terminal import print_evaluation
 
-    if output is not None and budget is None:
-        raise ConfigError("--output writes the network that --budget moves: pass --budget too")
-    if output is not None and (amp or num_samples is not None):
-        raise ConfigError(
-            "--output records figures of the whole split without --amp: pass neither --amp nor --num-samples"
-        )
     check_writable([path for path in (results_file, output) if path is not None], force)
     converted = api.load(file, device)
     if budget is not None:

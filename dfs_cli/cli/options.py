@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -11,14 +12,14 @@ from dfs_cli.config import (
     DEFAULT_EDGE_BITS,
     PRESET_EDGE_BITS,
     DataConfig,
+    DeviceKind,
     DynamicConfig,
     GateKind,
+    TuningConfig,
     default_preset,
     parse_bits,
 )
 from dfs_cli.errors import ConfigError
-
-Device = Literal["auto", "cpu", "cuda"]
 
 DataDir = Annotated[
     Path | None,
@@ -40,7 +41,7 @@ Download = Annotated[
     bool, typer.Option("--dataset-download", help="Let the reader of --dataset download it, where it can.")
 ]
 Workers = Annotated[int | None, typer.Option("--workers", "-j", metavar="N", help="Processes that load images.")]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where to compute.")]
+DeviceOption = Annotated[DeviceKind, typer.Option("--device", help="Where to compute.")]
 Amp = Annotated[bool, typer.Option("--amp", help="Automatic mixed precision (bfloat16).")]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth, .pt or .tar.")
@@ -60,7 +61,7 @@ Bits = Annotated[
     typer.Option(
         "--bits",
         help="Options of a block, as 0,4,8,32, or hardware, paper, skipnet, lowbit "
-        "[default: hardware, for budgets up to 0.12 lowbit].",
+        "[default: hardware, for budgets up to 0.12 (rnn, ff: 0.06) lowbit].",
     ),
 ]
 EdgeBits = Annotated[
@@ -68,7 +69,7 @@ EdgeBits = Annotated[
     typer.Option("--edge-bits", help="Bitwidth of stem, shortcuts and classifier [default: 8; paper, skipnet: 32]."),
 ]
 Gate = Annotated[
-    Literal["probe", "rnn", "ff"],
+    GateKind,
     typer.Option("--gate", help="A cheap first pass that decides who needs a second; recurrent; or feed-forward."),
 ]
 Mirror = Annotated[
@@ -109,7 +110,7 @@ def dynamic_config(
     bits: str | None, edge_bits: int | None, gate: GateKind, budget: float, mirror: bool
 ) -> DynamicConfig:
     """Options and gate that the options above give for a budget."""
-    preset = bits or default_preset(budget)
+    preset = bits or default_preset(budget, gate)
     return DynamicConfig(
         bits=parse_bits(preset),
         edge_bits=PRESET_EDGE_BITS.get(preset, DEFAULT_EDGE_BITS) if edge_bits is None else edge_bits,
@@ -123,6 +124,11 @@ def mirrors(gate: GateKind, mirror: bool | None, hflip: float) -> bool:
     if gate != "probe" and mirror is not None:
         raise ConfigError(f"--mirror is for the second pass of --gate probe, not for {gate}")
     return gate == "probe" and (hflip > 0 if mirror is None else mirror)
+
+
+def tuned(defaults: TuningConfig, **given: Any) -> TuningConfig:
+    """``defaults`` with what was given in its place; None: not given."""
+    return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...] | None:

@@ -9,10 +9,8 @@ import typer
 
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
-from dfs_cli.config import check_budget
+from dfs_cli.config import BASELINES, SweepConfig, check_budget
 from dfs_cli.errors import ConfigError
-
-_BASELINES = "uniform,mixed,skipnet,cascade"
 
 
 def sweep(
@@ -22,7 +20,7 @@ def sweep(
     ] = "0.4,0.1,0.05,0.03,0.015",
     baselines: Annotated[
         str, typer.Option("--baselines", help="What to compare with: some of these, or none.")
-    ] = _BASELINES,
+    ] = ",".join(BASELINES),
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="Results: JSON; a CSV and a plot beside it.")
     ] = Path("sweep.json"),
@@ -68,7 +66,6 @@ def sweep(
     statistics = {"mean": options.numbers("--mean", mean), "std": options.numbers("--std", std)}
     data_config = options.data_config(data, dataset, train_split, val_split, num_samples, dataset_download)
 
-    import dataclasses
     import shutil
 
     from rich.console import Console
@@ -80,7 +77,7 @@ def sweep(
     from dfs_cli.models.zoo import check_convertible, load_model
     from dfs_cli.report.plot import has_matplotlib, save_plot
     from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep
-    from dfs_cli.sweep import SweepConfig, answers_folder
+    from dfs_cli.sweep import answers_folder
     from dfs_cli.sweep import sweep as run_sweep
 
     keep_freed_memory()
@@ -88,7 +85,7 @@ def sweep(
     # What lies beside the results of a sweep belongs to it.
     check_writable([output, output.with_suffix(".csv"), output.with_suffix(".png")], force or output.exists())
     data_config = api.default_data(model.partition(".")[0], data_config)
-    tuning = dataclasses.replace(api.default_tuning(data_config), **{k: v for k, v in given.items() if v is not None})
+    tuning = options.tuned(api.default_tuning(data_config), **given)
     api.resolve_device(tuning.device)
     mirrored = options.mirrors(gate, mirror, tuning.hflip)
     config = SweepConfig(

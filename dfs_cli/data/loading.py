@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from dfs_cli.data.digits import Digits
-from dfs_cli.data.images import Batch, Images, collate
+from dfs_cli.data.images import Batch, Images, UnreadableLog, collate
+from dfs_cli.errors import DataError
 
 
 class EpochSampler(Sampler[int]):
@@ -50,6 +52,31 @@ def train_loader(images: Images, sampler: EpochSampler, batch_size: int, workers
         drop_last=True,
         generator=torch.Generator().manual_seed(sampler.seed),
     )
+
+
+def load_all(
+    images: Images,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    unreadable: UnreadableLog,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> tuple[list[Tensor], Tensor]:
+    """Held-out images in memory, in batches (N, C, H, W) on ``device``, and their classes.
+
+    Raises:
+        DataError: none is readable, or too many are not.
+    """
+    batches, targets = [], []
+    for batch in eval_loader(images, batch_size, workers):
+        unreadable.add(batch.unreadable)
+        on_batch(len(batch.targets) + len(batch.unreadable))
+        if len(batch.targets):
+            batches.append(batch.images.to(device))
+            targets.append(batch.targets)
+    if not batches:
+        raise DataError("there is no readable image among those held out for calibration")
+    return batches, torch.cat(targets)
 
 
 def eval_loader(images: Images, batch_size: int, workers: int, pin: bool = False) -> DataLoader[Batch]:

@@ -123,21 +123,38 @@ class DynamicResNet(nn.Module):
             explore: in training, the probability per block that images which skip it run its residual branch as well,
                 without a gradient of its own, so that the gate learns what skipping cost them.
         """
-        x = self.layout.stem(self.backbone, images)
-        state = self.gate.start(len(images), x)
+        state = self.gate.start(len(images), images)
         chosen, probs = [], []
-        for i, block in enumerate(self.blocks):
+
+        def decide(block: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            nonlocal state
             if decisions is None or self.training:
-                logits, state = self.gate(i, x, state)
-                logits = logits - self.operating_point * self.prices[i].to(logits.dtype)
-            choice = decisions[:, i] if decisions is not None else logits.argmax(dim=1)
-            block_probs = logits.softmax(dim=1) if self.training else None
-            x = self._route(block, x, choice, block_probs, explore)
-            chosen.append(choice)
-            if block_probs is not None:
-                probs.append(block_probs)
-        logits = self.layout.head(self.backbone, x)
+                logits, state = self.gate(block, x, state)
+                logits = logits - self.operating_point * self.prices[block].to(logits.dtype)
+            chosen.append(decisions[:, block] if decisions is not None else logits.argmax(dim=1))
+            if self.training:
+                probs.append(logits.softmax(dim=1))
+            return chosen[-1], probs[-1] if probs else None
+
+        logits, _ = self._walk(images, decide, explore)
         return Output(logits, torch.stack(chosen, dim=1), torch.stack(probs, dim=1) if probs else None)
+
+    def _walk(
+        self, images: Tensor, decide: Callable[[int, Tensor], tuple[Tensor, Tensor | None]], explore: float
+    ) -> tuple[Tensor, Tensor]:
+        """Run the network once.
+
+        Args:
+            decide: from a block's index and its input (N, C, H, W) to the images' options (N,) and, in training, the
+                gate's probabilities (N, K).
+
+        Returns:
+            Logits (N, classes) and the features (N, C, H, W) before the head.
+        """
+        x = self.layout.stem(self.backbone, images)
+        for i, block in enumerate(self.blocks):
+            x = self._route(block, x, *decide(i, x), explore)
+        return self.layout.head(self.backbone, x), x
 
     def full_precision(self) -> AbstractContextManager[None]:
         """A context within which what always runs does so in floating point."""

@@ -7,15 +7,13 @@ others a gate that sees that answer chooses the bitwidths of a second pass, and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.config import DynamicConfig
 from dfs_cli.nn.gate import RefineGate
-from dfs_cli.nn.network import Block, DynamicResNet, Layout, Output
-from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.network import DynamicResNet, Output
 
 # Thresholds of doubt beyond all doubts; finite, so that they can be written as JSON.
 NOBODY_IS_SURE, EVERYBODY_IS_SURE = -1e9, 1e9
@@ -50,13 +48,6 @@ def summarise(logits: Tensor, features: Tensor) -> Tensor:
     return torch.cat([scalars, features.mean(dim=(2, 3), dtype=torch.float64)], dim=1)
 
 
-class _Pass(NamedTuple):
-    logits: Tensor
-    features: Tensor
-    decisions: Tensor
-    probs: Tensor | None
-
-
 class ProbedResNet(DynamicResNet):
     """A dynamic network of two passes.
 
@@ -72,18 +63,10 @@ class ProbedResNet(DynamicResNet):
     policy: Tensor
     stored_price: Tensor
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        layout: Layout,
-        blocks: list[Block],
-        edges: Precision,
-        config: DynamicConfig,
-        prices: Tensor,
-        gate: RefineGate,
-    ) -> None:
-        super().__init__(backbone, layout, blocks, edges, config, prices, gate)
-        self.register_buffer("policy", torch.full((len(blocks),), len(config.bits) - 1))
+    def __init__(self, *parts: Any, **named_parts: Any) -> None:
+        super().__init__(*parts, **named_parts)
+        blocks, options = self.prices.shape
+        self.register_buffer("policy", torch.full((blocks,), options - 1))
         self.register_buffer("stored_price", torch.zeros((), dtype=torch.float64))
         self.evidence = nn.Parameter(torch.tensor([0.5, 0.5]))
         self.operating_point = EVERYBODY_IS_SURE
@@ -108,48 +91,46 @@ class ProbedResNet(DynamicResNet):
         """
         blocks = len(self.blocks)
         first_choice = self.policy.expand(len(images), -1) if decisions is None else decisions[:, :blocks]
-        first = self._walk(images, first_choice, None, 0.0)
+        first, features = self._pass(images, first_choice)
         if decisions is not None and decisions.shape[1] == blocks:
-            return Output(first.logits, first.decisions, None)
+            return Output(first, first_choice, None)
         if decisions is not None:
             unsure = decisions[:, blocks] >= 0
         elif share is not None:
-            chosen = doubt(first.logits.detach()).topk(_count(share, len(images))).indices
+            chosen = doubt(first.detach()).topk(_count(share, len(images))).indices
             limit = max(1, round(_TRAINED_SHARE * len(images)))
             if self.training and len(chosen) > limit:
                 chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[:limit]]
             unsure = torch.zeros(len(images), dtype=torch.bool, device=images.device)
             unsure[chosen] = True
         else:
-            unsure = doubt(first.logits) > self.operating_point
+            unsure = doubt(first) > self.operating_point
         indices = unsure.nonzero().flatten()
-        refused = torch.full_like(first.decisions, -1)
+        refused = torch.full_like(first_choice, -1)
         if not len(indices):
-            return Output(first.logits, torch.cat([first.decisions, refused], 1), None, first.logits, indices)
+            return Output(first, torch.cat([first_choice, refused], dim=1), None, first, indices)
         views = images[indices]
-        scores = self.gate(summarise(first.logits.detach()[indices], first.features.detach()[indices]))
+        scores = self.gate(summarise(first.detach()[indices], features.detach()[indices]))
         scores = scores - self.price * self.prices.to(scores.dtype)
         choice = scores.argmax(dim=2) if decisions is None else decisions[indices, blocks:]
         probs = scores.softmax(dim=2) if self.training else None
-        second = self._walk(views.flip(-1) if self.config.mirror else views, choice, probs, explore)
-        both = self.evidence[0] * first.logits.detach()[indices] + self.evidence[1] * second.logits
+        second, _ = self._pass(views.flip(-1) if self.config.mirror else views, choice, probs, explore)
+        both = self.evidence[0] * first.detach()[indices] + self.evidence[1] * second
         return Output(
-            first.logits.index_copy(0, indices, both.to(first.logits.dtype)),
-            torch.cat([first.decisions, refused.index_copy(0, indices, second.decisions)], dim=1),
+            first.index_copy(0, indices, both.to(first.dtype)),
+            torch.cat([first_choice, refused.index_copy(0, indices, choice)], dim=1),
             probs,
-            first.logits,
+            first,
             indices,
         )
 
-    def _walk(self, images: Tensor, choice: Tensor, probs: Tensor | None, explore: float) -> _Pass:
-        """One pass over the network with the options ``choice`` (N, L)."""
-        x = self.layout.stem(self.backbone, images)
-        for i, block in enumerate(self.blocks):
-            x = self._route(block, x, choice[:, i], None if probs is None else probs[:, i], explore)
-        return _Pass(self.layout.head(self.backbone, x), x, choice, probs)
+    def _pass(
+        self, images: Tensor, choice: Tensor, probs: Tensor | None = None, explore: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and last features of one pass with the options ``choice`` (N, L), chosen with ``probs`` (N, L, K)."""
+        return self._walk(images, lambda i, _: (choice[:, i], None if probs is None else probs[:, i]), explore)
 
     @torch.no_grad()
     def fit_gate(self, images: Tensor) -> None:
         """Scale the gate's input to zero mean and unit deviation over the first pass of ``images`` (N, C, H, W)."""
-        first = self._walk(images, self.policy.expand(len(images), -1), None, 0.0)
-        self.gate.normalise_input(summarise(first.logits, first.features))
+        self.gate.normalise_input(summarise(*self._pass(images, self.policy.expand(len(images), -1))))

@@ -166,7 +166,7 @@ def _norms(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
 
 @torch.no_grad()
 def fit_scales(network: DynamicResNet, images: Tensor) -> None:
-    """Set all step sizes, the statistics per bitwidth and the gate's input scale, from ``images`` (N, C, H, W)."""
+    """Set all step sizes and the statistics per bitwidth from ``images`` (N, C, H, W)."""
     was_training = network.training
     network.eval()
     expected: dict[FractionalBatchNorm, tuple[Tensor, Tensor]] = {}
@@ -192,7 +192,6 @@ def fit_scales(network: DynamicResNet, images: Tensor) -> None:
 
         with _hooked(network, FractionalBatchNorm, match):
             network.run(images, torch.full((len(images), len(network.blocks)), option, device=images.device))
-    network.fit_gate(images)
     network.train(was_training)
 
 

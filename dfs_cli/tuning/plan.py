@@ -43,7 +43,7 @@ def plan_passes(
     dearest = table.last_pass_fixed + float(table.prices.max(dim=1).values.sum())
     # No more than what the budget's part allows, no less than what the second pass cannot spend.
     first = max(min(_FIRST_SHARE * budget, _FIRST_LIMIT), min(cheapest, budget), budget - dearest)
-    set_policy(network, best_static_mix(table, damage, first))
+    network.policy.copy_(best_static_mix(table, damage, first))
     rest = max(budget - table.cost(network.policy[None].cpu()).item(), _LEAST_REST * budget)
     share = _SECOND_SHARE
     # The deviation of the cost between images is rest * sqrt((1 - share) / share).
@@ -53,11 +53,6 @@ def plan_passes(
     second = max(rest / share, _SECOND_LEAST * (budget - rest))
     network.price = price_for(network, table, second)
     return Goal(second, min(1.0, rest / second))
-
-
-def set_policy(network: ProbedResNet, policy: Tensor) -> None:
-    """Give the first pass the options ``policy`` (L,)."""
-    network.policy.copy_(policy)
 
 
 def price_for(network: ProbedResNet, table: CostTable, cost: float) -> float:

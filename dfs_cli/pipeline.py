@@ -268,6 +268,7 @@ class Run:
             self.train_log,
             self.observer.step,
         )
+        self.network.settle()
 
     def calibrate(self) -> None:
         """Set the operating point on the held-out images, in full precision, whatever tuning used."""

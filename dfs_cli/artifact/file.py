@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dfs_cli.artifact.files import check_writable, write_atomically
 from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.artifact.packing import load_packed, packed_tensors
 from dfs_cli.errors import ArtifactError, DfsError
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery.convert import to_dynamic
@@ -30,7 +31,7 @@ def save_artifact(path: Path, network: DynamicResNet, manifest: Manifest, force:
         ArtifactError: loaded back, the file gives other logits or decisions than ``network``.
     """
     check_writable([path], force)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    tensors = packed_tensors(network)
     text = manifest.to_json()
     metadata = {"format": "pt", _MANIFEST: text, _DIGEST: tensor_digest(tensors, text)}
     write_atomically(
@@ -70,7 +71,7 @@ def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[Dynam
     manifest, tensors = _read(path)
     try:
         network = _rebuild(manifest)
-        network.load_state_dict(tensors, strict=True)
+        load_packed(network, tensors)
     except (DfsError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{path} does not fit the network it describes: {reason}") from None

@@ -87,6 +87,26 @@ class FractionalLayer(_Layer):
         for i, bits in enumerate(self.bitwidths):
             self.log_input_steps[i] = best_step(values, bits, bool(self.input_signed)).log().squeeze()
 
+    def weight_codes(self) -> Tensor | None:
+        """The integer codes (as floating point numbers) at the widest bitwidth, where the weight consists of them alone."""
+        if not self.bitwidths or self._effective_weight() is not self.weight:
+            return None
+        codes = self._quantized_weight(max(self.bitwidths)).codes
+        return codes if torch.equal(codes * self._widest_step(), self.weight) else None
+
+    @torch.no_grad()
+    def set_weight_codes(self, codes: Tensor | None = None) -> None:
+        """Set the weight to ``codes`` at the widest bitwidth (None: those that it has now, rounded). It is final:
+        narrower bitwidths quantize it further, and it is standardised no more."""
+        if codes is None:
+            codes = self._quantized_weight(max(self.bitwidths)).codes
+        self.weight.copy_(codes * self._widest_step())
+
+    def _widest_step(self) -> Tensor:
+        # Computed on the CPU wherever the layer is: another device's exponential may differ in the last digit.
+        logarithms = self.log_weight_steps.detach()[self.bitwidths.index(max(self.bitwidths))]
+        return logarithms.cpu().exp().to(logarithms.device).reshape(self._weight_shape())
+
     def _effective_weight(self) -> Tensor:
         """The weight that is applied, and quantized."""
         return self.weight
@@ -219,6 +239,10 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
         rows = self.weight.reshape(1, self.out_channels, -1)
         standard = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0, eps=self.standardise_eps)
         return standard.reshape_as(self.weight)
+
+    def set_weight_codes(self, codes: Tensor | None = None) -> None:
+        super().set_weight_codes(codes)
+        self.standardise_eps = None
 
     def _output_shape(self) -> tuple[int, ...]:
         return (1, -1, 1, 1)

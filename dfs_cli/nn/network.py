@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.nn.gate import Gate, RefineGate
+from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.precision import Precision, Routing
 
 
@@ -168,6 +170,20 @@ class DynamicResNet(nn.Module):
     @price.setter
     def price(self, value: float) -> None:
         self.operating_point = value
+
+    def settle(self) -> None:
+        """Give up what no option needs, once tuning is done, so that a file need not hold it.
+
+        Weights become what the widest bitwidth can tell apart, unless floating point is an option; then normalisation keeps
+        only what the bitwidths use. Narrower bitwidths quantize the rounded weights.
+        """
+        keeps_floats = FULL_BITS in self.config.bits
+        for module in self.backbone.modules():
+            if isinstance(module, FractionalLayer) and module.bitwidths:
+                if module.precision is self.edges or not keeps_floats:
+                    module.set_weight_codes()
+            elif isinstance(module, FractionalBatchNorm) and not keeps_floats:
+                module.fold_statistics()
 
     def fit_gate(self, images: Tensor) -> None:
         """Scale the gate's input to zero mean and unit deviation over ``images`` (N, C, H, W), run in full precision."""

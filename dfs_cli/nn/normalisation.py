@@ -24,6 +24,9 @@ else:
 
 N = TypeVar("N", bound="FractionalBatchNorm")
 
+NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0, "bit_mean": 0.0, "bit_var": 1.0}
+"""What the tensors that :meth:`FractionalBatchNorm.fold_statistics` makes useless are set to."""
+
 
 class FractionalBatchNorm(_Norm):
     """Shared by :class:`FractionalBatchNorm2d` and :class:`FractionalBatchNormAct2d`.
@@ -53,6 +56,15 @@ class FractionalBatchNorm(_Norm):
         new.register_buffer("bit_mean", new.running_mean.repeat(rows, 1))
         new.register_buffer("bit_var", new.running_var.repeat(rows, 1))
         return new
+
+    @torch.no_grad()
+    def fold_statistics(self) -> None:
+        """Express each bitwidth's statistics by its affine parameters, and forget what only floating point uses."""
+        factor = ((1 + self.eps) / (self.bit_var + self.eps)).sqrt()
+        self.bit_bias.sub_(self.bit_mean * self.bit_weight / (self.bit_var + self.eps).sqrt())
+        self.bit_weight.mul_(factor)
+        for name, value in NEUTRAL.items():
+            getattr(self, name).fill_(value)
 
     def _normalise(self, x: Tensor) -> Tensor:
         bits = self.precision.bits

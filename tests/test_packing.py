@@ -1,0 +1,139 @@
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import timm
+import torch
+from conftest import make_dynamic, tiny_resnet
+from safetensors.torch import save
+from timm.layers import StdConv2d
+from timm.models.resnetv2 import ResNetV2
+
+from dfs_cli.artifact.packing import load_packed, pack, packed_tensors, unpack
+from dfs_cli.config import DynamicConfig
+from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.convert import plan_costs, to_dynamic
+
+
+def standardised_resnet() -> torch.nn.Module:
+    """A small relative of BiT: its convolutions standardise their weights."""
+    torch.manual_seed(0)
+    sizes = {"layers": (1, 1, 1, 1), "channels": (256, 256, 256, 256), "num_classes": 5}
+    model = ResNetV2(**sizes, conv_layer=partial(StdConv2d, eps=1e-8), stem_type="fixed").eval()
+    model.pretrained_cfg = {"architecture": "tiny", "input_size": (3, 32, 32)}
+    return model
+
+
+def random_network(
+    bits: tuple[int, ...], edge_bits: int = 8, create: Callable[[], torch.nn.Module] = tiny_resnet
+) -> DynamicResNet:
+    network = make_dynamic(create(), DynamicConfig(bits, edge_bits, mirror=True))
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    if tensor.is_floating_point():
+                        tensor.mul_(torch.empty_like(tensor).uniform_(0.8, 1.2)).add_(0.01)
+    network.operating_point = 0.0
+    return network
+
+
+def size_of(tensors: dict[str, torch.Tensor]) -> int:
+    return len(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def test_codes_are_packed_from_the_lowest_bits() -> None:
+    # 4 bits, range -7..7: 0, 7, 14, 8, 1 above the lowest; two to a byte, the last byte half empty.
+    assert pack(torch.tensor([-7.0, 0.0, 7.0, 1.0, -6.0]), 4).tolist() == [0x70, 0x8E, 0x01]
+    # 3 bits, range -3..3: 0, 6, 3 as 000, 011, 110 with the lowest bit first.
+    assert pack(torch.tensor([-3.0, 3.0, 0.0]), 3).tolist() == [0b11110000, 0b0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 7, 8, 12, 16])
+def test_packing_loses_nothing(bits: int) -> None:
+    high = 2 ** (bits - 1) - 1
+    codes = torch.randint(-high, high + 1, (3, 5, 2, 1)).float()
+    codes.view(-1)[:2] = torch.tensor([-high, high])
+    packed = pack(codes, bits)
+    assert len(packed) == -(-codes.numel() * bits // 8)
+    assert torch.equal(unpack(packed, bits, codes.shape), codes)
+
+
+def test_settling_changes_no_widest_code_and_folds_statistics() -> None:
+    network = random_network((0, 3, 8))
+    images = torch.randn(4, 3, 32, 32)
+    widest = torch.full((4, 5), 2)
+    before = network.run(images, widest).logits
+    network.settle()
+    torch.testing.assert_close(network.run(images, widest).logits, before, rtol=1e-4, atol=1e-4)
+    codes = [m.weight_codes() for m in network.modules() if isinstance(m, FractionalLayer)]
+    assert codes and all(c is not None and torch.equal(c, c.round()) and c.abs().max() <= 127 for c in codes)
+
+
+def test_floating_point_options_keep_their_weights() -> None:
+    network = random_network((0, 8, 32))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.settle()
+    stored = packed_tensors(network)
+    for name, module in network.named_modules():
+        if isinstance(module, FractionalLayer):
+            kept = module.precision is not network.edges
+            assert (f"{name}.weight" in stored) == kept
+            assert torch.equal(before[f"{name}.weight"], module.weight) == kept
+    assert all(torch.equal(before[n], t) for n, t in stored.items() if ".bn" in n)
+
+
+@pytest.mark.parametrize(
+    ("bits", "edge_bits", "create"),
+    [
+        ((0, 2, 8), 8, tiny_resnet),
+        ((3, 5), 6, tiny_resnet),
+        ((0, 12), 32, tiny_resnet),
+        ((0, 4), 8, standardised_resnet),
+    ],
+)
+def test_what_is_stored_gives_identical_logits(
+    bits: tuple[int, ...], edge_bits: int, create: Callable[[], torch.nn.Module]
+) -> None:
+    network = random_network(bits, edge_bits, create)
+    network.settle()
+    stored = packed_tensors(network)
+    assert any(name.endswith("weight_codes") for name in stored)
+    model, config = create(), network.config
+    again = to_dynamic(model, config, plan_costs(model, config, (3, 32, 32)))
+    load_packed(again, stored)
+    again.operating_point = network.operating_point
+    images = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = network.run(images), again.eval().run(images)
+    assert torch.equal(expected.logits, found.logits) and torch.equal(expected.decisions, found.decisions)
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in network.state_dict().items())
+
+
+def test_loading_is_strict() -> None:
+    network = random_network((0, 2, 8))
+    network.settle()
+    stored = packed_tensors(network)
+    name = next(n for n in stored if n.endswith("weight_codes"))
+    for changed in (
+        {n: t for n, t in stored.items() if n != name},
+        stored | {"stranger": torch.zeros(1)},
+        stored | {name: stored[name][:-1]},
+        stored | {name: torch.cat([stored[name], stored[name]])},
+        stored | {name: stored[name].float()},
+    ):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            load_packed(random_network((0, 2, 8)), changed)
+
+
+@pytest.mark.parametrize(("bits", "edge_bits", "share"), [((0, 2, 3, 4, 5, 6, 8), 8, 0.27), ((0, 4), 4, 0.15)])
+def test_files_are_small(bits: tuple[int, ...], edge_bits: int, share: float) -> None:
+    model = timm.create_model("resnet18").eval()
+    config = DynamicConfig(bits, edge_bits)
+    network = to_dynamic(model, config, plan_costs(model, config, (3, 64, 64)))
+    for layer in network.modules():
+        if isinstance(layer, FractionalLayer):
+            layer.calibrate_weight()
+    network.settle()
+    assert size_of(packed_tensors(network)) <= share * size_of(model.state_dict())

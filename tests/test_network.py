@@ -137,6 +137,25 @@ def test_only_the_chosen_option_runs_and_skipped_images_run_nothing() -> None:
     assert seen == []
 
 
+def test_grouping_without_gradients_gives_what_grouping_with_gradients_gives() -> None:
+    """The one may write into a block's input, the other may not; both, and single images, agree."""
+    for block in (BasicBlock, Bottleneck):
+        network = make_dynamic(tiny_resnet(block))
+        images = torch.randn(12, 3, 32, 32)
+        kept = images.clone()
+        decisions = torch.randint(len(network.config.bits), (12, len(network.blocks)))
+        recorded = network.run(images, decisions).logits
+        assert recorded.requires_grad
+        with torch.no_grad():
+            plain = network.run(images, decisions).logits
+            alone = [network.run(i[None], d[None]).logits for i, d in zip(images, decisions, strict=True)]
+            last = network.run(images.to(memory_format=torch.channels_last), decisions).logits
+        torch.testing.assert_close(plain, recorded.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.cat(alone), plain, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(last, plain, rtol=1e-4, atol=1e-5)
+        assert torch.equal(images, kept)
+
+
 def test_decisions_reach_the_right_images() -> None:
     network = make_dynamic(tiny_resnet(BasicBlock))
     x = torch.randn(10, 3, 32, 32)

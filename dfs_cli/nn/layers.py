@@ -131,7 +131,9 @@ class FractionalLayer(_Layer):
         step = self.log_input_steps[self.bitwidths.index(bits)].exp()
         with self._exact(bits, x):
             y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
-        y = y * (scale * step).reshape(self._output_shape())
+        factor = (scale * step).reshape(self._output_shape())
+        # In place where no gradient is recorded: a new tensor of this size costs as much as the arithmetic.
+        y = y * factor if torch.is_grad_enabled() else y.mul_(factor)
         return y if self.bias is None else y + self.bias.reshape(self._output_shape())
 
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:

@@ -35,6 +35,7 @@ class Block:
         skip: ``skip(module, x)`` is the block with its residual branch zeroed.
         precision: the bitwidth of its convolutions.
         channels: width of its input.
+        keeps_input: skipping it gives its input, the very tensor.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Block:
     skip: Callable[[nn.Module, Tensor], Tensor]
     precision: Precision
     channels: int
+    keeps_input: bool = False
 
 
 class Output(NamedTuple):
@@ -212,16 +214,47 @@ class DynamicResNet(nn.Module):
 
     def _route(self, block: Block, x: Tensor, choice: Tensor, probs: Tensor | None, explore: float) -> Tensor:
         """Run each group of images with its option, (N, C, H, W) to (N, C', H', W'), in the order of the batch."""
+        if probs is None and not torch.is_grad_enabled():
+            return self._infer(block, x, choice)
+        groups = self._groups(choice)
+        if len(groups) <= 1:
+            return self._execute(block, x, groups[0][0] if groups else 0, probs, explore)
+        outputs = [
+            self._execute(block, x[rows], option, None if probs is None else probs[rows], explore)
+            for option, rows in groups
+        ]
+        return torch.cat(outputs)[torch.cat([rows for _, rows in groups]).argsort()]
+
+    def _infer(self, block: Block, x: Tensor, choice: Tensor) -> Tensor:
+        """:meth:`_route` where no gradient is recorded: nothing is moved that need not be. It may write into ``x``."""
+        groups = self._groups(choice)
+        if len(groups) <= 1:
+            return self._execute(block, x, groups[0][0] if groups else 0, None, 0.0)
+        result: Tensor | None = None
+        for option, rows in groups:
+            if self.config.bits[option] == 0 and block.keeps_input:
+                result = x
+                continue
+            y = self._execute(block, x[rows], option, None, 0.0)
+            if result is None:
+                result = _empty_batch(len(x), y)
+            result[rows] = y.to(result.dtype)
+        assert result is not None
+        return result
+
+    def _groups(self, choice: Tensor) -> list[tuple[int, Tensor]]:
+        """The options that ``choice`` (N,) names, ascending, and the indices of the images that took each.
+
+        A single option comes with ``choice`` itself: there is nothing to pick. An accelerator is waited for once.
+        """
+        if len(choice) == 1:
+            return [(int(choice), choice)]
         counts = torch.bincount(choice, minlength=len(self.config.bits)).tolist()
         taken = [(option, count) for option, count in enumerate(counts) if count]
         if len(taken) <= 1:
-            return self._execute(block, x, taken[0][0] if taken else 0, probs, explore)
-        order = choice.argsort(stable=True)
-        outputs = []
-        for indices, (option, _) in zip(order.split([count for _, count in taken]), taken, strict=True):
-            group_probs = None if probs is None else probs[indices]
-            outputs.append(self._execute(block, x[indices], option, group_probs, explore))
-        return torch.cat(outputs)[order.argsort()]
+            return [(option, choice) for option, _ in taken]
+        rows = choice.argsort(stable=True).split([count for _, count in taken])
+        return [(option, r) for (option, _), r in zip(taken, rows, strict=True)]
 
     def _execute(self, block: Block, x: Tensor, option: int, probs: Tensor | None, explore: float) -> Tensor:
         bits = self.config.bits[option]
@@ -246,6 +279,13 @@ class DynamicResNet(nn.Module):
         with block.precision.at(bits, routing):
             result: Tensor = block.module(x)
         return result
+
+
+def _empty_batch(images: int, like: Tensor) -> Tensor:
+    """An uninitialised batch of ``images`` results, laid out in memory as ``like``."""
+    last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((images, *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _with_gradient(y: Tensor, direction: Tensor, weight: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
             adopted = FRACTIONAL_NORMS[type(norm)].adopt(norm, bitwidths, precisions[block])
             backbone.set_submodule(name, adopted)
     blocks = [
-        Block(path, module, FAMILIES[type(module)].skip, precision, width)
+        Block(path, module, FAMILIES[type(module)].skip, precision, width, _keeps_input(module))
         for (path, module), precision, width in zip(block_modules.items(), precisions, channels, strict=True)
     ]
     device = next(backbone.parameters()).device
@@ -151,6 +151,13 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
     parts = (backbone, LAYOUTS[type(backbone)], blocks, edges, config, table.prices)
     network = ProbedResNet(*parts, gate) if isinstance(gate, RefineGate) else DynamicResNet(*parts, gate)
     return network.to(device).eval()
+
+
+def _keeps_input(block: nn.Module) -> bool:
+    """Whether the block, skipped, gives its input itself."""
+    nothing = torch.empty(0)
+    has_shortcut = getattr(block, FAMILIES[type(block)].shortcut) is not None
+    return not has_shortcut and FAMILIES[type(block)].skip(block, nothing) is nothing
 
 
 def _norms(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:

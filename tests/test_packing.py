@@ -60,15 +60,32 @@ def test_packing_loses_nothing(bits: int) -> None:
     assert torch.equal(unpack(packed, bits, codes.shape), codes)
 
 
-def test_settling_changes_no_widest_code_and_folds_statistics() -> None:
-    network = random_network((0, 3, 8))
+def test_settling_a_single_bitwidth_changes_no_code_and_folds_statistics() -> None:
+    network = random_network((0, 8))
     images = torch.randn(4, 3, 32, 32)
-    widest = torch.full((4, 5), 2)
+    widest = torch.full((4, 5), 1)
     before = network.run(images, widest).logits
     network.settle()
     torch.testing.assert_close(network.run(images, widest).logits, before, rtol=1e-4, atol=1e-4)
     codes = [m.weight_codes() for m in network.modules() if isinstance(m, FractionalLayer)]
     assert codes and all(c is not None and torch.equal(c, c.round()) and c.abs().max() <= 127 for c in codes)
+
+
+def test_settling_moves_hardly_a_weight_across_a_narrower_threshold() -> None:
+    network = random_network((0, 2, 3, 4, 8))
+    layers = [m for m in network.modules() if isinstance(m, FractionalLayer) and len(m.bitwidths) > 1]
+    before = [{b: m._quantized_weight(b).codes for b in m.bitwidths} for m in layers]
+    network.settle()
+    changed, nearest, weights = {b: 0 for b in (2, 3, 4)}, {b: 0 for b in (2, 3, 4)}, 0
+    for layer, codes in zip(layers, before, strict=True):
+        weights += layer.weight.numel()
+        for bits in changed:
+            changed[bits] += int((layer._quantized_weight(bits).codes != codes[bits]).sum())
+        layer.set_weight_codes(codes[8])
+        for bits in nearest:
+            nearest[bits] += int((layer._quantized_weight(bits).codes != codes[bits]).sum())
+    assert all(nearest[b] > 0.001 * weights for b in nearest), "the test needs weights close to thresholds"
+    assert all(changed[b] < 0.1 * nearest[b] for b in changed), (changed, nearest, weights)
 
 
 def test_floating_point_options_keep_their_weights() -> None:

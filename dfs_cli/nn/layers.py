@@ -96,11 +96,33 @@ class FractionalLayer(_Layer):
 
     @torch.no_grad()
     def set_weight_codes(self, codes: Tensor | None = None) -> None:
-        """Set the weight to ``codes`` at the widest bitwidth (None: those that it has now, rounded). It is final:
-        narrower bitwidths quantize it further, and it is standardised no more."""
+        """Set the weight to ``codes`` at the widest bitwidth (None: those nearest to it now). It is final: narrower bitwidths
+        quantize it further, and it is standardised no more."""
         if codes is None:
-            codes = self._quantized_weight(max(self.bitwidths)).codes
+            codes = self._codes_for_all()
         self.weight.copy_(codes * self._widest_step())
+
+    def _codes_for_all(self) -> Tensor:
+        """The widest bitwidth's codes from which all bitwidths together are restored with the least squared error.
+
+        Rounded to the nearest code, a weight that is close to a threshold of a narrower bitwidth may cross it, and be wrong by
+        one of its much larger steps; the code on the other side of the threshold is one away.
+        """
+        weight, widest = self._effective_weight(), self._widest_step()
+        low, high = code_range(max(self.bitwidths), signed=True)
+        nearest = quantize_codes(weight, widest, low, high)
+        steps = self.log_weight_steps.exp()
+        best, least = nearest, torch.full_like(weight, float("inf"))
+        for offset in (0, -1, 1):
+            codes = (nearest + offset).clamp_(low, high)
+            error = (codes * widest - weight).square_()
+            for step, bits in zip(steps, self.bitwidths, strict=True):
+                if bits < max(self.bitwidths):
+                    step, limits = step.reshape(self._weight_shape()), code_range(bits, signed=True)
+                    wrong = quantize_codes(codes * widest, step, *limits) - quantize_codes(weight, step, *limits)
+                    error += (wrong * step).square_()
+            best, least = torch.where(error < least, codes, best), torch.minimum(error, least)
+        return best
 
     def _widest_step(self) -> Tensor:
         # Computed on the CPU wherever the layer is: another device's exponential may differ in the last digit.

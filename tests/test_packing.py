@@ -76,7 +76,7 @@ def test_settling_moves_hardly_a_weight_across_a_narrower_threshold() -> None:
     layers = [m for m in network.modules() if isinstance(m, FractionalLayer) and len(m.bitwidths) > 1]
     before = [{b: m._quantized_weight(b).codes for b in m.bitwidths} for m in layers]
     network.settle()
-    changed, nearest, weights = {b: 0 for b in (2, 3, 4)}, {b: 0 for b in (2, 3, 4)}, 0
+    changed, nearest, weights = dict.fromkeys((2, 3, 4), 0), dict.fromkeys((2, 3, 4), 0), 0
     for layer, codes in zip(layers, before, strict=True):
         weights += layer.weight.numel()
         for bits in changed:

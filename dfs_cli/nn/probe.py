@@ -109,16 +109,21 @@ class ProbedResNet(DynamicResNet):
         refused = torch.full_like(first_choice, -1)
         if not len(indices):
             return Output(first, torch.cat([first_choice, refused], dim=1), None, first, indices)
-        views = images[indices]
-        scores = self.gate(summarise(first.detach()[indices], features.detach()[indices]))
+        everybody = len(indices) == len(images)
+
+        def entering(tensor: Tensor) -> Tensor:
+            return tensor if everybody else tensor[indices]
+
+        scores = self.gate(summarise(entering(first.detach()), entering(features.detach())))
         scores = scores - self.price * self.prices.to(scores.dtype)
-        choice = scores.argmax(dim=2) if decisions is None else decisions[indices, blocks:]
+        choice = scores.argmax(dim=2) if decisions is None else entering(decisions[:, blocks:])
         probs = scores.softmax(dim=2) if self.training else None
+        views = entering(images)
         second, _ = self._pass(views.flip(-1) if self.config.mirror else views, choice, probs, explore)
-        both = self.evidence[0] * first.detach()[indices] + self.evidence[1] * second
+        both = (self.evidence[0] * entering(first.detach()) + self.evidence[1] * second).to(first.dtype)
         return Output(
-            first.index_copy(0, indices, both.to(first.dtype)),
-            torch.cat([first_choice, refused.index_copy(0, indices, choice)], dim=1),
+            both if everybody else first.index_copy(0, indices, both),
+            torch.cat([first_choice, choice if everybody else refused.index_copy(0, indices, choice)], dim=1),
             probs,
             first,
             indices,

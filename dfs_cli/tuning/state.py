@@ -15,7 +15,7 @@ from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.probe import ProbedResNet
 
-_GATE_RATE, _BACKBONE_RATE = 5.0, 0.1
+_GATE_RATE, _BACKBONE_RATE = 5.0, 0.3
 # Adam divides by the gradient's size. The gate's gradient is small and mostly noise: with the usual epsilon that noise
 # would move the gate at full speed; with this one it moves as far as the gradient says.
 _GATE_EPSILON = 1e-2
@@ -79,7 +79,7 @@ class TuningState:
 
 
 def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: int, epochs: int) -> TuningState:
-    """A fresh state: the backbone learns ten times slower than the step sizes, or not at all where it is frozen."""
+    """A fresh state: the backbone learns three times slower than the step sizes, or not at all where it is frozen."""
     gate, quantizers, backbone = parameter_groups(network)
     groups = [
         {"params": gate, "lr": config.lr * _GATE_RATE, "weight_decay": 0.0, "eps": _GATE_EPSILON},

@@ -110,7 +110,14 @@ def evaluate(
     return evaluate_network(network, manifest.table, loader, device, log, amp, observer.advance)
 
 
-def recalibrate(converted: Converted, budget: float, data: DataConfig | Images | None = None) -> Converted:
+def recalibrate(
+    converted: Converted,
+    budget: float,
+    data: DataConfig | Images | None = None,
+    *,
+    workers: int | None = None,
+    observer: Observer | None = None,
+) -> Converted:
     """Move a tuned network to another budget, without tuning, by its operating point.
 
     Args:
@@ -118,6 +125,8 @@ def recalibrate(converted: Converted, budget: float, data: DataConfig | Images |
         budget: within the network's range: with the probe gate from the first pass alone to a second one in full for all.
         data: where the training images are: the operating point is set on those that the conversion held out of them.
             Or held-out images themselves. None: the embedded digits, for their model.
+        workers: processes that load images; None: as many as there are cores, none where images are few.
+        observer: told about progress.
 
     Returns:
         A network at the new budget, not evaluated yet.
@@ -150,9 +159,12 @@ def recalibrate(converted: Converted, budget: float, data: DataConfig | Images |
         data = unfamiliar(data, manifest.preprocessing, TuningConfig.from_dict(made_with["tuning"]))
     images = len(data)
     log = UnreadableLog("held-out", images)
-    batches, _ = load_all(data, EVAL_BATCH, default_workers(data), network.prices.device, log)
+    observer, workers = observer or Observer(), default_workers(data) if workers is None else workers
+    observer.stage("loading held-out images", images)
+    batches, _ = load_all(data, EVAL_BATCH, workers, network.prices.device, log, observer.advance)
+    observer.stage("calibrating", None)
     validation_images = made_with.get("images", {}).get("validation", images)
-    point = calibrate(network, manifest.table, batches, budget, validation_images)
+    point = calibrate(network, manifest.table, batches, budget, validation_images, observer.calibrated)
     if point.cost < LOWEST_SHARE * budget:
         raise ConfigError(f"budget {budget:g} cannot be spent: with these options the network costs {point.cost:.4f}")
     return Converted(network, replace(manifest, budget=budget, operating_point=point.value, validation=None))

@@ -121,6 +121,8 @@ class DynamicConfig(_Settings):
         check_bitwidth(self.edge_bits)
         if self.gate not in get_args(GateKind):
             raise ConfigError(f"gate {self.gate!r} is not one of {', '.join(get_args(GateKind))}")
+        if self.mirror and self.gate != "probe":
+            raise ConfigError(f"mirror is for the second pass of the probe gate, not for {self.gate}")
         if self.embedding < 1 or self.hidden < 1:
             raise ConfigError("the gate's embedding and hidden widths must be at least 1")
 

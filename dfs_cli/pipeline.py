@@ -242,7 +242,9 @@ class Run:
         """Top-1 and top-5 of the original network on the validation split."""
         self.observer.stage("original", len(self.splits.validation))
         log = UnreadableLog("validation", len(self.splits.validation))
-        return evaluate_accuracy(self.teacher, self.validation_loader(), self.device, log, self.observer.advance)
+        # A loader draws a number: tuning must not depend on whether the original was evaluated before.
+        with torch.random.fork_rng(devices=[]):
+            return evaluate_accuracy(self.teacher, self.validation_loader(), self.device, log, self.observer.advance)
 
     def validation_loader(self) -> DataLoader[Batch]:
         """The validation images, in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from dfs_cli.artifact.file import tensor_digest
 from dfs_cli.artifact.files import write_atomically
 from dfs_cli.config import (
-    DEFAULT_EDGE_BITS,
     PRESET_EDGE_BITS,
     PRESETS,
     DataConfig,
@@ -26,13 +26,17 @@ from dfs_cli.config import (
     TuningConfig,
 )
 from dfs_cli.data.preprocessing import resolve_preprocessing
+from dfs_cli.data.splits import open_splits
 from dfs_cli.errors import ConfigError, DivergedError, OutputError
-from dfs_cli.evaluation.cascade import Answers, best_cascade
+from dfs_cli.evaluation.cascade import Answers, StaticNetwork, best_cascade, confident_answers
 from dfs_cli.models.zoo import load_model
 from dfs_cli.pipeline import Observer, Run
 from dfs_cli.report.cost import dynamics_record, option_shares
-from dfs_cli.resolve import default_tuning, describe_model
+from dfs_cli.resolve import default_data, default_dynamic, default_tuning, describe_model
+from dfs_cli.surgery.convert import plan_costs
 
+RECIPE = 2
+"""Raised with every change of how networks are tuned: results of different recipes do not belong into one file."""
 UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
 STATIC_OPTIONS = (2, 3, 4, 5, 6, 8, 16, 32)
 
@@ -70,7 +74,7 @@ def jobs(config: SweepConfig, seed: int) -> list[Job]:
 def sweep(
     model: nn.Module | str,
     config: SweepConfig,
-    path: Path,
+    path: Path | str,
     data: DataConfig | None = None,
     *,
     tuning: TuningConfig | None = None,
@@ -92,10 +96,17 @@ def sweep(
 
     Raises:
         OutputError: the file is of another sweep.
+        ConfigError: a budget cannot be reached; nothing has been tuned then.
     """
-    module = load_model(model) if isinstance(model, str) else model
+    module, path = load_model(model) if isinstance(model, str) else model, Path(path)
+    data = default_data(describe_model(module)[0], data)
     tuning = tuning or default_tuning(data)
     preprocessing = preprocessing or resolve_preprocessing(module)
+    config = dataclasses.replace(
+        config, dynamic={b: config.dynamic.get(b) or default_dynamic(b, tuning) for b in config.budgets}
+    )
+    for budget, dynamic in config.dynamic.items():
+        plan_costs(module, dynamic, preprocessing.input_size).check_budget(budget)
     results = _open_results(path, module, config, tuning, data, preprocessing)
     observer = observer or Observer()
     for seed in range(tuning.seed, tuning.seed + config.seeds):
@@ -117,8 +128,8 @@ def sweep(
                 run = start(cost=cost, dynamic=dynamic)
                 point = _measure(job, run, results, _answers_path(path, job))
             except (ConfigError, DivergedError) as error:
-                # What a baseline cannot reach is a result, not a failure; one of ours is the user's mistake.
-                if job.method == "dfs":
+                # What a baseline cannot reach is a result, not a failure; of ours, what could not be foreseen is.
+                if job.method == "dfs" and isinstance(error, ConfigError):
                     raise
                 results["skipped"].append({**dataclasses.asdict(job), "reason": str(error)})
             else:
@@ -139,16 +150,22 @@ def _open_results(
     model: nn.Module,
     config: SweepConfig,
     tuning: TuningConfig,
-    data: DataConfig | None,
+    data: DataConfig,
     preprocessing: Preprocessing,
 ) -> dict[str, Any]:
     """The results so far; an empty record where there are none."""
+    splits = open_splits(data, preprocessing, tuning.seed)
     identity = {
+        "recipe": RECIPE,
         "model": describe_model(model)[0],
         "weights_sha256": tensor_digest(model.state_dict()),
         "preprocessing": preprocessing.to_dict(),
         "tuning": tuning.to_dict() | {"workers": None, "device": None},
-        "data": data.to_dict() | {"data_dir": None} if data else None,
+        # Folders may move; what is in them must not change.
+        "data": data.to_dict() | {"data_dir": None},
+        "images": {name: len(getattr(splits, name)) for name in ("train", "calibration", "validation")},
+        "classes": len(splits.class_names),
+        "static_edge_bits": _static_edge_bits(config),
     }
     # Budgets may be added later; those that are there keep their options and gate.
     dynamic = {str(budget): own.to_dict() for budget, own in config.dynamic.items()}
@@ -169,16 +186,19 @@ def _open_results(
     return dict(found)
 
 
-def _settings(job: Job, config: SweepConfig) -> tuple[float, DynamicConfig | None]:
-    """Cost, options and gate of a job's network; None: what a conversion to that budget uses."""
+def _static_edge_bits(config: SweepConfig) -> int:
+    return max(own.edge_bits for own in config.dynamic.values())
+
+
+def _settings(job: Job, config: SweepConfig) -> tuple[float, DynamicConfig]:
+    """Cost, options and gate of a job's network."""
+    if job.budget is None:
+        return 1.0, DynamicConfig(STATIC_OPTIONS, _static_edge_bits(config))
     if job.method == "dfs":
-        assert job.budget is not None
-        return job.budget, config.dynamic.get(job.budget)
+        return job.budget, config.dynamic[job.budget]
     if job.method == "skipnet":
-        assert job.budget is not None
         return job.budget, DynamicConfig(PRESETS["skipnet"], PRESET_EDGE_BITS["skipnet"], gate="rnn")
-    edge_bits = max((own.edge_bits for own in config.dynamic.values()), default=DEFAULT_EDGE_BITS)
-    return job.budget or 1.0, DynamicConfig(STATIC_OPTIONS, edge_bits)
+    return job.budget, DynamicConfig(STATIC_OPTIONS, _static_edge_bits(config))
 
 
 def _measure(job: Job, run: Run, results: dict[str, Any], answers: Path) -> Point:
@@ -225,17 +245,24 @@ def _answers_path(path: Path, job: Job) -> Path:
 
 @torch.inference_mode()
 def _save_answers(path: Path, run: Run, cost: float) -> None:
-    """Keep a static network's logits: cascades are made of them."""
+    """Keep what a static network answers, and how sure it is: cascades are made of them."""
     held_out, held_out_targets = run.unfamiliar_images()
-    logits, targets = [], []
-    for batch in run.validation_loader():
-        if len(batch.targets):
-            logits.append(run.network.run(batch.images.to(run.device)).logits.cpu())
-            targets.append(batch.targets)
+    targets: list[Tensor] = []
+
+    def validation_logits() -> Iterator[Tensor]:
+        for batch in run.validation_loader():
+            if len(batch.targets):
+                targets.append(batch.targets)
+                yield run.network.run(batch.images.to(run.device)).logits
+
+    validation = confident_answers(validation_logits())
+    held_out_answers = confident_answers(run.network.run(images).logits for images in held_out)
     tensors = {
-        "held_out": torch.cat([run.network.run(images).logits.cpu() for images in held_out]),
+        "held_out_confidence": held_out_answers.confidence,
+        "held_out_answers": held_out_answers.answers,
         "held_out_targets": held_out_targets,
-        "validation": torch.cat(logits),
+        "validation_confidence": validation.confidence,
+        "validation_answers": validation.answers,
         "validation_targets": torch.cat(targets),
         "cost": torch.tensor(cost, dtype=torch.float64),
     }
@@ -243,10 +270,13 @@ def _save_answers(path: Path, run: Run, cost: float) -> None:
     write_atomically(path, serialise({k: v.contiguous() for k, v in tensors.items()}))
 
 
-def _load_answers(path: Path) -> tuple[Answers, Tensor, Tensor]:
+def _load_answers(path: Path) -> tuple[StaticNetwork, Tensor, Tensor]:
     tensors = load_file(path)
-    answers = Answers(float(tensors["cost"]), tensors["held_out"], tensors["validation"])
-    return answers, tensors["held_out_targets"], tensors["validation_targets"]
+    held_out, validation = (
+        Answers(tensors[f"{split}_confidence"], tensors[f"{split}_answers"]) for split in ("held_out", "validation")
+    )
+    network = StaticNetwork(float(tensors["cost"]), held_out, validation)
+    return network, tensors["held_out_targets"], tensors["validation_targets"]
 
 
 def _cascades(seed: int, config: SweepConfig, results: dict[str, Any], path: Path) -> list[Point]:
@@ -256,14 +286,18 @@ def _cascades(seed: int, config: SweepConfig, results: dict[str, Any], path: Pat
         for p in results["points"]
         if p["method"] in ("uniform", "mixed") and p["seed"] == seed
     ]
+    static = [job for job in static if _answers_path(path, job).is_file()]
     loaded = [_load_answers(_answers_path(path, job)) for job in static]
     steps = {p["steps"] for p in results["points"] if p["seed"] == seed}
     points = []
     for budget in sorted({*config.budgets, *(p["budget"] for p in results["points"] if p["budget"])}, reverse=True):
         job = Job("cascade", seed, budget)
-        found = best_cascade([answers for answers, _, _ in loaded], budget, loaded[0][1], loaded[0][2])
+        found = best_cascade([network for network, _, _ in loaded], budget, *loaded[0][1:]) if loaded else None
         if found is None:
-            results["skipped"].append({**dataclasses.asdict(job), "reason": "no two static networks fit the budget"})
+            reason = (
+                f"no two of {len(loaded)} static networks whose answers are in {answers_folder(path)} fit the budget"
+            )
+            results["skipped"].append({**dataclasses.asdict(job), "reason": reason})
             continue
         members = [static[i].name.partition(",")[0] for i in (found.cheap, found.dear)]
         points.append(

@@ -14,6 +14,7 @@ from conftest import MakeFolder
 from typer.testing import CliRunner, Result
 
 import dfs_cli
+from dfs_cli.artifact.file import read_manifest
 from dfs_cli.cli.app import app
 from dfs_cli.report.cost import layer_rows
 
@@ -266,7 +267,7 @@ def test_eval_moves_a_file_to_another_budget(artifact: Path, tmp_path: Path) -> 
     moved = tmp_path / "moved.safetensors"
     arguments = ["eval", str(artifact), "--json", "--budget"]
     costs = []
-    for budget, more in (("0.3", ["--output", str(moved)]), ("0.15", [])):
+    for budget, more in (("0.3", ["--output", str(moved)]), ("0.2", [])):
         result = CliRunner().invoke(app, [*arguments, budget, *more])
         assert result.exit_code == 0, result.stderr
         record = json.loads(result.stdout)
@@ -277,6 +278,10 @@ def test_eval_moves_a_file_to_another_budget(artifact: Path, tmp_path: Path) -> 
     result = CliRunner().invoke(app, ["eval", str(moved), "--json"])
     again = json.loads(result.stdout)
     assert again["cost"] == costs[0] and again["budget"] == 0.3
+    result = CliRunner().invoke(app, ["eval", str(moved), "--json", "--budget", "0.2"])
+    converted = read_manifest(artifact).validation
+    assert converted is not None
+    assert json.loads(result.stdout)["cost"] == costs[1] == converted.cost, "the way to a budget does not matter"
     result = CliRunner().invoke(app, [*arguments, "0.001"])
     assert result.exit_code == 2 and "outside what this network can be moved to" in result.stderr
     result = CliRunner().invoke(app, ["eval", str(artifact), "--output", str(moved)])

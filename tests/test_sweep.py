@@ -1,5 +1,7 @@
 import csv
+import dataclasses
 import json
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,21 @@ from timm.models.resnet import BasicBlock
 from typer.testing import CliRunner
 
 from dfs_cli.cli.app import app
-from dfs_cli.config import DynamicConfig, SweepConfig
+from dfs_cli.config import DataConfig, DynamicConfig, SweepConfig
 from dfs_cli.cost.table import CostTable, LayerCost
-from dfs_cli.errors import ConfigError
-from dfs_cli.evaluation.cascade import Answers, best_cascade
+from dfs_cli.errors import ConfigError, OutputError
+from dfs_cli.evaluation.cascade import StaticNetwork, best_cascade, confident_answers
 from dfs_cli.evaluation.dynamics import (
     choice_entropy,
     distinct_policies,
     most_common_policy,
     variance_between_images,
 )
+from dfs_cli.pipeline import convert
 from dfs_cli.report.sweep import plot_sweep, points_csv, summarise, verdict_line, verdicts
+from dfs_cli.resolve import default_tuning
 from dfs_cli.surgery.convert import plan_costs
+from dfs_cli.sweep import answers_folder, sweep
 from dfs_cli.tuning.static_mix import best_static_mix
 
 TWO_BLOCKS = CostTable((0, 8, 32), ("a", "b"), (LayerCost("a", 100, 0), LayerCost("b", 300, 1)), (0, 0), {})
@@ -64,7 +69,8 @@ def test_a_cascade_by_hand() -> None:
     cheap = torch.tensor([[5.0, 0.0], [0.0, 4.0], [3.0, 0.0], [0.2, 0.0]])
     dear = torch.tensor([[5.0, 0.0], [0.0, 5.0], [5.0, 0.0], [0.0, 5.0]])
     many = [t.repeat(1000, 1) for t in (cheap, dear)]
-    networks = [Answers(0.01, many[0], many[0]), Answers(0.04, many[1], many[1])]
+    cheap, dear = (confident_answers(logits.split(700)) for logits in many)
+    networks = [StaticNetwork(0.01, cheap, cheap), StaticNetwork(0.04, dear, dear)]
     found = best_cascade(networks, 0.023, targets.repeat(1000), targets.repeat(1000))
     assert found is not None and (found.cheap, found.dear) == (0, 1)
     assert found.top1 == 100 and found.share == 0.25 and found.cost == pytest.approx(0.02)
@@ -163,14 +169,22 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     assert 0.04 < mixed["cost"] <= 0.05
     assert (tmp_path / "s.csv").is_file() and (tmp_path / "s.png").is_file()
 
-    results["points"] = [p for p in results["points"] if p["method"] != "mixed"]
+    # The first network of a sweep is tuned after the original was evaluated, a network of a later run is not.
+    own = next(p for p in results["points"] if p["method"] == "dfs")
+    results["points"] = [p for p in results["points"] if p["method"] not in ("dfs", "mixed")]
     path.write_text(json.dumps(results))
-    before = {p["method"]: p for p in results["points"]}
+    kept = [p for p in results["points"] if p["method"] != "cascade"]
     sweep_digits(path)
     again = json.loads(path.read_text())["points"]
-    assert [p["method"] for p in again][-2:] == ["mixed", "cascade"] and len(again) == len(methods)
+    assert [p["method"] for p in again][-3:] == ["dfs", "mixed", "cascade"] and len(again) == len(methods)
     assert next(p for p in again if p["method"] == "mixed") == mixed, "a seed gives the same network again"
-    assert all(before[p["method"]] for p in again if p["method"] != "mixed")
+    assert next(p for p in again if p["method"] == "dfs") == own
+    assert [p for p in again if p["method"] not in ("dfs", "mixed", "cascade")] == kept
+
+    shutil.rmtree(answers_folder(path))
+    sweep_digits(path)
+    skipped = json.loads(path.read_text())["skipped"]
+    assert any(s["method"] == "cascade" and "no two of 0 static networks" in s["reason"] for s in skipped)
 
 
 def test_budgets_can_be_added_to_a_sweep(tmp_path: Path) -> None:
@@ -181,6 +195,36 @@ def test_budgets_can_be_added_to_a_sweep(tmp_path: Path) -> None:
     sweep_digits(path, *arguments)
     points = json.loads(path.read_text())["points"]
     assert points[:1] == first and [p["budget"] for p in points] == [0.05, 0.1]
+
+
+def test_what_cannot_be_reached_is_said_before_anything_is_tuned(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    arguments = ["sweep", "resnet20_digits", "--budgets", "0.4,0.015", "--edge-bits", "32", "-o", str(path)]
+    result = CliRunner().invoke(app, [*arguments, "--bits", "16,32"])
+    assert result.exit_code == 2 and "budget 0.015" in result.stderr
+    assert not path.exists()
+
+
+def test_the_librarys_sweep_tunes_as_a_conversion_does_and_keeps_apart_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    data = DataConfig(dataset="digits", num_samples=192)
+    tuning = dataclasses.replace(default_tuning(data), epochs=1)
+    config = SweepConfig((0.05,), baselines=())
+    results = sweep("resnet20_digits", config, str(path), data, tuning=tuning)
+    assert results["tuning"]["batch_size"] == 64 and results["tuning"]["hflip"] == 0
+    dynamic = results["dynamic"]["0.05"]
+    assert tuple(dynamic["bits"]) == (0, 2, 3, 4, 5, 6, 8) and not dynamic["mirror"]
+    converted = convert("resnet20_digits", 0.05, data, tuning=tuning)
+    assert converted.manifest.validation is not None
+    assert results["points"][0]["cost"] == converted.manifest.validation.cost
+    for other in (
+        SweepConfig((0.05,), baselines=(), dynamic={0.05: DynamicConfig((0, 4, 8), gate="rnn")}),
+        SweepConfig((0.03,), baselines=(), dynamic={0.03: DynamicConfig((0, 4, 8), edge_bits=4)}),
+    ):
+        with pytest.raises(OutputError, match="other settings"):
+            sweep("resnet20_digits", other, path, data, tuning=tuning)
+    with pytest.raises(OutputError, match="other settings"):
+        sweep("resnet20_digits", config, path, dataclasses.replace(data, num_samples=100), tuning=tuning)
 
 
 def test_a_sweep_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def convert(
     from dfs_cli import api
     from dfs_cli.artifact.files import check_writable, write_atomically
     from dfs_cli.cli.progress import create_observer, stderr_console
+    from dfs_cli.cost.operating_point import HIGHEST_SHARE, LOWEST_SHARE
     from dfs_cli.data.preprocessing import resolve_preprocessing
     from dfs_cli.models.zoo import check_convertible, load_model, load_outline
     from dfs_cli.report.markdown import render_markdown
@@ -91,7 +92,7 @@ def convert(
     if dry_run:
         module = load_outline(model, checkpoint, num_classes, in_chans)
     else:
-        module = load_model(model, pretrained, checkpoint, num_classes, in_chans)
+        module = load_model(model, pretrained, checkpoint, num_classes, in_chans, seed)
     preprocessing = resolve_preprocessing(module, img_size, crop_pct, **statistics)
     console = stderr_console()
     if dry_run:
@@ -121,7 +122,7 @@ def convert(
     if not converted.keeps_budget:
         raise BudgetMissedError(
             f"the budget was missed: cost {report['cost']:.4f} on the validation split is outside "
-            f"[{0.9 * budget:.4f}, {1.01 * budget:.4f}]; {output} was written as it is"
+            f"[{LOWEST_SHARE * budget:.4f}, {HIGHEST_SHARE * budget:.4f}]; {output} was written as it is"
         )
 
 

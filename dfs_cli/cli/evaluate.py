@@ -58,15 +58,16 @@ def evaluate(
     from dfs_cli import api
     from dfs_cli.artifact.files import check_writable, write_atomically
     from dfs_cli.cli.progress import create_observer, stderr_console
+    from dfs_cli.cost.operating_point import HIGHEST_SHARE, LOWEST_SHARE
     from dfs_cli.report.cost import evaluation_record
     from dfs_cli.report.terminal import print_evaluation
 
     check_writable([path for path in (results_file, output) if path is not None], force)
     converted = api.load(file, device)
-    if budget is not None:
-        converted = api.recalibrate(converted, budget, data_config)
     console = stderr_console()
     with create_observer(console, quiet=True) as observer:
+        if budget is not None:
+            converted = api.recalibrate(converted, budget, data_config, workers=workers, observer=observer)
         evaluation = api.evaluate(
             converted, data_config, batch_size=batch_size, workers=workers, amp=amp, observer=observer
         )
@@ -88,7 +89,7 @@ def evaluate(
         print_evaluation(Console(), record)
     if budget is not None and not evaluated.keeps_budget:
         raise BudgetMissedError(
-            f"the budget was missed: cost {evaluation.cost:.4f} is outside 0.9 to 1.01 of {budget:g}"
+            f"the budget was missed: cost {evaluation.cost:.4f} is outside {LOWEST_SHARE} to {HIGHEST_SHARE} of {budget:g}"
         )
 
 

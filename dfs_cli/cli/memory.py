@@ -18,5 +18,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return
-    mallopt(_MMAP_THRESHOLD, _LARGE)
-    mallopt(_TRIM_THRESHOLD, _LARGE)
+    # Some glibc take no threshold above 32 MiB; without one, the other setting would make matters worse.
+    if mallopt(_MMAP_THRESHOLD, _LARGE) or mallopt(_MMAP_THRESHOLD, 1 << 25):
+        mallopt(_TRIM_THRESHOLD, _LARGE)

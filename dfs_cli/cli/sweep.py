@@ -94,7 +94,7 @@ def sweep(
         seeds=seeds,
         dynamic={budget: options.dynamic_config(bits, edge_bits, gate, budget, mirrored) for budget in wanted},
     )
-    module = load_model(model, pretrained, checkpoint, num_classes, in_chans)
+    module = load_model(model, pretrained, checkpoint, num_classes, in_chans, seed)
     if force:
         output.unlink(missing_ok=True)
         shutil.rmtree(answers_folder(output), ignore_errors=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dfs_cli.config import FULL_BITS
+from dfs_cli.cost.operating_point import LOWEST_SHARE
 from dfs_cli.errors import ConfigError
 
 
@@ -149,7 +150,7 @@ class CostTable:
                 f"budget {budget:g} cannot be reached with options {options}: "
                 f"the smallest reachable one is {_round_up(self.cheapest):.4f}"
             )
-        if 0.9 * budget > self.dearest:
+        if LOWEST_SHARE * budget > self.dearest:
             raise ConfigError(
                 f"budget {budget:g} cannot be spent with options {options}: they cost at most {self.dearest:.4f}; "
                 f"pass a smaller --budget or wider --bits"

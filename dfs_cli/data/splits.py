@@ -20,6 +20,7 @@ from dfs_cli.errors import ConfigError, DataError
 DIGITS = "digits"
 _TRAIN_FOLDERS = ("train",)
 _VALIDATION_FOLDERS = ("val", "validation", "test")
+_VALIDATION_SEED = 0  # the same images for every run, and for dfs eval, which knows no seed
 _CALIBRATION_SHARE, _CALIBRATION_LIMIT, _CALIBRATION_BYTES = 0.1, 5000, 1 << 30
 
 
@@ -52,7 +53,8 @@ def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0)
     if config.dataset == DIGITS:
         mode = _image_mode(preprocessing)
         opened = {
-            s: _limit(Images(digits.Digits(s), transform, mode=mode), config, seed) for s in ("train", "validation")
+            split: _limit(Images(digits.Digits(split), transform, mode=mode), config, own_seed)
+            for split, own_seed in (("train", seed), ("validation", _VALIDATION_SEED))
         }
         calibration = Images(digits.Digits("calibration"), transform, mode=mode)
         return Splits(opened["train"], calibration, opened["validation"], digits.CLASS_NAMES)
@@ -61,7 +63,7 @@ def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0)
     class_names = _class_names(train_source)
     validation_source = _open(config, "validation", config.val_split, mode, class_names)
     train = _limit(Images(train_source, transform, mode=mode), config, seed)
-    validation = _limit(Images(validation_source, transform, mode=mode), config, seed)
+    validation = _limit(Images(validation_source, transform, mode=mode), config, _VALIDATION_SEED)
     # They are held in memory, as 32-bit numbers.
     fitting = _CALIBRATION_BYTES // (4 * math.prod(preprocessing.input_size))
     held_out = min(int(len(train) * _CALIBRATION_SHARE), _CALIBRATION_LIMIT, fitting)
@@ -73,9 +75,7 @@ def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0)
     )
 
 
-def open_validation(
-    config: DataConfig, preprocessing: Preprocessing, class_names: tuple[str, ...], seed: int = 0
-) -> Images:
+def open_validation(config: DataConfig, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> Images:
     """The validation split alone, its classes mapped by name to the indices of ``class_names``.
 
     Raises:
@@ -87,7 +87,7 @@ def open_validation(
         source: Any = digits.Digits("validation")
     else:
         source = _open(config, "validation", config.val_split, mode, class_names)
-    return _limit(Images(source, eval_transform(preprocessing), mode=mode), config, seed)
+    return _limit(Images(source, eval_transform(preprocessing), mode=mode), config, _VALIDATION_SEED)
 
 
 def check_class_count(class_names: tuple[str, ...], num_classes: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -14,11 +14,24 @@ from dfs_cli.cost.operating_point import target_cost
 
 
 class Answers(NamedTuple):
-    """What one static network costs, and its logits (N, classes) on held-out and on validation images."""
+    """The softmax confidence (N,) in the most likely classes (N,) of N images."""
+
+    confidence: Tensor
+    answers: Tensor
+
+
+class StaticNetwork(NamedTuple):
+    """What one static network costs, and what it answers."""
 
     cost: float
-    held_out: Tensor
-    validation: Tensor
+    held_out: Answers
+    validation: Answers
+
+
+def confident_answers(logits: Iterable[Tensor]) -> Answers:
+    """What ``logits``, each (N, classes), say."""
+    found = [batch.double().softmax(dim=1).max(dim=1) for batch in logits]
+    return Answers(torch.cat([f.values.cpu() for f in found]), torch.cat([f.indices.cpu() for f in found]))
 
 
 class Cascade(NamedTuple):
@@ -32,7 +45,7 @@ class Cascade(NamedTuple):
 
 
 def best_cascade(
-    networks: Sequence[Answers], budget: float, held_out_targets: Tensor, validation_targets: Tensor
+    networks: Sequence[StaticNetwork], budget: float, held_out_targets: Tensor, validation_targets: Tensor
 ) -> Cascade | None:
     """The pair with the best top-1 on held-out images whose mean cost keeps ``budget`` there.
 
@@ -60,25 +73,23 @@ def best_cascade(
     return Cascade(cheap, dear, share, networks[cheap].cost + share * networks[dear].cost, top1)
 
 
-def _threshold(first: Answers, second: Answers, budget: float, validation_images: int) -> float | None:
+def _threshold(first: StaticNetwork, second: StaticNetwork, budget: float, validation_images: int) -> float | None:
     """The confidence below which the second network runs, so that the held-out images keep the budget."""
     share = (budget - first.cost) / second.cost
     if share <= 0:
         return None
     if share >= 1:
-        return 1.0  # all images may run both
+        return math.inf  # all images may run both
     deviation = second.cost * math.sqrt(share * (1 - share))
-    images = len(first.held_out)
+    images = len(first.held_out.confidence)
     share = (target_cost(budget, deviation, images, validation_images) - first.cost) / second.cost
     if share <= 0:
         return None
-    confidence = first.held_out.double().softmax(dim=1).amax(dim=1)
-    return float(confidence.quantile(share))
+    return float(first.held_out.confidence.quantile(share))
 
 
-def _evaluate(first: Tensor, second: Tensor, threshold: float, targets: Tensor) -> tuple[float, float]:
+def _evaluate(first: Answers, second: Answers, threshold: float, targets: Tensor) -> tuple[float, float]:
     """Top-1 in percent, and the share of images that ran the second network."""
-    confidence = first.double().softmax(dim=1).amax(dim=1)
-    unsure = (confidence < threshold) | (threshold >= 1)
-    answers = torch.where(unsure, second.argmax(dim=1), first.argmax(dim=1))
+    unsure = first.confidence < threshold
+    answers = torch.where(unsure, second.answers, first.answers)
     return 100 * float((answers == targets).double().mean()), float(unsure.double().mean())

@@ -42,7 +42,7 @@ def evaluate_network(
     """
     network.eval()
     top1, top5 = AverageMeter(), AverageMeter()
-    taken, seconds = [], 0.0
+    taken, right, seconds = [], [], 0.0
     for batch in batches:
         unreadable.add(batch.unreadable)
         on_batch(len(batch.targets) + len(batch.unreadable))
@@ -55,6 +55,7 @@ def evaluate_network(
         seconds += _now(device) - began
         _update(top1, top5, output.logits, batch.targets)
         taken.append(output.decisions.cpu())
+        right.append(output.logits.argmax(dim=1).cpu() == batch.targets)
     if not taken:
         raise DataError("there is no image to evaluate")
     decisions = torch.cat(taken)
@@ -62,13 +63,13 @@ def evaluate_network(
     runs = decisions.unflatten(1, (-1, len(table.blocks)))
     choices = torch.stack([(runs == option).sum(dim=(0, 1)) for option in range(len(table.options))], dim=1)
     common = most_common_policy(decisions)
-    policies = distinct_policies(decisions)
+    has_common = (decisions == common).all(dim=1)
     dynamics = Dynamics(
-        policies=policies,
+        policies=distinct_policies(decisions),
         choice_entropy=choice_entropy(decisions),
         variance_between_images=variance_between_images(table, decisions),
-        common_share=float((decisions == common).all(dim=1).double().mean()),
-        common_top1=top1.avg if policies == 1 else _top1_with(network, common.to(device), batches, device, amp),
+        common_share=float(has_common.double().mean()),
+        common_top1=_top1_with(network, common.to(device), torch.cat(right), has_common, batches, device, amp),
         common_cost=float(table.cost(common[None])),
     )
     return Evaluation(
@@ -87,17 +88,30 @@ def evaluate_network(
 
 
 def _top1_with(
-    network: DynamicResNet, policy: Tensor, batches: Iterable[Batch], device: torch.device, amp: bool
+    network: DynamicResNet,
+    policy: Tensor,
+    right: Tensor,
+    has_policy: Tensor,
+    batches: Iterable[Batch],
+    device: torch.device,
+    amp: bool,
 ) -> float:
-    """Top-1 when every image is given the decisions ``policy`` (P * L,)."""
-    top1 = AverageMeter()
-    for batch in batches:
-        if len(batch.targets):
-            images = batch.images.to(device, non_blocking=True)
+    """Top-1 when every image is given the decisions ``policy`` (P * L,).
+
+    Args:
+        right: (N,), whether the images were classified rightly with their own decisions.
+        has_policy: (N,), whether those were ``policy``: these images need not run again.
+    """
+    right, done = right.clone(), 0
+    for batch in batches if not has_policy.all() else ():
+        others = torch.arange(done, done + len(batch.targets))[~has_policy[done : done + len(batch.targets)]]
+        if len(others):
+            images, targets = batch.images[others - done].to(device), batch.targets[others - done]
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
                 logits = network.run(images, policy.expand(len(images), -1)).logits
-            _update(top1, AverageMeter(), logits, batch.targets)
-    return float(top1.avg)
+            right[others] = logits.argmax(dim=1).cpu() == targets
+        done += len(batch.targets)
+    return 100 * float(right.double().mean())
 
 
 @torch.inference_mode()

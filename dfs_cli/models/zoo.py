@@ -108,6 +108,7 @@ def load_model(
     checkpoint: Path | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """A convertible timm model in evaluation mode.
 
@@ -117,11 +118,20 @@ def load_model(
         checkpoint: a file of weights (.safetensors, .pth, .pt, .tar) that match the architecture strictly.
         num_classes: give the model a new, random classifier of so many classes, unless the weights have as many.
         in_chans: input channels other than the model's own.
+        seed: of random weights; the caller's generators are left as they were.
 
     Raises:
         UnsupportedModelError: the architecture is unknown or cannot be converted.
         WeightsError: weights are missing, unreachable, unreadable or do not match.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _load(name, pretrained, checkpoint, num_classes, in_chans)
+
+
+def _load(
+    name: str, pretrained: bool, checkpoint: Path | None, num_classes: int | None, in_chans: int | None
+) -> nn.Module:
     check_convertible(name)
     kwargs = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
     if checkpoint is not None:

@@ -207,7 +207,7 @@ class DynamicResNet(nn.Module):
 
     @torch.no_grad()
     def run_in_full(self, images: Tensor) -> Tensor:
-        """Logits in floating point throughout: those of the model that this network was made from."""
+        """Logits in floating point throughout: before tuning, those of the model that this network was made from."""
         with self.full_precision():
             x = self.layout.stem(self.backbone, images)
             for block in self.blocks:

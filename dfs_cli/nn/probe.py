@@ -56,18 +56,22 @@ class ProbedResNet(DynamicResNet):
     passes' logits, weighted by ``evidence``. With ``config.mirror`` the second pass sees the image mirrored: a second view
     tells more than a second look at the same.
 
+    ``tuned_price`` is the price at the end of tuning, from which the network is moved to a budget, whatever it was at before.
+
     Decisions are (N, 2 * L), those of the second pass -1 for images that did not enter it.
     """
 
     gate: RefineGate  # type: ignore[assignment]  # it scores all blocks at once
     policy: Tensor
     stored_price: Tensor
+    tuned_price: Tensor
 
     def __init__(self, *parts: Any, **named_parts: Any) -> None:
         super().__init__(*parts, **named_parts)
         blocks, options = self.prices.shape
         self.register_buffer("policy", torch.full((blocks,), options - 1))
         self.register_buffer("stored_price", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("tuned_price", torch.zeros((), dtype=torch.float64))
         self.evidence = nn.Parameter(torch.tensor([0.5, 0.5]))
         self.operating_point = EVERYBODY_IS_SURE
 
@@ -78,6 +82,10 @@ class ProbedResNet(DynamicResNet):
     @price.setter
     def price(self, value: float) -> None:
         self.stored_price.fill_(value)
+
+    def settle(self) -> None:
+        super().settle()
+        self.tuned_price.copy_(self.stored_price)
 
     def run(
         self, images: Tensor, decisions: Tensor | None = None, explore: float = 0.0, share: float | None = None

@@ -73,7 +73,7 @@ def _calibrate_threshold(
         on_evaluation(price, float(costs.mean()))
         return torch.cat([doubt(output.first) for output in outputs if output.first is not None]).cpu(), costs
 
-    doubts, costs = run_all(network.price)
+    doubts, costs = run_all(float(network.tuned_price))
     target = _AIM * budget
     if float(costs.mean()) <= target:
         point = find_operating_point(lambda price: run_all(price)[1], target, start=network.price)

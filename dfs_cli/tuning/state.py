@@ -37,7 +37,7 @@ class TuningState:
         steps_per_epoch, total_steps: the plan.
         step: steps done.
 
-    The Lagrange multiplier of the budget is ``network.operating_point``, the price of cost: raised while the cost is
+    The Lagrange multiplier of the budget is ``network.price``, the price of cost: raised while the cost is
     above the target, lowered below it (dual ascent).
     """
 

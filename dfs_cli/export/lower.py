@@ -7,18 +7,20 @@ read by nothing but quantizers of unsigned codes needs no ReLU: they clip at zer
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import DOMAIN, QuantizedLayer, Traced
+from dfs_cli.nn.quantization import LARGEST_BYTE, code_range, nearest_integer_bias
 
-_BYTE = 8
-# Biases are 32-bit integers in units of weight scale times input step; more than this would overflow with the sums.
-_LARGEST_BIAS = 2.0**30
-_LARGEST_CODE = 127
+_BYTE, _MIDDLE = 8, 128
+# Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
+_LARGEST_BIAS = 2.0**23
 
 
 def inline(graph: Graph, traced: Traced, x: str) -> str:
@@ -35,12 +37,18 @@ class _Lowering:
         self.result = traced.graph.output[0].name
         self.names = {traced.graph.input[0].name: x, "": ""}
         self.values = {tensor.name: tensor for tensor in traced.graph.initializer}
+        # The exporter gives equal tensors once, the others as their identity.
+        self.values |= {
+            n.output[0]: self.values[n.input[0]]
+            for n in self.nodes
+            if n.input[0] in self.values and n.op_type == "Identity"
+        }
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.nodes:
             for name in node.input:
                 self.readers[name].append(node)
         self.done: set[int] = set()
-        self.codes: dict[tuple[str, float, int], str] = {}
+        self.codes: dict[tuple[str, float, int, int], str] = {}
 
     def run(self) -> str:
         for node in self.nodes:
@@ -100,7 +108,8 @@ class _Lowering:
         if layer.bits > _BYTE:
             self.names[output] = self._on_floats(layer, x, factor, shift)
         else:
-            self.names[output] = self._on_bytes(layer, x, factor, shift, to_codes=self._feeds_codes(output))
+            build = self._on_codes if self._feeds_codes(output) and layer.geometry else self._to_floats
+            self.names[output] = build(layer, x, factor, shift)
 
     def _feeds_codes(self, name: str) -> bool:
         """Whether a value is read, perhaps after a ReLU, by nothing but layers that round it to bytes."""
@@ -116,61 +125,80 @@ class _Lowering:
         limits = [self.graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
         weight = layer.codes * (layer.scale * factor).reshape(-1, *[1] * (layer.codes.ndim - 1))
         inputs = [self.graph.add("Clip", [x, *limits]), self.graph.constant(weight, np.float32)]
-        return self._apply(layer, [*inputs, self.graph.constant(shift, np.float32)])
+        inputs.append(self.graph.constant(shift, np.float32))
+        return (
+            self.graph.add("Gemm", inputs, transB=1)
+            if layer.geometry is None
+            else self._convolve("Conv", layer, inputs)
+        )
 
-    def _on_bytes(self, layer: QuantizedLayer, x: str, factor: np.ndarray, shift: np.ndarray, to_codes: bool) -> str:
+    def _on_codes(self, layer: QuantizedLayer, x: str, factor: np.ndarray, shift: np.ndarray) -> str:
+        """From codes to codes: runtimes make one integer kernel of it, with the quantizer that reads the result."""
         codes, scale, bias = fold(layer, factor, shift)
-        graph = self.graph
-        weight = graph.add(
+        step, zero = layer.step, _zero(layer)
+        x = self.graph.add(
             "DequantizeLinear",
-            [
-                graph.constant(codes, np.int8),
-                graph.constant(scale, np.float32),
-                graph.constant(np.zeros(len(scale)), np.int8),
-            ],
-            axis=0,
+            [self._codes(x, layer), self.graph.constant(step, np.float32), self.graph.constant(zero, np.uint8)],
         )
-        if not to_codes:
-            y = self._apply(layer, [self._quantized(x, layer), weight])
-            shape = [1, -1, *[1] * (codes.ndim - 2)]
-            return graph.add("Add", [y, graph.constant(shift.reshape(shape), np.float32)])
-        offset = graph.add(
-            "DequantizeLinear",
-            [
-                graph.constant(bias, np.int32),
-                graph.constant(scale * np.float32(layer.step), np.float32),
-                graph.constant(np.zeros(len(scale)), np.int32),
-            ],
-            axis=0,
-        )
-        return self._apply(layer, [self._quantized(x, layer), weight, offset])
+        weight = self._dequantized(codes, scale, np.int8)
+        return self._convolve("Conv", layer, [x, weight, self._dequantized(bias, scale * np.float32(step), np.int32)])
 
-    def _quantized(self, x: str, layer: QuantizedLayer) -> str:
-        """``x`` rounded to the layer's codes, dequantized again."""
-        graph, dtype = self.graph, np.uint8 if layer.low == 0 else np.int8
-        parameters = [graph.constant(layer.step, np.float32), graph.constant(0, dtype)]
-        key = (x, layer.step, layer.high)
+    def _to_floats(self, layer: QuantizedLayer, x: str, factor: np.ndarray, shift: np.ndarray) -> str:
+        """From codes to floating point: integer sums, scaled, exactly as the network computes them.
+
+        Without a quantizer behind it a convolution between dequantize nodes would run in floating point.
+        """
+        graph, zero = self.graph, self.graph.constant(_zero(layer), np.uint8)
+        x, scale = self._codes(x, layer), layer.scale.astype(float) * factor * layer.step
+        if layer.geometry is None:
+            y = graph.add("MatMulInteger", [x, graph.constant(layer.codes.T, np.int8), zero])
+        else:
+            # Unsigned weights have far faster kernels here.
+            weight = graph.constant(layer.codes + _MIDDLE, np.uint8)
+            y = self._convolve("ConvInteger", layer, [x, weight, zero, graph.constant(_MIDDLE, np.uint8)])
+        shape = [1, -1, *[1] * (layer.codes.ndim - 2)]
+        y = graph.add(
+            "Mul", [graph.add("Cast", [y], to=onnx.TensorProto.FLOAT), graph.constant(scale.reshape(shape), np.float32)]
+        )
+        return graph.add("Add", [y, graph.constant(shift.reshape(shape), np.float32)])
+
+    def _dequantized(self, codes: np.ndarray, scale: np.ndarray, dtype: Any) -> str:
+        """An initializer of integers with a scale per channel."""
+        zeros = np.zeros(len(scale))
+        inputs = ((codes, dtype), (scale, np.float32), (zeros, dtype))
+        return self.graph.add("DequantizeLinear", [self.graph.constant(*given) for given in inputs], axis=0)
+
+    def _codes(self, x: str, layer: QuantizedLayer) -> str:
+        """``x`` rounded to the layer's codes, unsigned bytes; signed codes are shifted by 128."""
+        graph, zero = self.graph, _zero(layer)
+        low, high = layer.low + zero, layer.high + zero
+        key = (x, layer.step, zero, high)
         if key not in self.codes:
-            codes = graph.add("QuantizeLinear", [x, *parameters])
-            limits = np.iinfo(dtype)
-            if (layer.low, layer.high) != (limits.min, limits.max):
-                codes = graph.add("Clip", [codes, *(graph.constant(c, dtype) for c in (layer.low, layer.high))])
+            codes = graph.add(
+                "QuantizeLinear", [x, graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
+            )
+            if (low, high) != (0, 255):
+                codes = graph.add("Clip", [codes, graph.constant(low, np.uint8), graph.constant(high, np.uint8)])
             self.codes[key] = codes
-        return graph.add("DequantizeLinear", [self.codes[key], *parameters])
+        return self.codes[key]
 
-    def _apply(self, layer: QuantizedLayer, inputs: list[str]) -> str:
-        if (geometry := layer.geometry) is None:
-            return self.graph.add("Gemm", inputs, transB=1)
-        pads = [*geometry.padding, *geometry.padding]
+    def _convolve(self, op: str, layer: QuantizedLayer, inputs: list[str]) -> str:
+        geometry = layer.geometry
+        assert geometry is not None
         return self.graph.add(
-            "Conv",
+            op,
             inputs,
             kernel_shape=list(layer.codes.shape[2:]),
             strides=list(geometry.stride),
-            pads=pads,
+            pads=[*geometry.padding, *geometry.padding],
             dilations=list(geometry.dilation),
             group=geometry.groups,
         )
+
+
+def _zero(layer: QuantizedLayer) -> int:
+    """The byte that stands for zero in the layer's input."""
+    return 0 if layer.low == 0 else _MIDDLE
 
 
 def fold(layer: QuantizedLayer, factor: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,9 +215,9 @@ def fold(layer: QuantizedLayer, factor: np.ndarray, shift: np.ndarray) -> tuple[
     # A channel that is almost nothing but its bias would need a bias beyond 32 bits: its weight is put into coarser units.
     coarser = np.maximum(scale, np.maximum(np.abs(shift) / (_LARGEST_BIAS * layer.step), np.finfo(np.float32).tiny))
     rows = np.round(rows * (scale / coarser)[:, None])
-    bias = shift / (coarser * layer.step)
-    multiples = np.arange(1, _LARGEST_CODE // max(1, int(np.abs(rows).max())) + 1)[:, None]
-    fits = np.abs(bias * multiples) <= _LARGEST_BIAS
-    error = np.where(fits | (multiples == 1), np.abs(np.round(bias * multiples) / multiples - bias), np.inf)
-    best = multiples[error.argmin(axis=0), 0]
-    return (rows * best[:, None]).reshape(layer.codes.shape), coarser / best, np.round(bias * best)
+    room = LARGEST_BYTE // code_range(layer.bits, signed=True)[1]
+    numerator, multiple = (
+        t.numpy() for t in nearest_integer_bias(torch.from_numpy(shift / (coarser * layer.step)), room)
+    )
+    codes = (rows * multiple[:, None]).reshape(layer.codes.shape)
+    return codes, coarser / multiple, numerator

@@ -22,19 +22,23 @@ def require_onnx() -> None:
         raise MissingDependencyError("ONNX graphs need onnx and onnxruntime: pip install 'dfs-cli[onnx]'")
 
 
-def open_session(model: bytes | str, threads: int = 0, optimised: str = "") -> onnxruntime.InferenceSession:
+def open_session(
+    model: bytes | str, threads: int = 0, optimised: str = "", spin: bool = False
+) -> onnxruntime.InferenceSession:
     """A session on the CPU.
 
     Args:
         model: a serialised model, or a file's name.
         threads: 0: as many as there are cores.
         optimised: write the graph that is really run to this file.
+        spin: let threads wait busily for work: faster where nothing else runs, far slower where something does.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     if optimised:
         options.optimized_model_filepath = optimised
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

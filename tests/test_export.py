@@ -62,6 +62,7 @@ def dynamic(
     round_biases(network, SIZE)
     if isinstance(network, ProbedResNet):
         network.policy.copy_(torch.arange(len(network.blocks)) % len(bits))
+        network.fit_gate(images(40))
         with torch.no_grad():
             network.operating_point = float(doubt(network.run(images(40)).first).median())
     return network

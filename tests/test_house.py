@@ -9,8 +9,21 @@ import dfs_cli
 
 PACKAGE = Path(dfs_cli.__file__).parent
 # Lowest first; a room imports only itself and rooms before it.
-ROOMS = ["errors", "config", "nn", "cost", "surgery", "models", "data", "artifact", "tuning", "evaluation", "export"]
-ROOMS += ["report", "resolve", "pipeline", "sweep", "bench", "api", "cli", "__main__"]
+ROOMS = [
+    "errors",
+    "config",
+    "process",
+    "nn",
+    "cost",
+    "surgery",
+    "models",
+    "data",
+    "artifact",
+    "tuning",
+    "evaluation",
+    "export",
+]
+ROOMS += ["report", "resolve", "pipeline", "sweep", "bench", "latency", "api", "cli", "__main__"]
 
 
 def imported_rooms(file: Path) -> set[str]:

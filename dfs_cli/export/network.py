@@ -77,7 +77,7 @@ def export_dynamic(network: DynamicResNet, input_size: tuple[int, int, int]) -> 
     shape = [1, passes * len(network.blocks)]
     graph.add("Identity", [bits], [BITS])
     outputs = [helper.make_tensor_value_info(BITS, TensorProto.INT64, shape)]
-    return _finish(graph, parts, logits, input_size, inputs, outputs)
+    return finish(graph, logits, parts.classes, input_size, inputs, outputs)
 
 
 def export_static(network: DynamicResNet, policy: Sequence[int], input_size: tuple[int, int, int]) -> onnx.ModelProto:
@@ -94,7 +94,7 @@ def export_static(network: DynamicResNet, policy: Sequence[int], input_size: tup
         second, _ = _straight(graph, parts, _view(graph, network), policy[blocks:])
         logits = _add_evidence(graph, network, logits, second)
     bits = [NOT_RUN if option < 0 else network.config.bits[option] for option in policy]
-    return _finish(graph, parts, logits, input_size, metadata={"policy": json.dumps(bits)})
+    return finish(graph, logits, parts.classes, input_size, metadata={"policy": json.dumps(bits)})
 
 
 def _straight(graph: Graph, parts: Parts, images: str, policy: Sequence[int]) -> tuple[str, str]:
@@ -188,21 +188,22 @@ def _to_bits(graph: Graph, network: DynamicResNet, choice: str) -> str:
     return graph.add("Gather", [graph.constant(network.config.bits, np.int64), choice])
 
 
-def _finish(
+def finish(
     graph: Graph,
-    parts: Parts,
     logits: str,
+    classes: int,
     input_size: tuple[int, int, int],
     inputs: Sequence[onnx.ValueInfoProto] = (),
     outputs: Sequence[onnx.ValueInfoProto] = (),
     metadata: dict[str, str] | None = None,
 ) -> onnx.ModelProto:
+    """The model that ``graph`` is, with ``images`` for its input and ``logits`` for its output, besides others."""
     graph.add("Identity", [logits], [LOGITS])
     made = helper.make_graph(
         graph.nodes,
         "dfs",
         [helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, [1, *input_size]), *inputs],
-        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [1, parts.classes]), *outputs],
+        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [1, classes]), *outputs],
         graph.initializers,
     )
     model = helper.make_model(

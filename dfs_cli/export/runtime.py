@@ -39,6 +39,8 @@ def open_session(
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    # Threads that go on waiting for this session's next call would slow down whatever runs before it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimised:
         options.optimized_model_filepath = optimised
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

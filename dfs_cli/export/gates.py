@@ -1,4 +1,4 @@
-"""Gates as ONNX nodes, in double precision as PyTorch evaluates them."""
+"""Gates as ONNX nodes, in double precision, as PyTorch evaluates them, where runtimes can do so."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+from onnx import TensorProto
 from torch import Tensor, nn
 
 from dfs_cli.export.graph import Graph
@@ -17,56 +18,73 @@ _DOUBLE = np.float64
 class GateWriter:
     """Writes a gate that decides block by block. Its state goes from block to block as names.
 
+    The recurrent cell is one LSTM node, in single precision (runtimes have no other), the embedding folded into its weights:
+    a node costs microseconds, whatever it computes.
+
     Args:
         prices: (L, K), the cost of each option.
         operating_point: name of the price of cost, a double.
     """
 
-    def __init__(self, gate: Gate, prices: np.ndarray, operating_point: str) -> None:
-        self.gate, self.prices, self.operating_point = gate, prices, operating_point
+    def __init__(self, graph: Graph, gate: Gate, prices: np.ndarray, operating_point: str) -> None:
+        self.gate, self.is_recurrent = gate, isinstance(gate, RecurrentGate)
+        self.dtype = np.float32 if self.is_recurrent else _DOUBLE
+        charge = graph.add("Mul", [graph.constant(prices, _DOUBLE), operating_point])
+        rows = graph.add("Sub", [graph.constant(_double(gate.preference)), charge])
+        if self.is_recurrent:
+            rows = graph.add("Cast", [rows], to=TensorProto.FLOAT)
+        self.biases = [graph.name("row") for _ in prices]
+        graph.add("Split", [rows], self.biases, axis=0)
 
     def start(self, graph: Graph) -> list[str]:
         """The state before the first block."""
-        zeros = np.zeros((1, self.gate.hidden))
-        return [graph.constant(zeros), graph.constant(zeros)] if isinstance(self.gate, RecurrentGate) else []
+        zeros = graph.constant(np.zeros((1, 1, self.gate.hidden)), np.float32)
+        return [zeros, zeros] if self.is_recurrent else []
 
     def write(self, graph: Graph, block: int, pooled: str, state: Sequence[str]) -> tuple[str, list[str]]:
-        """Decide on a block from ``pooled`` (1, C), the mean of its input in double precision.
+        """Decide on a block from ``pooled`` (1, C), the mean of its input in single precision.
 
         Returns:
-            The option's index, an integer scalar, and the next state.
+            The option's index, an integer tensor of one element, and the next state.
         """
-        embedded = linear(graph, self.gate.embed[block], pooled)
         if isinstance(self.gate, RecurrentGate):
-            state = self._cell(graph, embedded, state)
-            scores = linear(graph, self.gate.head, state[0])
+            state = self._cell(graph, self.gate, block, pooled, state)
+            weight = graph.constant(_double(self.gate.head.weight).T, self.dtype)
+            scores = graph.add("MatMul", [state[0], weight])
         else:
-            scores = linear(graph, cast(FeedForwardGate, self.gate).heads[block], graph.add("Relu", [embedded]))
-        scores = graph.add("Add", [scores, graph.constant(_double(self.gate.preference[block])[None])])
-        charge = graph.add("Mul", [graph.constant(self.prices[block][None], _DOUBLE), self.operating_point])
-        best = graph.add("ArgMax", [graph.add("Sub", [scores, charge])], axis=1, keepdims=0)
-        return graph.add("Squeeze", [best]), list(state)
+            gate = cast(FeedForwardGate, self.gate)
+            pooled = graph.add("Cast", [pooled], to=TensorProto.DOUBLE)
+            scores = linear(graph, gate.heads[block], graph.add("Relu", [linear(graph, gate.embed[block], pooled)]))
+        scores = graph.add("Add", [scores, self.biases[block]])
+        return graph.add("ArgMax", [scores], axis=-1, keepdims=0), list(state)
 
-    def _cell(self, graph: Graph, embedded: str, state: Sequence[str]) -> list[str]:
-        """An LSTM cell, with PyTorch's order of gates: input, forget, cell, output."""
-        cell = cast(RecurrentGate, self.gate).cell
-        hidden, memory = state
-        weight = np.concatenate([_double(cell.weight_ih), _double(cell.weight_hh)], axis=1).T
-        bias = _double(cell.bias_ih) + _double(cell.bias_hh)
-        joined = graph.add("Concat", [embedded, hidden], axis=1)
-        scores = graph.add("Gemm", [joined, graph.constant(weight), graph.constant(bias)])
-        parts = [graph.name("split") for _ in range(4)]
-        graph.add("Split", [scores], parts, axis=1)
-        enter, forget, output = (graph.add("Sigmoid", [parts[i]]) for i in (0, 1, 3))
-        fresh = graph.add("Mul", [enter, graph.add("Tanh", [parts[2]])])
-        memory = graph.add("Add", [graph.add("Mul", [forget, memory]), fresh])
-        return [graph.add("Mul", [output, graph.add("Tanh", [memory])]), memory]
+    @staticmethod
+    def _cell(graph: Graph, gate: RecurrentGate, block: int, pooled: str, state: Sequence[str]) -> list[str]:
+        """The embedding and an LSTM cell, whose order of gates is another in PyTorch than in ONNX."""
+        embed = cast(nn.Linear, gate.embed[block])
+        outer, inner = (_reordered(_double(w)) for w in (gate.cell.weight_ih, gate.cell.weight_hh))
+        bias = outer @ _double(embed.bias) + _reordered(_double(gate.cell.bias_ih) + _double(gate.cell.bias_hh))
+        inputs = [
+            graph.add("Unsqueeze", [pooled, graph.constant([0], np.int64)]),
+            graph.constant((outer @ _double(embed.weight))[None], np.float32),
+            graph.constant(inner[None], np.float32),
+            graph.constant(np.concatenate([bias, np.zeros_like(bias)])[None], np.float32),
+        ]
+        outputs = ["", graph.name("hidden"), graph.name("memory")]
+        graph.add("LSTM", [*inputs, "", *state], outputs, hidden_size=gate.hidden)
+        return outputs[1:]
+
+
+def _reordered(rows: np.ndarray) -> np.ndarray:
+    """Rows of PyTorch's input, forget, cell and output gates as ONNX's input, output, forget and cell gates."""
+    enter, forget, cell, output = np.split(rows, 4)
+    return np.concatenate([enter, output, forget, cell])
 
 
 def write_doubt(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
     """How unsure ``logits`` (1, classes) are, see :func:`dfs_cli.nn.probe.doubt`: (1, 1); and the margin (1, 1) between the
     two largest, both in double precision."""
-    values = graph.add("Cast", [logits], to=11)
+    values = graph.add("Cast", [logits], to=TensorProto.DOUBLE)
     ordered = graph.add("TopK", [values, graph.constant([classes], np.int64)], 2, axis=1)
     ends = [graph.constant([i], np.int64) for i in (0, 1, 2, classes)]
     top, second, others = (

@@ -56,7 +56,7 @@ class Graph:
         return outputs
 
     def choose(self, index: str, branches: Sequence[Branch]) -> list[str]:
-        """The outputs of ``branches[index]``, by nested ``If`` nodes; ``index`` is an integer scalar."""
+        """The outputs of ``branches[index]``, by nested ``If`` nodes; ``index`` is an integer tensor of one element."""
         return self._choose(index, list(enumerate(branches)))
 
     def _choose(self, index: str, branches: list[tuple[int, Branch]]) -> list[str]:

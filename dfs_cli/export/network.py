@@ -125,7 +125,7 @@ def _gated(graph: Graph, parts: Parts, images: str, decide: Decide) -> str:
 
 
 def _one_pass(graph: Graph, parts: Parts, network: DynamicResNet, point: str) -> tuple[str, str]:
-    writer = GateWriter(network.gate, network.prices.cpu().numpy(), point)
+    writer = GateWriter(graph, network.gate, network.prices.cpu().numpy(), point)
     state = writer.start(graph)
     chosen: list[str] = []
 
@@ -147,8 +147,9 @@ def _two_passes(graph: Graph, parts: Parts, network: ProbedResNet, point: str) -
     is_unsure = graph.add("Squeeze", [graph.add("Greater", [doubt, point])])
 
     def look_again(inner: Graph) -> list[str]:
+        pooled = inner.add("Cast", [_pooled(inner, features)], to=TensorProto.DOUBLE)
         charge = network.price * network.prices.cpu().numpy()
-        choice = write_refine_gate(inner, network.gate, charge, (doubt, margin, _pooled(inner, features)))
+        choice = write_refine_gate(inner, network.gate, charge, (doubt, margin, pooled))
 
         def decide(graph: Graph, block: int, _: str) -> str:
             return graph.add("Gather", [choice, graph.constant(block, np.int64)])
@@ -180,8 +181,8 @@ def _add_evidence(graph: Graph, network: ProbedResNet, first: str, second: str) 
 
 
 def _pooled(graph: Graph, x: str) -> str:
-    """The mean (1, C) of ``x`` (1, C, H, W) over its pixels, in double precision."""
-    return graph.add("Cast", [graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)], to=TensorProto.DOUBLE)
+    """The mean (1, C) of ``x`` (1, C, H, W) over its pixels."""
+    return graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)
 
 
 def _to_bits(graph: Graph, network: DynamicResNet, choice: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from conftest import MakeFolder, make_dynamic, tiny_resnet
 from typer.testing import CliRunner
 
-from dfs_cli.bench import _peak_bytes
+from dfs_cli.bench import peak_bytes
 from dfs_cli.cli.app import app
 from dfs_cli.config import DynamicConfig, GateKind, parse_mix
 from dfs_cli.latency import measure
@@ -24,7 +24,7 @@ def test_peak_memory_by_hand() -> None:
         third = torch.empty(1 << 19)
         del second, third
 
-    peak = _peak_bytes(step, CPU)
+    peak = peak_bytes(step, CPU)
     assert 8 * 2**20 <= peak <= 8 * 2**20 + 4096
 
 
@@ -89,6 +89,10 @@ def test_inference_of_a_model_is_measured_side_by_side() -> None:
     assert own["time"] == pytest.approx(own["p50_ms"] / dense["p50_ms"])
     # Of nine blocks, four or five run at 8 bits, a sixteenth of the dense cost.
     assert 0.4 / 16 < own["cost"] == rows["pytorch-dfs", 64]["cost"] < 0.6 / 16
+    assert own["peak_bytes"] is None or own["peak_bytes"] >= 0
+    # Weights, at least.
+    assert rows["pytorch-dense", 1]["peak_bytes"] > 4 * 272_474
+    assert record["features"] == "bytes"
     assert record["threads"] == 1 and record["options"] == [0, 8] and "seed 0" in record["decisions"]
     assert rows["ort-int8-static", 1]["file_bytes"] < 0.4 * rows["ort-fp32", 1]["file_bytes"]
 

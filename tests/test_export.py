@@ -18,6 +18,7 @@ from dfs_cli.cli.app import app
 from dfs_cli.config import DynamicConfig
 from dfs_cli.errors import ExportError
 from dfs_cli.export import runtime, write
+from dfs_cli.export.bytes import measure_scales
 from dfs_cli.export.check import Comparison, check_holds, compare
 from dfs_cli.export.layers import QuantizedLayer
 from dfs_cli.export.lower import fold
@@ -121,6 +122,37 @@ def test_eight_bit_branches_run_on_integers(tmp_path: Path) -> None:
     assert sum("Conv" in ops and "QLinearConv" not in ops for ops in kernels) <= len(network.blocks)
 
 
+@pytest.mark.parametrize("gate", ["rnn", "probe"])
+def test_blocks_may_hand_on_bytes(gate: str, tmp_path: Path) -> None:
+    network = dynamic(tiny_resnet(Bottleneck), gate, bits=(0, 4, 8))
+    model = export_dynamic(network, SIZE, images(8).numpy())
+    onnx.checker.check_model(model)
+    open_session(model.SerializeToString(), threads=1, optimised=str(tmp_path / "run.onnx"))
+    parts = list(subgraphs(onnx.load(tmp_path / "run.onnx").graph))
+    kernels = [[n.op_type for n in part.node] for part in parts]
+    # Both options that run, of every block: three convolutions and an addition, all on integers.
+    assert sum(ops.count("QLinearAdd") for ops in kernels) == 2 * len(network.blocks)
+    assert sum(ops.count("QLinearConv") for ops in kernels) >= 6 * len(network.blocks)
+    assert not any("Conv" in ops or "ConvInteger" in ops for ops in kernels)
+    # Where there is no downsampling, skipping copies bytes and does nothing else.
+    assert ["Identity"] in kernels
+    comparison = compare(model.SerializeToString(), network, random_batches(SIZE, 40), labelled=False)
+    assert comparison.logit_difference < 0.5 and comparison.same_decisions > 0.5
+
+
+def test_bytes_are_used_only_where_they_keep_the_promise() -> None:
+    """Decisions that bytes change make the graph fall back to floating point numbers, which do not change them."""
+    network = dynamic(tiny_resnet(), bits=(0, 2, 8))
+    batches = random_batches(SIZE, 32)
+    in_bytes = compare(write.serialise(network, SIZE, None, images(8).numpy()), network, batches, labelled=False)
+    content, comparison = write.make_graph(network, SIZE, batches, labelled=False)
+    assert comparison.holds and comparison.features == ("bytes" if in_bytes.holds else "floats")
+    assert compare(content, network, batches, labelled=False).same_decisions == comparison.same_decisions
+    # Preactivated blocks hand on negative values, and 16 bits need more than a byte.
+    assert measure_scales(Parts(dynamic(preactivated_resnet()), SIZE), images(2).numpy()) is None
+    assert measure_scales(Parts(dynamic(tiny_resnet(), bits=(0, 16)), SIZE), images(2).numpy()) is None
+
+
 def test_weights_lie_in_the_branch_that_uses_them_and_are_bytes() -> None:
     network = dynamic(tiny_resnet(BasicBlock), bits=(0, 4, 8))
     graph = export_dynamic(network, SIZE).graph
@@ -197,7 +229,7 @@ def test_batch_norm_is_folded_on_integers() -> None:
 def test_a_graph_that_decides_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, other = dynamic(tiny_resnet()), dynamic(tiny_resnet())
     spread_gate(other, 1.0, seed=5)
-    monkeypatch.setattr(write, "export_dynamic", lambda _, size: export_dynamic(other, size))
+    monkeypatch.setattr(write, "export_dynamic", lambda _, size, samples: export_dynamic(other, size, samples))
     with pytest.raises(ExportError, match="same decisions for"):
         write_onnx(tmp_path / "out.onnx", network, SIZE, random_batches(SIZE, 16), labelled=False)
     assert not list(tmp_path.iterdir())

@@ -47,7 +47,8 @@ def export(
         typer.echo(json.dumps(record))
         return
     kind = "images" if comparison.labelled else "random images"
-    typer.echo(f"{onnx}, {onnx.stat().st_size / 2**20:.1f} MiB, compared on {comparison.images} {kind}")
+    typer.echo(f"{onnx}, {onnx.stat().st_size / 2**20:.1f} MiB, blocks hand on {comparison.features}")
+    typer.echo(f"compared on {comparison.images} {kind}")
     typer.echo(f"same decisions {comparison.same_decisions:8.2%}, same answers {comparison.same_answers:.2%}")
     if comparison.labelled:
         typer.echo(f"top-1          {comparison.onnx_top1:8.2f}, of the network {comparison.top1:.2f}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import trace
-from dfs_cli.export.lower import inline
+from dfs_cli.export.lower import Lowering
 from dfs_cli.export.network import IMAGES, finish
 
 _CALIBRATION_IMAGES = 8
@@ -25,7 +25,7 @@ def export_dense(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
     """``model`` as it is, for one image, serialised."""
     graph = Graph()
     traced, logits = trace(model, lambda module, x: module(x), torch.zeros(1, *input_size))
-    made = finish(graph, inline(graph, traced, IMAGES), int(logits.shape[1]), input_size)
+    made = finish(graph, Lowering(graph, traced, IMAGES).run(), int(logits.shape[1]), input_size)
     content: bytes = made.SerializeToString()
     return content
 

@@ -31,6 +31,7 @@ class Comparison:
         same_answers: share of the images with the same most likely class.
         top1, onnx_top1: percent.
         logit_difference: the largest, over the largest logit.
+        features: ``bytes`` or ``floats``: what blocks hand on.
     """
 
     images: int
@@ -40,6 +41,7 @@ class Comparison:
     top1: float
     onnx_top1: float
     logit_difference: float
+    features: str = "floats"
 
     @property
     def holds(self) -> bool:

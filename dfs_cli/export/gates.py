@@ -42,7 +42,7 @@ class GateWriter:
         return [zeros, zeros] if self.is_recurrent else []
 
     def write(self, graph: Graph, block: int, pooled: str, state: Sequence[str]) -> tuple[str, list[str]]:
-        """Decide on a block from ``pooled`` (1, C), the mean of its input in single precision.
+        """Decide on a block from ``pooled`` (1, 1, C), the mean of its input in single precision.
 
         Returns:
             The option's index, an integer tensor of one element, and the next state.
@@ -53,7 +53,8 @@ class GateWriter:
             scores = graph.add("MatMul", [state[0], weight])
         else:
             gate = cast(FeedForwardGate, self.gate)
-            pooled = graph.add("Cast", [pooled], to=TensorProto.DOUBLE)
+            row = graph.add("Squeeze", [pooled, graph.constant([0], np.int64)])
+            pooled = graph.add("Cast", [row], to=TensorProto.DOUBLE)
             scores = linear(graph, gate.heads[block], graph.add("Relu", [linear(graph, gate.embed[block], pooled)]))
         scores = graph.add("Add", [scores, self.biases[block]])
         return graph.add("ArgMax", [scores], axis=-1, keepdims=0), list(state)
@@ -65,7 +66,7 @@ class GateWriter:
         outer, inner = (_reordered(_double(w)) for w in (gate.cell.weight_ih, gate.cell.weight_hh))
         bias = outer @ _double(embed.bias) + _reordered(_double(gate.cell.bias_ih) + _double(gate.cell.bias_hh))
         inputs = [
-            graph.add("Unsqueeze", [pooled, graph.constant([0], np.int64)]),
+            pooled,
             graph.constant((outer @ _double(embed.weight))[None], np.float32),
             graph.constant(inner[None], np.float32),
             graph.constant(np.concatenate([bias, np.zeros_like(bias)])[None], np.float32),

@@ -66,7 +66,8 @@ class _Opaque(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: _OpaqueLayer) -> Tensor:  # noqa: ARG004
-        y: Tensor = layer.__dict__["layer"](x)
+        # A copy: what the layer does to its input's type must not be recorded for other readers of it.
+        y: Tensor = layer.__dict__["layer"](x.clone())
         layer.shape = list(y.shape)
         return y
 

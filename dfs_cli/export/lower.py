@@ -23,13 +23,8 @@ _BYTE, _MIDDLE = 8, 128
 _LARGEST_BIAS = 2.0**23
 
 
-def inline(graph: Graph, traced: Traced, x: str) -> str:
-    """Add the nodes of ``traced`` to ``graph``, with ``x`` as their input; returns their output."""
-    return _Lowering(graph, traced, x).run()
-
-
-class _Lowering:
-    """One traced part on its way into a graph."""
+class Lowering:
+    """One traced part on its way into a graph, with ``x`` as its input."""
 
     def __init__(self, graph: Graph, traced: Traced, x: str) -> None:
         self.graph, self.layers = graph, traced.layers
@@ -51,12 +46,13 @@ class _Lowering:
         self.codes: dict[tuple[str, float, int, int], str] = {}
 
     def run(self) -> str:
+        """Add the nodes; returns their output."""
         for node in self.nodes:
             if id(node) in self.done:
                 continue
             if node.domain == DOMAIN:
                 self._layer(node)
-            elif node.op_type == "Relu" and self._only_unsigned_codes_of(node.output[0]):
+            elif node.op_type == "Relu" and self._needs_no_relu(node):
                 self.names[node.output[0]] = self.name(node.input[0])
             else:
                 self._copy(node)
@@ -85,6 +81,10 @@ class _Lowering:
     def _layer_of(self, node: onnx.NodeProto) -> QuantizedLayer:
         return self.layers[node.attribute[0].s.decode()]
 
+    def _needs_no_relu(self, node: onnx.NodeProto) -> bool:
+        """Whether what reads a ReLU clips at zero itself."""
+        return self._only_unsigned_codes_of(node.output[0])
+
     def _only_unsigned_codes_of(self, name: str) -> bool:
         return name != self.result and all(
             reader.domain == DOMAIN and self._layer_of(reader).low == 0 and self._layer_of(reader).bits <= _BYTE
@@ -104,12 +104,10 @@ class _Lowering:
             factor = weight / np.sqrt(variance + epsilon)
             shift = (shift - mean) * factor + bias
             output = norm.output[0]
-        x = self.name(node.input[0])
-        if layer.bits > _BYTE:
-            self.names[output] = self._on_floats(layer, x, factor, shift)
-        else:
-            build = self._on_codes if self._feeds_codes(output) and layer.geometry else self._to_floats
-            self.names[output] = build(layer, x, factor, shift)
+        build = self._on_floats if layer.bits > _BYTE else self._to_floats
+        if layer.bits <= _BYTE and self._feeds_codes(output) and layer.geometry:
+            build = self._on_codes
+        self.names[output] = build(layer, node.input[0], factor, shift, output)
 
     def _feeds_codes(self, name: str) -> bool:
         """Whether a value is read, perhaps after a ReLU, by nothing but layers that round it to bytes."""
@@ -120,11 +118,18 @@ class _Lowering:
             reader.domain == DOMAIN and self._layer_of(reader).bits <= _BYTE for reader in readers
         )
 
-    def _on_floats(self, layer: QuantizedLayer, x: str, factor: np.ndarray, shift: np.ndarray) -> str:
+    def _on_floats(
+        self,
+        layer: QuantizedLayer,
+        x: str,
+        factor: np.ndarray,
+        shift: np.ndarray,
+        output: str,  # noqa: ARG002
+    ) -> str:
         """More bits than a byte has: floating point, with the input clipped where the codes would be."""
         limits = [self.graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
         weight = layer.codes * (layer.scale * factor).reshape(-1, *[1] * (layer.codes.ndim - 1))
-        inputs = [self.graph.add("Clip", [x, *limits]), self.graph.constant(weight, np.float32)]
+        inputs = [self.graph.add("Clip", [self.name(x), *limits]), self.graph.constant(weight, np.float32)]
         inputs.append(self.graph.constant(shift, np.float32))
         return (
             self.graph.add("Gemm", inputs, transB=1)
@@ -132,30 +137,46 @@ class _Lowering:
             else self._convolve("Conv", layer, inputs)
         )
 
-    def _on_codes(self, layer: QuantizedLayer, x: str, factor: np.ndarray, shift: np.ndarray) -> str:
+    def _on_codes(
+        self,
+        layer: QuantizedLayer,
+        x: str,
+        factor: np.ndarray,
+        shift: np.ndarray,
+        output: str,  # noqa: ARG002
+    ) -> str:
         """From codes to codes: runtimes make one integer kernel of it, with the quantizer that reads the result."""
         codes, scale, bias = fold(layer, factor, shift)
         step, zero = layer.step, _zero(layer)
-        x = self.graph.add(
+        given = self.graph.add(
             "DequantizeLinear",
             [self._codes(x, layer), self.graph.constant(step, np.float32), self.graph.constant(zero, np.uint8)],
         )
         weight = self._dequantized(codes, scale, np.int8)
-        return self._convolve("Conv", layer, [x, weight, self._dequantized(bias, scale * np.float32(step), np.int32)])
+        return self._convolve(
+            "Conv", layer, [given, weight, self._dequantized(bias, scale * np.float32(step), np.int32)]
+        )
 
-    def _to_floats(self, layer: QuantizedLayer, x: str, factor: np.ndarray, shift: np.ndarray) -> str:
+    def _to_floats(
+        self,
+        layer: QuantizedLayer,
+        x: str,
+        factor: np.ndarray,
+        shift: np.ndarray,
+        output: str,  # noqa: ARG002
+    ) -> str:
         """From codes to floating point: integer sums, scaled, exactly as the network computes them.
 
         Without a quantizer behind it a convolution between dequantize nodes would run in floating point.
         """
         graph, zero = self.graph, self.graph.constant(_zero(layer), np.uint8)
-        x, scale = self._codes(x, layer), layer.scale.astype(float) * factor * layer.step
+        given, scale = self._codes(x, layer), layer.scale.astype(float) * factor * layer.step
         if layer.geometry is None:
-            y = graph.add("MatMulInteger", [x, graph.constant(layer.codes.T, np.int8), zero])
+            y = graph.add("MatMulInteger", [given, graph.constant(layer.codes.T, np.int8), zero])
         else:
             # Unsigned weights have far faster kernels here.
             weight = graph.constant(layer.codes + _MIDDLE, np.uint8)
-            y = self._convolve("ConvInteger", layer, [x, weight, zero, graph.constant(_MIDDLE, np.uint8)])
+            y = self._convolve("ConvInteger", layer, [given, weight, zero, graph.constant(_MIDDLE, np.uint8)])
         shape = [1, -1, *[1] * (layer.codes.ndim - 2)]
         y = graph.add(
             "Mul", [graph.add("Cast", [y], to=onnx.TensorProto.FLOAT), graph.constant(scale.reshape(shape), np.float32)]
@@ -169,13 +190,13 @@ class _Lowering:
         return self.graph.add("DequantizeLinear", [self.graph.constant(*given) for given in inputs], axis=0)
 
     def _codes(self, x: str, layer: QuantizedLayer) -> str:
-        """``x`` rounded to the layer's codes, unsigned bytes; signed codes are shifted by 128."""
+        """The traced value ``x`` rounded to the layer's codes, unsigned bytes; signed codes are shifted by 128."""
         graph, zero = self.graph, _zero(layer)
         low, high = layer.low + zero, layer.high + zero
         key = (x, layer.step, zero, high)
         if key not in self.codes:
             codes = graph.add(
-                "QuantizeLinear", [x, graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
+                "QuantizeLinear", [self.name(x), graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
             )
             if (low, high) != (0, 255):
                 codes = graph.add("Clip", [codes, graph.constant(low, np.uint8), graph.constant(high, np.uint8)])

@@ -13,10 +13,11 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from dfs_cli import __version__
+from dfs_cli.export.bytes import ByteLowering, ByteScales, Key, measure_scales, pool_codes
 from dfs_cli.export.gates import GateWriter, write_doubt, write_refine_gate
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import OPSET, Traced, trace
-from dfs_cli.export.lower import inline
+from dfs_cli.export.lower import Lowering
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.probe import ProbedResNet
 
@@ -46,10 +47,29 @@ class Parts:
                 x = block.skip(block.module, x)
         self.head, logits = trace(network.backbone, network.layout.head, x)
         self.classes = logits.shape[1]
+        self.last = x
         self.option = cache(self._option)
+        self.scales: ByteScales | None = None
+
+    def part(self, key: Key) -> Traced:
+        """``stem``, ``head``, or a block (index) with one of its options (index)."""
+        return self.option(*key) if isinstance(key, tuple) else self.stem if key == "stem" else self.head
+
+    def write(self, graph: Graph, key: Key, x: str) -> str:
+        """Add a part to ``graph``; returns its output."""
+        if self.scales is None:
+            return Lowering(graph, self.part(key), x).run()
+        return ByteLowering(graph, self.part(key), x, self.scales.ranges.get(key, {}), *self.scales.edges(key)).run()
+
+    def pool(self, graph: Graph, block: int, x: str) -> str:
+        """The mean (1, 1, C) over the pixels of ``x``, the input of a block, or of the head where ``block`` is their number."""
+        if self.scales is None:
+            mean = graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)
+            return graph.add("Unsqueeze", [mean, graph.constant([0], np.int64)])
+        _, channels, height, width = (*self.inputs, self.last)[block].shape
+        return pool_codes(graph, x, channels, self.scales.streams[block], height * width)
 
     def _option(self, block: int, option: int) -> Traced:
-        """A block with one of its options."""
         part, x = self.network.blocks[block], self.inputs[block]
         if (bits := self.network.config.bits[option]) == 0:
             return trace(part.module, part.skip, x)[0]
@@ -57,15 +77,21 @@ class Parts:
             return trace(part.module, lambda module, x: module(x), x)[0]
 
 
-def export_dynamic(network: DynamicResNet, input_size: tuple[int, int, int]) -> onnx.ModelProto:
+def export_dynamic(
+    network: DynamicResNet, input_size: tuple[int, int, int], samples: np.ndarray | None = None
+) -> onnx.ModelProto:
     """The network with its gate. Inputs ``images`` (1, C, H, W) and, optional, ``operating_point``, a double; outputs
     ``logits`` (1, classes) and ``bits`` (1, P * L), the bitwidths chosen, pass after pass; -1: the pass was not run.
 
     Args:
         network: in evaluation mode, on the CPU.
         input_size: (C, H, W) of the images.
+        samples: images (N, C, H, W) to set the scales from with which blocks hand on bytes, where they can; see
+            :mod:`dfs_cli.export.bytes`. None: floating point.
     """
     graph, parts = Graph(), Parts(network, input_size)
+    if samples is not None:
+        parts.scales = measure_scales(parts, samples)
     point = OPERATING_POINT
     graph.initializers.append(helper.make_tensor(point, TensorProto.DOUBLE, [], [network.operating_point]))
     if isinstance(network, ProbedResNet):
@@ -80,13 +106,21 @@ def export_dynamic(network: DynamicResNet, input_size: tuple[int, int, int]) -> 
     return finish(graph, logits, parts.classes, input_size, inputs, outputs)
 
 
-def export_static(network: DynamicResNet, policy: Sequence[int], input_size: tuple[int, int, int]) -> onnx.ModelProto:
+def export_static(
+    network: DynamicResNet,
+    policy: Sequence[int],
+    input_size: tuple[int, int, int],
+    samples: np.ndarray | None = None,
+) -> onnx.ModelProto:
     """The network with the same decisions for every image, without control flow; output ``logits``.
 
     Args:
         policy: option indices (P * L,), as in :class:`dfs_cli.nn.network.Output`.
+        samples: as for :func:`export_dynamic`.
     """
     graph, parts = Graph(), Parts(network, input_size)
+    if samples is not None:
+        parts.scales = measure_scales(parts, samples)
     blocks = len(network.blocks)
     logits, _ = _straight(graph, parts, IMAGES, policy[:blocks])
     if len(policy) > blocks and policy[blocks] >= 0:
@@ -99,10 +133,10 @@ def export_static(network: DynamicResNet, policy: Sequence[int], input_size: tup
 
 def _straight(graph: Graph, parts: Parts, images: str, policy: Sequence[int]) -> tuple[str, str]:
     """One pass with fixed options; returns logits and the features before the head."""
-    x = inline(graph, parts.stem, images)
+    x = parts.write(graph, "stem", images)
     for block, option in enumerate(policy):
-        x = inline(graph, parts.option(block, int(option)), x)
-    return inline(graph, parts.head, x), x
+        x = parts.write(graph, (block, int(option)), x)
+    return parts.write(graph, "head", x), x
 
 
 def _gated(graph: Graph, parts: Parts, images: str, decide: Decide) -> str:
@@ -111,17 +145,17 @@ def _gated(graph: Graph, parts: Parts, images: str, decide: Decide) -> str:
     Args:
         decide: from the graph, a block's index and its input's name to the option's index, a scalar.
     """
-    x = inline(graph, parts.stem, images)
+    x = parts.write(graph, "stem", images)
     options = len(parts.network.config.bits)
     for block in range(len(parts.network.blocks)):
         index = decide(graph, block, x)
 
         def run(inner: Graph, option: int, block: int = block, x: str = x) -> list[str]:
-            return [inline(inner, parts.option(block, option), x)]
+            return [parts.write(inner, (block, option), x)]
 
         branches = [lambda inner, option=option, run=run: run(inner, option) for option in range(options)]
         (x,) = graph.choose(index, branches)
-    return inline(graph, parts.head, x)
+    return parts.write(graph, "head", x)
 
 
 def _one_pass(graph: Graph, parts: Parts, network: DynamicResNet, point: str) -> tuple[str, str]:
@@ -131,7 +165,7 @@ def _one_pass(graph: Graph, parts: Parts, network: DynamicResNet, point: str) ->
 
     def decide(inner: Graph, block: int, x: str) -> str:
         nonlocal state
-        index, state = writer.write(inner, block, _pooled(inner, x), state)
+        index, state = writer.write(inner, block, parts.pool(inner, block, x), state)
         chosen.append(index)
         return index
 
@@ -147,7 +181,8 @@ def _two_passes(graph: Graph, parts: Parts, network: ProbedResNet, point: str) -
     is_unsure = graph.add("Squeeze", [graph.add("Greater", [doubt, point])])
 
     def look_again(inner: Graph) -> list[str]:
-        pooled = inner.add("Cast", [_pooled(inner, features)], to=TensorProto.DOUBLE)
+        row = inner.add("Squeeze", [parts.pool(inner, blocks, features), inner.constant([0], np.int64)])
+        pooled = inner.add("Cast", [row], to=TensorProto.DOUBLE)
         charge = network.price * network.prices.cpu().numpy()
         choice = write_refine_gate(inner, network.gate, charge, (doubt, margin, pooled))
 
@@ -178,11 +213,6 @@ def _add_evidence(graph: Graph, network: ProbedResNet, first: str, second: str) 
     weights = network.evidence.detach().cpu().numpy()
     parts = [graph.add("Mul", [graph.constant(w), logits]) for w, logits in zip(weights, (first, second), strict=True)]
     return graph.add("Add", parts)
-
-
-def _pooled(graph: Graph, x: str) -> str:
-    """The mean (1, C) of ``x`` (1, C, H, W) over its pixels."""
-    return graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)
 
 
 def _to_bits(graph: Graph, network: DynamicResNet, choice: str) -> str:

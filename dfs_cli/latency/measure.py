@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfs_cli.artifact.packing import packed_tensors
+from dfs_cli.bench import peak_bytes, size_of
 from dfs_cli.config import LARGE_BATCH
+from dfs_cli.data.images import Batch
 from dfs_cli.errors import ConfigError
 from dfs_cli.export.runtime import has_onnx
 from dfs_cli.latency.subject import Subject
@@ -68,10 +70,10 @@ def bench_inference(
     torch.set_num_threads(threads)
     try:
         with pinned_to(threads) as cores:
-            contenders = list_contenders(subject, threads)
+            contenders, features = list_contenders(subject, threads)
             steps, memory = [], []
             for contender in contenders:
-                step, peak = added_memory(contender.build, functools.partial(_run_once, subject, contender))
+                step, peak = _prepare(subject, contender)
                 steps.append(step)
                 memory.append(peak)
             times = _in_turns(subject, contenders, steps, repeats, on_round)
@@ -90,11 +92,13 @@ def bench_inference(
         "image_size": list(subject.images.shape[1:]),
         "images": len(subject.images),
         "decisions": subject.decisions,
+        "features": features,
     }
 
 
-def list_contenders(subject: Subject, threads: int) -> list[Contender]:
-    """Everything that can run here: without ONNX Runtime, PyTorch alone."""
+def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], str | None]:
+    """Everything that can run here: without ONNX Runtime, PyTorch alone. With it, what blocks of the graph hand on, too."""
+    features = None
     dense, network = subject.dense.eval(), subject.network
     weights = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
     size = subject.file_size
@@ -110,15 +114,16 @@ def list_contenders(subject: Subject, threads: int) -> list[Contender]:
     ]
     if has_onnx():
         from dfs_cli.export.baselines import export_dense, quantize_dense
-        from dfs_cli.export.network import IMAGES, LOGITS, export_dynamic
+        from dfs_cli.export.network import IMAGES, LOGITS
         from dfs_cli.export.runtime import open_session
 
         shape = (int(subject.images.shape[1]), int(subject.images.shape[2]), int(subject.images.shape[3]))
         plain = export_dense(dense, shape)
+        own, features = _own_graph(subject, shape)
         models = {
             "ort-fp32": (plain, 1.0),
             "ort-int8-static": (quantize_dense(plain, subject.images), subject.table.uniform_cost(8)),
-            "ort-dfs": (export_dynamic(network, shape).SerializeToString(), cost),
+            "ort-dfs": (own, cost),
         }
 
         def opened(model: bytes) -> Step:
@@ -129,7 +134,21 @@ def list_contenders(subject: Subject, threads: int) -> list[Contender]:
             Contender(name, 1, functools.partial(opened, model), len(model), share)
             for name, (model, share) in models.items()
         ]
-    return found
+    return found, features
+
+
+def _own_graph(subject: Subject, shape: tuple[int, int, int]) -> tuple[bytes, str]:
+    """The dynamic network's graph as ``dfs export`` writes it; without its check where there is nothing to be right about."""
+    from dfs_cli.export.bytes import can_hand_on_bytes
+    from dfs_cli.export.write import SCALE_IMAGES, make_graph, serialise
+
+    if subject.is_tuned:
+        batch = Batch(subject.images, torch.zeros(len(subject.images), dtype=torch.long), ())
+        content, comparison = make_graph(subject.network, shape, [batch], labelled=False)
+        return content, comparison.features
+    fits = can_hand_on_bytes(subject.network)
+    samples = subject.images[:SCALE_IMAGES].numpy() if fits else None
+    return serialise(subject.network, shape, None, samples), "bytes" if fits else "floats"
 
 
 def _images(subject: Subject, contender: Contender, turn: int) -> Tensor:
@@ -138,8 +157,16 @@ def _images(subject: Subject, contender: Contender, turn: int) -> Tensor:
     return subject.images[[(turn * contender.batch + i) % total for i in range(contender.batch)]]
 
 
-def _run_once(subject: Subject, contender: Contender, step: Step) -> None:
-    step(_images(subject, contender, 0))
+def _prepare(subject: Subject, contender: Contender) -> tuple[Step, int | None]:
+    """What runs, and the most bytes that it holds at a time: PyTorch counts them, of ONNX Runtime the process's growth is
+    taken."""
+    images = _images(subject, contender, 0)
+    if not contender.name.startswith("pytorch"):
+        return added_memory(contender.build, lambda step: step(images))
+    model = contender.build()
+    assert isinstance(model, nn.Module)
+    model(images)
+    return model, size_of(model) + peak_bytes(lambda: model(images), torch.device("cpu"))
 
 
 def _in_turns(

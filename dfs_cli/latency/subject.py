@@ -38,6 +38,7 @@ class Subject:
         images: (N, C, H, W); runs go through them in turn.
         decisions: where decisions come from, for people.
         file_size: bytes of the dynamic network's file; None: as it would be written.
+        is_tuned: whether its answers mean anything.
     """
 
     dense: nn.Module
@@ -46,6 +47,7 @@ class Subject:
     images: Tensor
     decisions: str
     file_size: int | None = None
+    is_tuned: bool = True
 
 
 def draw_policy(mix: dict[int, float], options: Sequence[int], blocks: int, seed: int) -> list[int]:
@@ -101,7 +103,9 @@ def subject_of_model(
     fit_scales(network, images[:_SCALE_IMAGES])
     network.settle()
     round_biases(network, input_size)
-    return Subject(model, force(network, policy), table, images, f"{mix} of the blocks, drawn by seed {seed}")
+    return Subject(
+        model, force(network, policy), table, images, f"{mix} of the blocks, drawn by seed {seed}", is_tuned=False
+    )
 
 
 def subject_of_file(path: Path, mix: str | None, data: DataConfig | None, seed: int) -> Subject:

@@ -19,8 +19,7 @@ def print_latency(record: dict[str, Any]) -> None:
         f"{record['repeats']} runs in turns",
         f"decisions: {record['decisions']}",
     ]
-    if not record["onnxruntime"]:
-        lines.append(_HINT)
+    lines.append(f"ort-dfs: blocks hand on {record['features']}" if record["onnxruntime"] else _HINT)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     header = (

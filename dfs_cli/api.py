@@ -6,7 +6,7 @@ import copy
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import open_splits, open_validation
 from dfs_cli.errors import ConfigError, DataError
 from dfs_cli.evaluation.evaluate import evaluate_network
+from dfs_cli.export.runtime import require_onnx
+from dfs_cli.models.cifar import DIGITS_MODEL
 from dfs_cli.models.zoo import load_outline
 from dfs_cli.nn.probe import ProbedResNet
 from dfs_cli.pipeline import EVAL_BATCH, Converted, Observer, convert
@@ -29,6 +31,11 @@ from dfs_cli.report import cost as report
 from dfs_cli.resolve import default_data, default_tuning, describe_source, resolve_device, unfamiliar
 from dfs_cli.surgery.convert import plan_costs
 from dfs_cli.tuning.calibration import calibrate
+
+if TYPE_CHECKING:
+    from dfs_cli.export.check import Comparison
+
+_RANDOM_IMAGES = 64
 
 __all__ = [
     "Converted",
@@ -39,6 +46,7 @@ __all__ = [
     "default_tuning",
     "describe_source",
     "evaluate",
+    "export_onnx",
     "load",
     "plan",
     "profile",
@@ -108,6 +116,50 @@ def evaluate(
     loader = eval_loader(data, batch_size, workers, device.type == "cuda")
     log = UnreadableLog("validation", len(data))
     return evaluate_network(network, manifest.table, loader, device, log, amp, observer.advance)
+
+
+def export_onnx(
+    converted: Converted,
+    path: str | os.PathLike[str],
+    data: DataConfig | Images | None = None,
+    *,
+    static: bool = False,
+    force: bool = False,
+    workers: int | None = None,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Write a converted network as an ONNX graph for one image, and compare the two.
+
+    Args:
+        data: whose validation split they are compared on. None: the embedded digits, for their model, else random images.
+        static: the most common policy on that split, without gate and control flow.
+
+    Raises:
+        MissingDependencyError: onnx or onnxruntime is not installed.
+        OutputError: the file exists and ``force`` is not given, or cannot be written.
+        ExportError: the graph decides or answers otherwise than the network; nothing is written then.
+    """
+    require_onnx()
+    from dfs_cli.export.write import random_batches, write_onnx
+
+    observer, manifest = observer or Observer(), converted.manifest
+    size = manifest.preprocessing.input_size
+    is_given = data is not None and (isinstance(data, Images) or data.data_dir is not None or data.dataset)
+    if not is_given and manifest.architecture != DIGITS_MODEL:
+        if static:
+            raise DataError("--static needs images to find the most common policy on: pass --data DIR")
+        batches: Any = random_batches(size, _RANDOM_IMAGES)
+        labelled, images = False, _RANDOM_IMAGES
+    else:
+        if not isinstance(data, Images):
+            data = open_validation(
+                default_data(manifest.architecture, data), manifest.preprocessing, manifest.class_names
+            )
+        labelled, images = True, len(data)
+        batches = eval_loader(data, EVAL_BATCH, default_workers(data) if workers is None else workers)
+    network = copy.deepcopy(converted.network).cpu().eval()
+    observer.stage("comparing", images)
+    return write_onnx(Path(path), network, size, batches, labelled, static, force, observer.advance)
 
 
 def recalibrate(

@@ -94,10 +94,10 @@ def bench_tuning(
                 seconds[name].append(spent)
         on_repeat(i + 1)
     held = {
-        "dense": _size_of(dense, optimizer, images),
-        "tuning": _size_of(network, state.optimizer, images) + _size_of(teacher),
+        "dense": size_of(dense, optimizer, images),
+        "tuning": size_of(network, state.optimizer, images) + size_of(teacher),
     }
-    memory = {name: held[name] + _peak_bytes(step, device) for name, step in steps.items()}
+    memory = {name: held[name] + peak_bytes(step, device) for name, step in steps.items()}
     timings = {name: _timing(values) for name, values in seconds.items()}
     return {
         "time_ratio": timings["tuning"].median / timings["dense"].median,
@@ -134,7 +134,7 @@ def _timing(values: list[float]) -> Timing:
     return Timing(median, low, high)
 
 
-def _size_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, images: Tensor | None = None) -> int:
+def size_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, images: Tensor | None = None) -> int:
     """Bytes that stay from step to step."""
     tensors = [*model.parameters(), *model.buffers()]
     if optimizer is not None:
@@ -144,7 +144,7 @@ def _size_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, i
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _peak_bytes(step: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     """The most bytes that a step holds at a time beyond what stays."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -64,6 +64,11 @@ def default_preset(budget: float, gate: GateKind) -> str:
     return "lowbit" if budget <= passes * LOWBIT_BUDGET else "hardware"
 
 
+DEFAULT_MIX = "0:0.5,8:0.5"
+LARGE_BATCH = 64
+"""What ``dfs bench`` measures: decisions where none are real, and images per batch besides single ones."""
+
+
 def parse_bits(text: str) -> tuple[int, ...]:
     """The option list that ``text`` names: a preset, or bitwidths separated by commas."""
     if text in PRESETS:
@@ -74,6 +79,22 @@ def parse_bits(text: str) -> tuple[int, ...]:
         raise ConfigError(
             f"--bits {text!r}: expected bitwidths separated by commas, as 0,4,8,32, or one of {', '.join(PRESETS)}"
         ) from None
+
+
+def parse_mix(text: str) -> dict[int, float]:
+    """Shares of the blocks by bitwidth, from text such as ``0:0.5,8:0.5``.
+
+    Raises:
+        ConfigError: it is no such text, or the shares do not add up to one.
+    """
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        mix = {int(bits): float(share) for bits, share in pairs}
+    except ValueError:
+        raise ConfigError(f"--mix {text!r}: expected bitwidth:share pairs, as 0:0.5,8:0.5") from None
+    if len(mix) < len(pairs) or not min(mix.values()) >= 0 or abs(sum(mix.values()) - 1) > 1e-6:
+        raise ConfigError(f"--mix {text!r}: expected each bitwidth once, with shares that add up to 1")
+    return mix
 
 
 def check_budget(budget: float) -> None:

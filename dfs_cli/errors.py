@@ -47,3 +47,9 @@ class BudgetMissedError(DfsError):
     """Tuning ended outside the promised interval of the budget."""
 
     exit_code = 1
+
+
+class ExportError(DfsError):
+    """The exported graph does not do what the network does."""
+
+    exit_code = 1

@@ -35,6 +35,7 @@ from dfs_cli.resolve import (
     resolve_tuning,
     unfamiliar,
 )
+from dfs_cli.surgery.biases import round_biases
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic, verify_conversion
 from dfs_cli.tuning.calibration import calibrate
 from dfs_cli.tuning.loop import Goal, StepRecord, seed_everything, tune
@@ -271,6 +272,7 @@ class Run:
             self.observer.step,
         )
         self.network.settle()
+        round_biases(self.network, self.preprocessing.input_size)
 
     def calibrate(self) -> None:
         """Set the operating point on the held-out images, in full precision, whatever tuning used."""

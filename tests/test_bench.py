@@ -1,11 +1,17 @@
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from conftest import MakeFolder, make_dynamic, tiny_resnet
 from typer.testing import CliRunner
 
-from dfs_cli.bench import _peak_bytes
+from dfs_cli.bench import peak_bytes
 from dfs_cli.cli.app import app
+from dfs_cli.config import DynamicConfig, GateKind, parse_mix
+from dfs_cli.latency import measure
+from dfs_cli.latency.subject import draw_policy, force
 
 CPU = torch.device("cpu")
 
@@ -18,7 +24,7 @@ def test_peak_memory_by_hand() -> None:
         third = torch.empty(1 << 19)
         del second, third
 
-    peak = _peak_bytes(step, CPU)
+    peak = peak_bytes(step, CPU)
     assert 8 * 2**20 <= peak <= 8 * 2**20 + 4096
 
 
@@ -48,10 +54,76 @@ def test_a_tuning_step_is_measured_against_a_dense_one() -> None:
 
 def test_bench_says_what_it_needs() -> None:
     for arguments, message in (
-        (["bench", "resnet20_cifar"], "--tuning"),
+        (["bench", "resnet20_cifar", "--tuning", "--mix", "0:1"], "--mix"),
+        (["bench", "resnet20_cifar", "--no-pretrained", "--mix", "0:0.5"], "add up to 1"),
+        (["bench", "resnet20_cifar", "--no-pretrained", "--mix", "half"], "bitwidth:share"),
+        (["bench", "resnet20_cifar", "--no-pretrained", "--bits", "0,8", "--mix", "4:1"], "none of the options"),
+        (["bench", "resnet20_cifar", "--no-pretrained", "--data", "images"], "--data"),
+        (["bench", "resnet20_cifar", "--no-pretrained", "--threads", "0"], "threads 0"),
+        (["bench", "missing.safetensors"], "does not exist"),
         (["bench", "resnet20_cifar", "--tuning", "--no-pretrained", "--repeats", "0"], "repeats 0 is below 1"),
         (["bench", "resnet20_cifar", "--tuning", "--gate", "rnn", "--mirror"], "--mirror is for"),
         (["bench", "resnet21", "--tuning"], "resnet21"),
     ):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 2 and message in result.stderr
+
+
+def run_bench(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["bench", *arguments, "--threads", "1", "--repeats", "3", "--json"])
+    assert result.exit_code == 0, result.stderr
+    record: dict[str, Any] = json.loads(result.stdout)
+    return record
+
+
+def test_inference_of_a_model_is_measured_side_by_side() -> None:
+    record = run_bench("resnet20_cifar", "--no-pretrained", "--mix", "0:0.5,8:0.5")
+    rows = {(row["name"], row["batch"]): row for row in record["rows"]}
+    expected = {(name, batch) for name in ("pytorch-dense", "pytorch-dfs") for batch in (1, 64)}
+    assert set(rows) == expected | {(name, 1) for name in ("ort-fp32", "ort-int8-static", "ort-dfs")}
+    for row in rows.values():
+        assert 0 < row["p25_ms"] <= row["p50_ms"] <= row["p75_ms"] <= row["p95_ms"]
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
+    own, dense = rows["ort-dfs", 1], rows["ort-fp32", 1]
+    assert own["speedup"]["ort-fp32"] == pytest.approx(dense["p50_ms"] / own["p50_ms"])
+    assert own["time"] == pytest.approx(own["p50_ms"] / dense["p50_ms"])
+    # Of nine blocks, four or five run at 8 bits, a sixteenth of the dense cost.
+    assert 0.4 / 16 < own["cost"] == rows["pytorch-dfs", 64]["cost"] < 0.6 / 16
+    assert own["peak_bytes"] is None or own["peak_bytes"] >= 0
+    # Weights, at least.
+    assert rows["pytorch-dense", 1]["peak_bytes"] > 4 * 272_474
+    assert record["features"] == "bytes"
+    assert record["threads"] == 1 and record["options"] == [0, 8] and "seed 0" in record["decisions"]
+    assert rows["ort-int8-static", 1]["file_bytes"] < 0.4 * rows["ort-fp32", 1]["file_bytes"]
+
+
+def test_a_file_is_measured_with_its_own_decisions(artifact: Path, make_folder: MakeFolder) -> None:
+    record = run_bench(str(artifact), "--data", str(make_folder()))
+    assert record["decisions"].startswith("real") and record["images"] == 40
+    assert {row["name"] for row in record["rows"]} >= {"pytorch-dfs", "ort-dfs"}
+    forced = run_bench(str(artifact), "--mix", "0:1")
+    own = next(row for row in forced["rows"] if row["name"] == "pytorch-dfs")
+    assert own["file_bytes"] == artifact.stat().st_size
+
+
+def test_without_onnxruntime_its_rows_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "has_onnx", lambda: False)
+    arguments = ["bench", "resnet20_cifar", "--no-pretrained", "--threads", "1", "--repeats", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "left out" in result.stdout and "ort-dfs" not in result.stdout and "pytorch-dfs" in result.stdout
+
+
+def test_shares_of_blocks_by_hand() -> None:
+    mix = parse_mix("0:0.5,4:0.25,8:0.25")
+    policy = draw_policy(mix, (0, 4, 8), 10, seed=3)
+    assert sorted(policy).count(0) == 5 and {policy.count(1), policy.count(2)} == {2, 3}
+    assert policy == draw_policy(mix, (0, 4, 8), 10, seed=3) != draw_policy(mix, (0, 4, 8), 10, seed=4)
+
+
+@pytest.mark.parametrize("gate", ["rnn", "ff", "probe"])
+def test_forced_decisions_are_what_the_network_decides(gate: GateKind) -> None:
+    network = make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate=gate))
+    decisions = force(network, [0, 2, 1, 1, 0]).run(torch.randn(3, 3, 32, 32)).decisions
+    assert decisions[:, :5].tolist() == [[0, 2, 1, 1, 0]] * 3
+    assert (decisions[:, 5:] == -1).all()

@@ -9,8 +9,21 @@ import dfs_cli
 
 PACKAGE = Path(dfs_cli.__file__).parent
 # Lowest first; a room imports only itself and rooms before it.
-ROOMS = ["errors", "config", "nn", "cost", "surgery", "models", "data", "artifact", "tuning", "evaluation", "report"]
-ROOMS += ["resolve", "pipeline", "sweep", "bench", "api", "cli", "__main__"]
+ROOMS = [
+    "errors",
+    "config",
+    "process",
+    "nn",
+    "cost",
+    "surgery",
+    "models",
+    "data",
+    "artifact",
+    "tuning",
+    "evaluation",
+    "export",
+]
+ROOMS += ["report", "resolve", "pipeline", "sweep", "bench", "latency", "api", "cli", "__main__"]
 
 
 def imported_rooms(file: Path) -> set[str]:
@@ -45,7 +58,7 @@ def test_files_stay_short() -> None:
 def test_help_does_not_import_torch() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from dfs_cli.cli.app import app;"
-        "commands = ([], ['convert'], ['eval'], ['profile'], ['list'], ['sweep'], ['bench']);"
+        "commands = ([], ['convert'], ['eval'], ['profile'], ['list'], ['sweep'], ['export'], ['bench']);"
         "results = [CliRunner().invoke(app, [*c, '--help']) for c in commands];"
         "assert all(r.exit_code == 0 for r in results), results;"
         "assert 'torch' not in sys.modules and 'timm' not in sys.modules"

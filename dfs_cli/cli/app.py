@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dfs_cli import __version__
-from dfs_cli.cli import bench, convert, evaluate, list_models, profile, sweep
+from dfs_cli.cli import bench, convert, evaluate, export, list_models, profile, sweep
 from dfs_cli.cli.errors import one_line_errors
 
 app = typer.Typer(
@@ -38,5 +38,6 @@ app.command("convert")(one_line_errors(convert.convert))
 app.command("eval")(one_line_errors(evaluate.evaluate))
 app.command("profile")(one_line_errors(profile.profile))
 app.command("sweep")(one_line_errors(sweep.sweep))
+app.command("export")(one_line_errors(export.export))
 app.command("bench")(one_line_errors(bench.bench))
 app.command("list")(one_line_errors(list_models.list_models))

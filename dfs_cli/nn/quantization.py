@@ -98,6 +98,23 @@ def best_step(x: Tensor, bits: int, signed: bool, candidates: int = 24) -> Tenso
     return best
 
 
+LARGEST_BYTE = 127
+"""The largest code of an 8-bit weight."""
+
+
+def nearest_integer_bias(bias: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """``numerator / multiple``, the fractions nearest to ``bias`` (C,) with a multiple from 1 to ``limit``, as (C,) each.
+
+    Integer hardware adds a bias in units of weight step times input step. Weight codes of few bits leave room in their bytes:
+    multiplied by ``multiple`` they make the unit that much finer.
+    """
+    multiples = torch.arange(1, limit + 1, dtype=bias.dtype, device=bias.device)[:, None]
+    error = ((bias * multiples).round() / multiples - bias).abs()
+    # Of multiples that serve as well, but for the last digits, the smallest.
+    best = multiples[(error <= error.amin(dim=0) + 1e-9 * bias.abs() + 1e-12).to(torch.uint8).argmax(dim=0), 0]
+    return (bias * best).round(), best
+
+
 class Convolution(NamedTuple):
     """The geometry of a convolution."""
 

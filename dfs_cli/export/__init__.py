@@ -1,0 +1,1 @@
+"""A converted network as an ONNX graph."""

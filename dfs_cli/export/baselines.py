@@ -1,0 +1,70 @@
+"""The dense network as ONNX graphs: in floating point, and quantized by ONNX Runtime's own tool."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.export.graph import Graph
+from dfs_cli.export.layers import trace
+from dfs_cli.export.lower import Lowering
+from dfs_cli.export.network import IMAGES, finish
+
+_CALIBRATION_IMAGES = 8
+
+
+def export_dense(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
+    """``model`` as it is, for one image, serialised."""
+    graph = Graph()
+    traced, logits = trace(model, lambda module, x: module(x), torch.zeros(1, *input_size))
+    made = finish(graph, Lowering(graph, traced, IMAGES).run(), int(logits.shape[1]), input_size)
+    content: bytes = made.SerializeToString()
+    return content
+
+
+def quantize_dense(model: bytes, images: Tensor) -> bytes:
+    """``model`` with 8-bit weights, per channel, and 8-bit activations, calibrated on some of ``images`` (N, C, H, W)."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quant_pre_process,
+        quantize_static,
+    )
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.images: Iterator[np.ndarray] = iter(images[:_CALIBRATION_IMAGES].numpy())
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self.images, None)
+            return None if image is None else {IMAGES: image[None]}
+
+    level = logging.getLogger().level
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger().setLevel(logging.ERROR)
+        source, prepared, target = (Path(folder) / f"{name}.onnx" for name in ("source", "prepared", "target"))
+        source.write_bytes(model)
+        try:
+            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared),
+                str(target),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+        finally:
+            logging.getLogger().setLevel(level)
+        return target.read_bytes()

@@ -1,0 +1,79 @@
+"""A small builder of ONNX graphs with subgraphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+Branch = Callable[["Graph"], Sequence[str]]
+
+
+class Graph:
+    """Nodes and initializers under construction; names are unique over the graph and its subgraphs."""
+
+    def __init__(self, parent: Graph | None = None) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._count: list[int] = [0] if parent is None else parent._count
+        self._constants: dict[tuple[Any, ...], str] = {}
+
+    def name(self, stem: str) -> str:
+        """A new name."""
+        self._count[0] += 1
+        return f"{stem}_{self._count[0]}"
+
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        """An initializer; small ones are kept once."""
+        array = np.asarray(value, dtype=dtype)
+        key = (array.dtype.str, array.shape, array.tobytes()) if array.nbytes <= 64 else None
+        if key in self._constants:
+            return self._constants[key]
+        name = self.name("c")
+        self.initializers.append(numpy_helper.from_array(np.array(array, order="C", copy=True), name))
+        if key is not None:
+            self._constants[key] = name
+        return name
+
+    def add(self, op: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **attributes: Any) -> str:
+        """A node; returns the name of its first output."""
+        names = [self.name(op.lower()) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
+        self.nodes.append(helper.make_node(op, list(inputs), names, self.name(op), **attributes))
+        return names[0]
+
+    def branch(self, condition: str, then: Branch, otherwise: Branch) -> list[str]:
+        """An ``If``: ``condition`` is a boolean scalar; each branch builds its part in a subgraph of its own and returns its
+        outputs, as many as the other. Names from outside may be used inside."""
+        parts = [self._subgraph(part) for part in (then, otherwise)]
+        count = len(parts[0].output)
+        outputs = [self.name("if") for _ in range(count)]
+        self.nodes.append(
+            helper.make_node("If", [condition], outputs, self.name("If"), then_branch=parts[0], else_branch=parts[1])
+        )
+        return outputs
+
+    def choose(self, index: str, branches: Sequence[Branch]) -> list[str]:
+        """The outputs of ``branches[index]``, by nested ``If`` nodes; ``index`` is an integer tensor of one element."""
+        return self._choose(index, list(enumerate(branches)))
+
+    def _choose(self, index: str, branches: list[tuple[int, Branch]]) -> list[str]:
+        if len(branches) == 1:
+            return list(branches[0][1](self))
+        (value, first), rest = branches[0], branches[1:]
+        is_first = self.add("Equal", [index, self.constant(value, np.int64)])
+        return self.branch(is_first, first, lambda graph: graph._choose(index, rest))
+
+    def _subgraph(self, build: Branch) -> onnx.GraphProto:
+        inner = Graph(self)
+        outputs = list(build(inner))
+        own = {name for node in inner.nodes for name in node.output}
+        # What comes from outside, or is given twice, needs a name of its own.
+        outputs = [
+            name if name in own and name not in outputs[:i] else inner.add("Identity", [name])
+            for i, name in enumerate(outputs)
+        ]
+        values = [onnx.ValueInfoProto(name=name) for name in outputs]
+        return helper.make_graph(inner.nodes, self.name("branch"), [], values, inner.initializers)

@@ -1,0 +1,244 @@
+"""From traced parts to ONNX: opaque quantized layers become convolutions between quantize and dequantize nodes.
+
+ONNX Runtime and others recognise that pattern and run it on integers. Batch-norm is folded into the convolution, and what is
+read by nothing but quantizers of unsigned codes needs no ReLU: they clip at zero anyway.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+from dfs_cli.export.graph import Graph
+from dfs_cli.export.layers import DOMAIN, QuantizedLayer, Traced
+from dfs_cli.nn.quantization import LARGEST_BYTE, code_range, nearest_integer_bias
+
+_BYTE, _MIDDLE = 8, 128
+# Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
+_LARGEST_BIAS = 2.0**23
+
+
+class Lowering:
+    """One traced part on its way into a graph, with ``x`` as its input."""
+
+    def __init__(self, graph: Graph, traced: Traced, x: str) -> None:
+        self.graph, self.layers = graph, traced.layers
+        self.nodes = list(traced.graph.node)
+        self.result = traced.graph.output[0].name
+        self.names = {traced.graph.input[0].name: x, "": ""}
+        self.values = {tensor.name: tensor for tensor in traced.graph.initializer}
+        # The exporter gives equal tensors once, the others as their identity.
+        self.values |= {
+            n.output[0]: self.values[n.input[0]]
+            for n in self.nodes
+            if n.input[0] in self.values and n.op_type == "Identity"
+        }
+        self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in node.input:
+                self.readers[name].append(node)
+        self.done: set[int] = set()
+        self.codes: dict[tuple[str, float, int, int], str] = {}
+
+    def run(self) -> str:
+        """Add the nodes; returns their output."""
+        for node in self.nodes:
+            if id(node) in self.done:
+                continue
+            if node.domain == DOMAIN:
+                self._layer(node)
+            elif node.op_type == "Relu" and self._needs_no_relu(node):
+                self.names[node.output[0]] = self.name(node.input[0])
+            else:
+                self._copy(node)
+        return self.name(self.result)
+
+    def name(self, traced_name: str) -> str:
+        """The name in the graph of a value of the traced part."""
+        if traced_name not in self.names:
+            self.names[traced_name] = self.graph.constant(numpy_helper.to_array(self.values[traced_name]))
+        return self.names[traced_name]
+
+    def _copy(self, node: onnx.NodeProto) -> None:
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        inputs, outputs = (
+            [self.name(n) for n in node.input],
+            [self.graph.name(node.op_type.lower()) for _ in node.output],
+        )
+        del copied.input[:], copied.output[:]
+        copied.input.extend(inputs)
+        copied.output.extend(outputs)
+        copied.name = self.graph.name(node.op_type)
+        self.graph.nodes.append(copied)
+        self.names.update(zip(node.output, outputs, strict=True))
+
+    def _layer_of(self, node: onnx.NodeProto) -> QuantizedLayer:
+        return self.layers[node.attribute[0].s.decode()]
+
+    def _needs_no_relu(self, node: onnx.NodeProto) -> bool:
+        """Whether what reads a ReLU clips at zero itself."""
+        return self._only_unsigned_codes_of(node.output[0])
+
+    def _only_unsigned_codes_of(self, name: str) -> bool:
+        return name != self.result and all(
+            reader.domain == DOMAIN and self._layer_of(reader).low == 0 and self._layer_of(reader).bits <= _BYTE
+            for reader in self.readers[name]
+        )
+
+    def _layer(self, node: onnx.NodeProto) -> None:
+        layer = self._layer_of(node)
+        output = node.output[0]
+        factor, shift = np.ones(len(layer.scale)), np.zeros(len(layer.scale)) if layer.bias is None else layer.bias
+        readers = self.readers[output]
+        if output != self.result and len(readers) == 1 and readers[0].op_type == "BatchNormalization":
+            norm = readers[0]
+            self.done.add(id(norm))
+            weight, bias, mean, variance = (numpy_helper.to_array(self.values[n]).astype(float) for n in norm.input[1:])
+            epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+            factor = weight / np.sqrt(variance + epsilon)
+            shift = (shift - mean) * factor + bias
+            output = norm.output[0]
+        build = self._on_floats if layer.bits > _BYTE else self._to_floats
+        if layer.bits <= _BYTE and self._feeds_codes(output) and layer.geometry:
+            build = self._on_codes
+        self.names[output] = build(layer, node.input[0], factor, shift, output)
+
+    def _feeds_codes(self, name: str) -> bool:
+        """Whether a value is read, perhaps after a ReLU, by nothing but layers that round it to bytes."""
+        readers = self.readers[name]
+        if len(readers) == 1 and readers[0].op_type == "Relu":
+            return self._only_unsigned_codes_of(readers[0].output[0])
+        return name != self.result and all(
+            reader.domain == DOMAIN and self._layer_of(reader).bits <= _BYTE for reader in readers
+        )
+
+    def _on_floats(
+        self,
+        layer: QuantizedLayer,
+        x: str,
+        factor: np.ndarray,
+        shift: np.ndarray,
+        output: str,  # noqa: ARG002
+    ) -> str:
+        """More bits than a byte has: floating point, with the input clipped where the codes would be."""
+        limits = [self.graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
+        weight = layer.codes * (layer.scale * factor).reshape(-1, *[1] * (layer.codes.ndim - 1))
+        inputs = [self.graph.add("Clip", [self.name(x), *limits]), self.graph.constant(weight, np.float32)]
+        inputs.append(self.graph.constant(shift, np.float32))
+        return (
+            self.graph.add("Gemm", inputs, transB=1)
+            if layer.geometry is None
+            else self._convolve("Conv", layer, inputs)
+        )
+
+    def _on_codes(
+        self,
+        layer: QuantizedLayer,
+        x: str,
+        factor: np.ndarray,
+        shift: np.ndarray,
+        output: str,  # noqa: ARG002
+    ) -> str:
+        """From codes to codes: runtimes make one integer kernel of it, with the quantizer that reads the result."""
+        codes, scale, bias = fold(layer, factor, shift)
+        step, zero = layer.step, _zero(layer)
+        given = self.graph.add(
+            "DequantizeLinear",
+            [self._codes(x, layer), self.graph.constant(step, np.float32), self.graph.constant(zero, np.uint8)],
+        )
+        weight = self._dequantized(codes, scale, np.int8)
+        return self._convolve(
+            "Conv", layer, [given, weight, self._dequantized(bias, scale * np.float32(step), np.int32)]
+        )
+
+    def _to_floats(
+        self,
+        layer: QuantizedLayer,
+        x: str,
+        factor: np.ndarray,
+        shift: np.ndarray,
+        output: str,  # noqa: ARG002
+    ) -> str:
+        """From codes to floating point: integer sums, scaled, exactly as the network computes them.
+
+        Without a quantizer behind it a convolution between dequantize nodes would run in floating point.
+        """
+        graph, zero = self.graph, self.graph.constant(_zero(layer), np.uint8)
+        given, scale = self._codes(x, layer), layer.scale.astype(float) * factor * layer.step
+        if layer.geometry is None:
+            y = graph.add("MatMulInteger", [given, graph.constant(layer.codes.T, np.int8), zero])
+        else:
+            # Unsigned weights have far faster kernels here.
+            weight = graph.constant(layer.codes + _MIDDLE, np.uint8)
+            y = self._convolve("ConvInteger", layer, [given, weight, zero, graph.constant(_MIDDLE, np.uint8)])
+        shape = [1, -1, *[1] * (layer.codes.ndim - 2)]
+        y = graph.add(
+            "Mul", [graph.add("Cast", [y], to=onnx.TensorProto.FLOAT), graph.constant(scale.reshape(shape), np.float32)]
+        )
+        return graph.add("Add", [y, graph.constant(shift.reshape(shape), np.float32)])
+
+    def _dequantized(self, codes: np.ndarray, scale: np.ndarray, dtype: Any) -> str:
+        """An initializer of integers with a scale per channel."""
+        zeros = np.zeros(len(scale))
+        inputs = ((codes, dtype), (scale, np.float32), (zeros, dtype))
+        return self.graph.add("DequantizeLinear", [self.graph.constant(*given) for given in inputs], axis=0)
+
+    def _codes(self, x: str, layer: QuantizedLayer) -> str:
+        """The traced value ``x`` rounded to the layer's codes, unsigned bytes; signed codes are shifted by 128."""
+        graph, zero = self.graph, _zero(layer)
+        low, high = layer.low + zero, layer.high + zero
+        key = (x, layer.step, zero, high)
+        if key not in self.codes:
+            codes = graph.add(
+                "QuantizeLinear", [self.name(x), graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
+            )
+            if (low, high) != (0, 255):
+                codes = graph.add("Clip", [codes, graph.constant(low, np.uint8), graph.constant(high, np.uint8)])
+            self.codes[key] = codes
+        return self.codes[key]
+
+    def _convolve(self, op: str, layer: QuantizedLayer, inputs: list[str]) -> str:
+        geometry = layer.geometry
+        assert geometry is not None
+        return self.graph.add(
+            op,
+            inputs,
+            kernel_shape=list(layer.codes.shape[2:]),
+            strides=list(geometry.stride),
+            pads=[*geometry.padding, *geometry.padding],
+            dilations=list(geometry.dilation),
+            group=geometry.groups,
+        )
+
+
+def _zero(layer: QuantizedLayer) -> int:
+    """The byte that stands for zero in the layer's input."""
+    return 0 if layer.low == 0 else _MIDDLE
+
+
+def fold(layer: QuantizedLayer, factor: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``factor * convolution + shift`` per channel, on integers.
+
+    The bias is an integer, too, in units that grow as the bitwidth falls. Codes of few bits leave room in their bytes: they
+    are multiplied by the factor with which the bias comes closest to an integer.
+
+    Returns:
+        Weight codes (C_out, ...), their positive scales (C_out,), and the bias (C_out,) in units of scale times step.
+    """
+    rows = layer.codes.reshape(len(layer.codes), -1) * np.sign(factor)[:, None]
+    scale = layer.scale.astype(float) * np.abs(factor)
+    # A channel that is almost nothing but its bias would need a bias beyond 32 bits: its weight is put into coarser units.
+    coarser = np.maximum(scale, np.maximum(np.abs(shift) / (_LARGEST_BIAS * layer.step), np.finfo(np.float32).tiny))
+    rows = np.round(rows * (scale / coarser)[:, None])
+    room = LARGEST_BYTE // code_range(layer.bits, signed=True)[1]
+    numerator, multiple = (
+        t.numpy() for t in nearest_integer_bias(torch.from_numpy(shift / (coarser * layer.step)), room)
+    )
+    codes = (rows * multiple[:, None]).reshape(layer.codes.shape)
+    return codes, coarser / multiple, numerator

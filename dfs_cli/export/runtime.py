@@ -1,0 +1,46 @@
+"""ONNX and ONNX Runtime, optional packages."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from dfs_cli.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def has_onnx() -> bool:
+    """Whether graphs can be written and run."""
+    return find_spec("onnx") is not None and find_spec("onnxruntime") is not None
+
+
+def require_onnx() -> None:
+    """Raises MissingDependencyError where a package is missing."""
+    if not has_onnx():
+        raise MissingDependencyError("ONNX graphs need onnx and onnxruntime: pip install 'dfs-cli[onnx]'")
+
+
+def open_session(
+    model: bytes | str, threads: int = 0, optimised: str = "", spin: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session on the CPU.
+
+    Args:
+        model: a serialised model, or a file's name.
+        threads: 0: as many as there are cores.
+        optimised: write the graph that is really run to this file.
+        spin: let threads wait busily for work: faster where nothing else runs, far slower where something does.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    # Threads that go on waiting for this session's next call would slow down whatever runs before it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if optimised:
+        options.optimized_model_filepath = optimised
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

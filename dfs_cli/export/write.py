@@ -1,0 +1,120 @@
+"""Writing a graph that has proved to do what the network does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dfs_cli.artifact.files import check_writable, write_atomically
+from dfs_cli.data.images import Batch
+from dfs_cli.errors import DataError, ExportError
+from dfs_cli.evaluation.dynamics import most_common_policy
+from dfs_cli.export.bytes import can_hand_on_bytes
+from dfs_cli.export.check import Comparison, check_holds, compare
+from dfs_cli.export.network import export_dynamic, export_static
+from dfs_cli.nn.network import DynamicResNet
+
+SCALE_IMAGES = 8
+
+
+def write_onnx(
+    path: Path,
+    network: DynamicResNet,
+    input_size: tuple[int, int, int],
+    batches: Iterable[Batch],
+    labelled: bool,
+    static: bool = False,
+    force: bool = False,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> Comparison:
+    """Write ``network`` as an ONNX graph, atomically, once it has been compared with it.
+
+    Args:
+        network: in evaluation mode, on the CPU.
+        batches: give the same images whenever they are iterated.
+        labelled: whether their targets mean anything.
+        static: the most common policy on ``batches``, without gate and control flow.
+
+    Raises:
+        OutputError: the file exists (unless ``force``) or cannot be written.
+        ExportError: the graph decides or answers otherwise than the network, or is too large for ONNX; nothing is written.
+    """
+    check_writable([path], force)
+    policy = common_decisions(network, batches).tolist() if static else None
+    content, comparison = make_graph(network, input_size, batches, labelled, policy, on_batch)
+    write_atomically(path, content)
+    return comparison
+
+
+def make_graph(
+    network: DynamicResNet,
+    input_size: tuple[int, int, int],
+    batches: Iterable[Batch],
+    labelled: bool,
+    policy: Sequence[int] | None = None,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> tuple[bytes, Comparison]:
+    """The fastest graph that does what ``network`` does, serialised: features are bytes where that makes no difference
+    beyond what is promised, else floating point.
+
+    Raises:
+        ExportError: neither keeps the promise, or the graph is too large for ONNX.
+    """
+    samples = next((batch.images for batch in batches if len(batch.targets)), None)
+    if samples is None:
+        raise DataError("there is no image to compare the graph on")
+    for scaled_on in (samples[:SCALE_IMAGES].numpy(), None):
+        if scaled_on is not None and not can_hand_on_bytes(network):
+            continue
+        content = serialise(network, input_size, policy, scaled_on)
+        comparison = compare(content, network, batches, labelled, policy, on_batch)
+        if comparison.holds:
+            break
+    check_holds(comparison)
+    return content, replace(comparison, features="floats" if scaled_on is None else "bytes")
+
+
+def serialise(
+    network: DynamicResNet,
+    input_size: tuple[int, int, int],
+    policy: Sequence[int] | None,
+    samples: np.ndarray | None,
+) -> bytes:
+    """The graph, unchecked; with ``samples``, images (N, C, H, W), blocks hand on bytes.
+
+    Raises:
+        ExportError: it is too large for ONNX.
+    """
+    if policy is None:
+        model = export_dynamic(network, input_size, samples)
+    else:
+        model = export_static(network, policy, input_size, samples)
+    try:
+        content: bytes = model.SerializeToString()
+    except ValueError:
+        raise ExportError("the graph is larger than the 2 GiB that an ONNX file holds: give fewer --bits") from None
+    return content
+
+
+@torch.inference_mode()
+def common_decisions(network: DynamicResNet, batches: Iterable[Batch]) -> Tensor:
+    """The decisions (P * L,) that most images get.
+
+    Raises:
+        DataError: there is no image.
+    """
+    taken = [network.run(batch.images).decisions for batch in batches if len(batch.targets)]
+    if not taken:
+        raise DataError("there is no image to find the most common policy on")
+    return most_common_policy(torch.cat(taken))
+
+
+def random_batches(input_size: tuple[int, int, int], images: int, seed: int = 0) -> list[Batch]:
+    """Batches of noise, for networks whose data is not at hand."""
+    noise = torch.randn(images, *input_size, generator=torch.Generator().manual_seed(seed))
+    return [Batch(part, torch.zeros(len(part), dtype=torch.long), ()) for part in noise.split(16)]

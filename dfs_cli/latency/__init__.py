@@ -1,0 +1,1 @@
+"""What inference costs on the clock."""

@@ -1,0 +1,220 @@
+"""What inference costs on the clock: dense and dynamic, in PyTorch and in ONNX Runtime, measured in turns within one run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.artifact.packing import packed_tensors
+from dfs_cli.bench import peak_bytes, size_of
+from dfs_cli.config import LARGE_BATCH
+from dfs_cli.data.images import Batch
+from dfs_cli.errors import ConfigError
+from dfs_cli.export.runtime import has_onnx
+from dfs_cli.latency.subject import Subject
+from dfs_cli.process import added_memory, pinned_to
+
+DENSE_OF = {"pytorch-dfs": "pytorch-dense", "ort-dfs": "ort-fp32", "ort-int8-static": "ort-fp32"}
+
+_WARM_UP = 3
+_LARGE_EVERY = 8  # one large batch for so many single images: it takes so much longer
+_PAUSE = 0.002  # seconds in which the threads of the one before come to rest
+
+Step = Callable[[Tensor], object]
+
+
+class Contender(NamedTuple):
+    """One way to run the network.
+
+    Args:
+        name: of its row.
+        batch: images per run.
+        build: makes what runs; it is called once.
+        size: bytes of its file.
+        cost: mean cost of an image, as a fraction of the dense network's.
+    """
+
+    name: str
+    batch: int
+    build: Callable[[], Step]
+    size: int
+    cost: float
+
+
+@torch.inference_mode()
+def bench_inference(
+    subject: Subject,
+    threads: int,
+    repeats: int = 50,
+    on_round: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Time all contenders, in turns.
+
+    Args:
+        threads: for PyTorch and for ONNX Runtime; the process keeps to as many cores.
+        repeats: rounds; in each, every contender for single images runs once, those for batches of 64 in every eighth.
+
+    Returns:
+        ``rows``, and how they were measured; times in milliseconds per run.
+    """
+    if repeats < 1 or threads < 1:
+        raise ConfigError(f"repeats {repeats} and threads {threads}: both must be at least 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pinned_to(threads) as cores:
+            contenders, features = list_contenders(subject, threads)
+            steps, memory = [], []
+            for contender in contenders:
+                step, peak = _prepare(subject, contender)
+                steps.append(step)
+                memory.append(peak)
+            times = _in_turns(subject, contenders, steps, repeats, on_round)
+    finally:
+        torch.set_num_threads(before)
+    rows = [_row(contender, values, peak) for contender, values, peak in zip(contenders, times, memory, strict=True)]
+    _compare(rows)
+    return {
+        "rows": rows,
+        "threads": threads,
+        "cores": cores,
+        "repeats": repeats,
+        "onnxruntime": has_onnx(),
+        "options": list(subject.network.config.bits),
+        "gate": subject.network.config.gate,
+        "image_size": list(subject.images.shape[1:]),
+        "images": len(subject.images),
+        "decisions": subject.decisions,
+        "features": features,
+    }
+
+
+def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], str | None]:
+    """Everything that can run here: without ONNX Runtime, PyTorch alone. With it, what blocks of the graph hand on, too."""
+    features = None
+    dense, network = subject.dense.eval(), subject.network
+    weights = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
+    size = subject.file_size
+    if size is None:
+        size = sum(t.numel() * t.element_size() for t in packed_tensors(network).values())
+    decisions = network.run(subject.images).decisions
+    cost = float(subject.table.cost(decisions).mean())
+    found = [
+        Contender("pytorch-dense", n, functools.partial(copy.deepcopy, dense), weights, 1.0) for n in (1, LARGE_BATCH)
+    ]
+    found += [
+        Contender("pytorch-dfs", n, functools.partial(copy.deepcopy, network), size, cost) for n in (1, LARGE_BATCH)
+    ]
+    if has_onnx():
+        from dfs_cli.export.baselines import export_dense, quantize_dense
+        from dfs_cli.export.network import IMAGES, LOGITS
+        from dfs_cli.export.runtime import open_session
+
+        shape = (int(subject.images.shape[1]), int(subject.images.shape[2]), int(subject.images.shape[3]))
+        plain = export_dense(dense, shape)
+        own, features = _own_graph(subject, shape)
+        models = {
+            "ort-fp32": (plain, 1.0),
+            "ort-int8-static": (quantize_dense(plain, subject.images), subject.table.uniform_cost(8)),
+            "ort-dfs": (own, cost),
+        }
+
+        def opened(model: bytes) -> Step:
+            session = open_session(model, threads, spin=True)
+            return lambda images: session.run([LOGITS], {IMAGES: images.numpy()})
+
+        found += [
+            Contender(name, 1, functools.partial(opened, model), len(model), share)
+            for name, (model, share) in models.items()
+        ]
+    return found, features
+
+
+def _own_graph(subject: Subject, shape: tuple[int, int, int]) -> tuple[bytes, str]:
+    """The dynamic network's graph as ``dfs export`` writes it; without its check where there is nothing to be right about."""
+    from dfs_cli.export.bytes import can_hand_on_bytes
+    from dfs_cli.export.write import SCALE_IMAGES, make_graph, serialise
+
+    if subject.is_tuned:
+        batch = Batch(subject.images, torch.zeros(len(subject.images), dtype=torch.long), ())
+        content, comparison = make_graph(subject.network, shape, [batch], labelled=False)
+        return content, comparison.features
+    fits = can_hand_on_bytes(subject.network)
+    samples = subject.images[:SCALE_IMAGES].numpy() if fits else None
+    return serialise(subject.network, shape, None, samples), "bytes" if fits else "floats"
+
+
+def _images(subject: Subject, contender: Contender, turn: int) -> Tensor:
+    """The images of a turn: the same for all contenders of a batch size."""
+    total = len(subject.images)
+    return subject.images[[(turn * contender.batch + i) % total for i in range(contender.batch)]]
+
+
+def _prepare(subject: Subject, contender: Contender) -> tuple[Step, int | None]:
+    """What runs, and the most bytes that it holds at a time: PyTorch counts them, of ONNX Runtime the process's growth is
+    taken."""
+    images = _images(subject, contender, 0)
+    if not contender.name.startswith("pytorch"):
+        return added_memory(contender.build, lambda step: step(images))
+    model = contender.build()
+    assert isinstance(model, nn.Module)
+    model(images)
+    return model, size_of(model) + peak_bytes(lambda: model(images), torch.device("cpu"))
+
+
+def _in_turns(
+    subject: Subject,
+    contenders: Sequence[Contender],
+    steps: Sequence[Step],
+    repeats: int,
+    on_round: Callable[[int], None],
+) -> list[list[float]]:
+    """Milliseconds of every run, per contender."""
+    times: list[list[float]] = [[] for _ in contenders]
+    for turn in range(_WARM_UP + repeats):
+        for contender, step, values in zip(contenders, steps, times, strict=True):
+            if contender.batch > 1 and (turn < _WARM_UP or (turn - _WARM_UP) % _LARGE_EVERY):
+                continue
+            images = _images(subject, contender, turn)
+            time.sleep(_PAUSE)
+            began = time.perf_counter()
+            step(images)
+            spent = time.perf_counter() - began
+            if turn >= _WARM_UP:
+                values.append(1000 * spent)
+        on_round(1)
+    return times
+
+
+def _row(contender: Contender, values: list[float], peak: int | None) -> dict[str, Any]:
+    percentiles = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+    return {
+        "name": contender.name,
+        "batch": contender.batch,
+        "p50_ms": statistics.median(values),
+        "p25_ms": percentiles[24],
+        "p75_ms": percentiles[74],
+        "p95_ms": percentiles[94],
+        "runs": len(values),
+        "images_per_second": 1000 * contender.batch / statistics.median(values),
+        "peak_bytes": peak,
+        "file_bytes": contender.size,
+        "cost": contender.cost,
+    }
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
+    """Add to each row how many times as many images per second it does as the others of its batch size, and its share of
+    the dense network's time."""
+    for row in rows:
+        others = [other for other in rows if other["batch"] == row["batch"] and other is not row]
+        row["speedup"] = {other["name"]: other["p50_ms"] / row["p50_ms"] for other in others}
+        dense = row["speedup"].get(DENSE_OF.get(row["name"], ""))
+        row["time"] = 1.0 if dense is None else 1 / dense

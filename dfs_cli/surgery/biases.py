@@ -1,0 +1,75 @@
+"""Biases that integer hardware can add.
+
+A convolution on integer codes sums integers; what batch-norm adds is an integer, too, there, in units of weight step times
+input step times batch-norm's scale. Rounding it only in an export would move codes to their neighbours, and decisions with
+them: so it is rounded in the network, once tuning is done, and both compute the same.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import FULL_BITS
+from dfs_cli.nn.layers import FractionalConv2d
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.normalisation import FractionalBatchNorm
+from dfs_cli.nn.quantization import LARGEST_BYTE, code_range, nearest_integer_bias
+
+_BYTE = 8
+
+
+@torch.no_grad()
+def round_biases(network: DynamicResNet, input_size: tuple[int, int, int]) -> None:
+    """Round, in place, what each batch-norm behind a convolution of up to 8 bits adds, to what integers can express.
+
+    Args:
+        input_size: (C, H, W) of images that the network runs on.
+    """
+    image = torch.zeros(1, *input_size, device=network.prices.device)
+    seen: dict[int, tuple[Tensor, FractionalConv2d]] = {}
+    done: set[tuple[int, int]] = set()
+
+    def remember(layer: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[id(output)] = output, cast(FractionalConv2d, layer)
+
+    def round_bias(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found = seen.get(id(inputs[0]))
+        if found is None or found[0] is not inputs[0]:
+            return
+        bits = found[1].precision.bits
+        if bits <= _BYTE and (id(norm), bits) not in done:
+            done.add((id(norm), bits))
+            _round(found[1], cast(nn.BatchNorm2d, norm), bits)
+
+    with ExitStack() as hooks:
+        for module in network.backbone.modules():
+            if isinstance(module, FractionalConv2d):
+                hooks.callback(module.register_forward_hook(remember).remove)
+            elif isinstance(module, nn.BatchNorm2d):
+                hooks.callback(module.register_forward_pre_hook(round_bias).remove)
+        for option, bits in enumerate(network.config.bits):
+            if bits != FULL_BITS:
+                network.run(image, torch.full((1, len(network.blocks)), option, device=image.device))
+                seen.clear()
+
+
+def _round(conv: FractionalConv2d, norm: nn.BatchNorm2d, bits: int) -> None:
+    mean, variance = norm.running_mean, norm.running_var
+    weight: Tensor = norm.weight
+    bias: Tensor = norm.bias
+    if isinstance(norm, FractionalBatchNorm):
+        row = norm.bitwidths.index(bits)
+        mean, variance, weight, bias = norm.bit_mean[row], norm.bit_var[row], norm.bit_weight[row], norm.bit_bias[row]
+    assert mean is not None and variance is not None
+    gain = weight.double() / (variance.double() + norm.eps).sqrt()
+    own = 0.0 if conv.bias is None else conv.bias.double()
+    shift = bias.double() + (own - mean.double()) * gain
+    row = conv.bitwidths.index(bits)
+    unit = conv.log_weight_steps[row].exp().double() * conv.log_input_steps[row].exp().double() * gain.abs()
+    numerator, multiple = nearest_integer_bias(shift / unit, LARGEST_BYTE // code_range(bits, signed=True)[1])
+    rounded = torch.where(unit > 0, numerator / multiple * unit, shift)
+    bias.add_(torch.where(rounded.isfinite(), rounded - shift, 0.0).to(bias.dtype))

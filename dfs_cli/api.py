@@ -149,16 +149,16 @@ def export_onnx(
         if static:
             raise DataError("--static needs images to find the most common policy on: pass --data DIR")
         batches: Any = random_batches(size, _RANDOM_IMAGES)
-        labelled, images = False, _RANDOM_IMAGES
+        labelled = False
     else:
         if not isinstance(data, Images):
             data = open_validation(
                 default_data(manifest.architecture, data), manifest.preprocessing, manifest.class_names
             )
-        labelled, images = True, len(data)
+        labelled = True
         batches = eval_loader(data, EVAL_BATCH, default_workers(data) if workers is None else workers)
     network = copy.deepcopy(converted.network).cpu().eval()
-    observer.stage("comparing", images)
+    observer.stage("comparing", None)  # once with bytes, and once more where they do not do
     return write_onnx(Path(path), network, size, batches, labelled, static, force, observer.advance)
 
 

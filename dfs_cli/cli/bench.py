@@ -62,6 +62,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure time and memory, in turns within one run: of inference, or of tuning."""
+    keep_freed_memory()
     if not tuning:
         record = _inference(
             model, mix, data, val_split, threads, bits, edge_bits, gate, checkpoint, pretrained, img_size, repeats, seed
@@ -88,7 +89,6 @@ def bench(
     from dfs_cli.data.preprocessing import resolve_preprocessing
     from dfs_cli.models.zoo import check_convertible, load_model
 
-    keep_freed_memory()
     check_convertible(model)
     settings: dict[str, Any] = {"batch_size": batch_size, "amp": amp, "device": device}
     module = load_model(model, pretrained, checkpoint)

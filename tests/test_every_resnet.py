@@ -86,7 +86,7 @@ def check_skipping(model: nn.Module, network: DynamicResNet, images: torch.Tenso
 
 def check_batches_and_training(network: DynamicResNet, images: torch.Tensor) -> None:
     # Without the 4-bit option: where a sum is a tie between two codes, its last bit decides, and one step of 4 bits is large.
-    exact = torch.tensor([0, 1, 2, 3])
+    exact = torch.tensor([0, 2, 3])
     decisions = exact[torch.randint(0, len(exact), (len(images), len(network.blocks)))]
     with torch.no_grad():
         together = network.run(images, decisions).logits

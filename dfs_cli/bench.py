@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +141,11 @@ def size_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, im
         tensors += [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
     if images is not None:
         tensors.append(images)
+    return bytes_of(tensors)
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What ``tensors`` take."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import DOMAIN, OPSET, QuantizedLayer, Traced
-from dfs_cli.export.lower import Lowering
+from dfs_cli.export.lower import Affine, Lowering
 from dfs_cli.export.runtime import open_session
 from dfs_cli.nn.network import DynamicResNet
 
@@ -86,7 +86,7 @@ def measure_scales(parts: Parts, images: np.ndarray) -> ByteScales | None:
 
 
 def _largest(samples: list[np.ndarray]) -> float:
-    return max(1e-6, *(float(s.max()) for s in samples), 1e-6)
+    return max([1e-6, *(float(s.max()) for s in samples)])
 
 
 def is_identity(traced: Traced) -> bool:
@@ -174,10 +174,10 @@ class ByteLowering(Lowering):
         is_last = self.leaves is not None and node.output[0] == self.result
         return is_last or super()._needs_no_relu(node)
 
-    def _to_floats(self, layer: QuantizedLayer, x: str, factor: np.ndarray, shift: np.ndarray, output: str) -> str:
-        if layer.geometry is None:
-            return super()._to_floats(layer, x, factor, shift, output)
-        y = self._on_codes(layer, x, factor, shift, output)
+    def _to_floats(self, affine: Affine) -> str:
+        if affine.layer.geometry is None:
+            return super()._to_floats(affine)
+        y, output = self._on_codes(affine), affine.output
         readers = self.readers[output]
         if len(readers) == 1 and readers[0].op_type == "Relu" and output != self.result:
             relu = readers[0]

@@ -7,7 +7,7 @@ read by nothing but quantizers of unsigned codes needs no ReLU: they clip at zer
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -21,6 +21,16 @@ from dfs_cli.nn.quantization import LARGEST_BYTE, code_range, nearest_integer_bi
 _BYTE, _MIDDLE = 8, 128
 # Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
 _LARGEST_BIAS = 2.0**23
+
+
+class Affine(NamedTuple):
+    """A quantized layer and what follows it: ``output = factor * layer(x) + shift``, channel by channel, in traced names."""
+
+    layer: QuantizedLayer
+    x: str
+    factor: np.ndarray
+    shift: np.ndarray
+    output: str
 
 
 class Lowering:
@@ -107,7 +117,7 @@ class Lowering:
         build = self._on_floats if layer.bits > _BYTE else self._to_floats
         if layer.bits <= _BYTE and self._feeds_codes(output) and layer.geometry:
             build = self._on_codes
-        self.names[output] = build(layer, node.input[0], factor, shift, output)
+        self.names[output] = build(Affine(layer, node.input[0], factor, shift, output))
 
     def _feeds_codes(self, name: str) -> bool:
         """Whether a value is read, perhaps after a ReLU, by nothing but layers that round it to bytes."""
@@ -118,15 +128,9 @@ class Lowering:
             reader.domain == DOMAIN and self._layer_of(reader).bits <= _BYTE for reader in readers
         )
 
-    def _on_floats(
-        self,
-        layer: QuantizedLayer,
-        x: str,
-        factor: np.ndarray,
-        shift: np.ndarray,
-        output: str,  # noqa: ARG002
-    ) -> str:
+    def _on_floats(self, affine: Affine) -> str:
         """More bits than a byte has: floating point, with the input clipped where the codes would be."""
+        layer, x, factor, shift, _ = affine
         limits = [self.graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
         weight = layer.codes * (layer.scale * factor).reshape(-1, *[1] * (layer.codes.ndim - 1))
         inputs = [self.graph.add("Clip", [self.name(x), *limits]), self.graph.constant(weight, np.float32)]
@@ -137,15 +141,9 @@ class Lowering:
             else self._convolve("Conv", layer, inputs)
         )
 
-    def _on_codes(
-        self,
-        layer: QuantizedLayer,
-        x: str,
-        factor: np.ndarray,
-        shift: np.ndarray,
-        output: str,  # noqa: ARG002
-    ) -> str:
+    def _on_codes(self, affine: Affine) -> str:
         """From codes to codes: runtimes make one integer kernel of it, with the quantizer that reads the result."""
+        layer, x, factor, shift, _ = affine
         codes, scale, bias = fold(layer, factor, shift)
         step, zero = layer.step, _zero(layer)
         given = self.graph.add(
@@ -157,18 +155,12 @@ class Lowering:
             "Conv", layer, [given, weight, self._dequantized(bias, scale * np.float32(step), np.int32)]
         )
 
-    def _to_floats(
-        self,
-        layer: QuantizedLayer,
-        x: str,
-        factor: np.ndarray,
-        shift: np.ndarray,
-        output: str,  # noqa: ARG002
-    ) -> str:
+    def _to_floats(self, affine: Affine) -> str:
         """From codes to floating point: integer sums, scaled, exactly as the network computes them.
 
         Without a quantizer behind it a convolution between dequantize nodes would run in floating point.
         """
+        layer, x, factor, shift, _ = affine
         graph, zero = self.graph, self.graph.constant(_zero(layer), np.uint8)
         given, scale = self._codes(x, layer), layer.scale.astype(float) * factor * layer.step
         if layer.geometry is None:

@@ -35,9 +35,13 @@ class Parts:
     Args:
         network: in evaluation mode, on the CPU.
         input_size: (C, H, W) of the images.
+        samples: images (N, C, H, W) to set the scales from with which blocks hand on bytes, where they can; see
+            :mod:`dfs_cli.export.bytes`. None: floating point.
     """
 
-    def __init__(self, network: DynamicResNet, input_size: tuple[int, int, int]) -> None:
+    def __init__(
+        self, network: DynamicResNet, input_size: tuple[int, int, int], samples: np.ndarray | None = None
+    ) -> None:
         self.network = network
         self.stem, x = trace(network.backbone, network.layout.stem, torch.zeros(1, *input_size))
         self.inputs: list[Tensor] = []
@@ -49,7 +53,7 @@ class Parts:
         self.classes = logits.shape[1]
         self.last = x
         self.option = cache(self._option)
-        self.scales: ByteScales | None = None
+        self.scales: ByteScales | None = None if samples is None else measure_scales(self, samples)
 
     def part(self, key: Key) -> Traced:
         """``stem``, ``head``, or a block (index) with one of its options (index)."""
@@ -86,12 +90,9 @@ def export_dynamic(
     Args:
         network: in evaluation mode, on the CPU.
         input_size: (C, H, W) of the images.
-        samples: images (N, C, H, W) to set the scales from with which blocks hand on bytes, where they can; see
-            :mod:`dfs_cli.export.bytes`. None: floating point.
+        samples: as for :class:`Parts`.
     """
-    graph, parts = Graph(), Parts(network, input_size)
-    if samples is not None:
-        parts.scales = measure_scales(parts, samples)
+    graph, parts = Graph(), Parts(network, input_size, samples)
     point = OPERATING_POINT
     graph.initializers.append(helper.make_tensor(point, TensorProto.DOUBLE, [], [network.operating_point]))
     if isinstance(network, ProbedResNet):
@@ -116,11 +117,9 @@ def export_static(
 
     Args:
         policy: option indices (P * L,), as in :class:`dfs_cli.nn.network.Output`.
-        samples: as for :func:`export_dynamic`.
+        samples: as for :class:`Parts`.
     """
-    graph, parts = Graph(), Parts(network, input_size)
-    if samples is not None:
-        parts.scales = measure_scales(parts, samples)
+    graph, parts = Graph(), Parts(network, input_size, samples)
     blocks = len(network.blocks)
     logits, _ = _straight(graph, parts, IMAGES, policy[:blocks])
     if len(policy) > blocks and policy[blocks] >= 0:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.artifact.packing import packed_tensors
-from dfs_cli.bench import peak_bytes, size_of
+from dfs_cli.bench import bytes_of, peak_bytes, size_of
 from dfs_cli.config import LARGE_BATCH
 from dfs_cli.data.images import Batch
 from dfs_cli.errors import ConfigError
@@ -100,10 +100,10 @@ def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], st
     """Everything that can run here: without ONNX Runtime, PyTorch alone. With it, what blocks of the graph hand on, too."""
     features = None
     dense, network = subject.dense.eval(), subject.network
-    weights = sum(t.numel() * t.element_size() for t in dense.state_dict().values())
+    weights = bytes_of(dense.state_dict().values())
     size = subject.file_size
     if size is None:
-        size = sum(t.numel() * t.element_size() for t in packed_tensors(network).values())
+        size = bytes_of(packed_tensors(network).values())
     decisions = network.run(subject.images).decisions
     cost = float(subject.table.cost(decisions).mean())
     found = [

@@ -134,7 +134,6 @@ class ByteLowering(Lowering):
     ) -> None:
         super().__init__(graph, traced, x)
         self.ranges, self.enters, self.leaves, self.x = ranges, enters, leaves, x
-        self.source = traced.graph.input[0].name
         self.planar: str | None = None
         self.traced = traced
         if enters is not None:
@@ -209,9 +208,8 @@ class ByteLowering(Lowering):
         return [self.graph.constant(scale, np.float32), self.graph.constant(zero, np.uint8)]
 
 
-def pool_codes(graph: Graph, codes: str, channels: int, scale: float, pixels: int) -> str:
-    """The mean (1, 1, C) over pixels of ``codes`` (1, H, W, C), in floating point; the sums are exact."""
-    rows = graph.add("Reshape", [codes, graph.constant([1, pixels, channels], np.int64)])
-    sums = graph.add("MatMulInteger", [graph.constant(np.ones((1, 1, pixels)), np.uint8), rows])
-    mean = graph.constant(scale / pixels, np.float32)
-    return graph.add("Mul", [graph.add("Cast", [sums], to=TensorProto.FLOAT), mean])
+def pool_codes(graph: Graph, codes: str, channels: int, height: int, width: int) -> str:
+    """The sums (1, 1, C) over the pixels of ``codes`` (1, H, W, C), exact, as floating point numbers."""
+    rows = graph.add("Reshape", [codes, graph.constant([1, height * width, channels], np.int64)])
+    sums = graph.add("MatMulInteger", [graph.constant(np.ones((1, 1, height * width)), np.uint8), rows])
+    return graph.add("Cast", [sums], to=TensorProto.FLOAT)

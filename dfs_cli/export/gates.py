@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 from onnx import TensorProto
@@ -15,11 +15,19 @@ from dfs_cli.nn.gate import FeedForwardGate, Gate, RecurrentGate, RefineGate
 _DOUBLE = np.float64
 
 
+class Pooled(NamedTuple):
+    """The mean over the pixels of features, as ``scale`` times a value (1, 1, C) in single precision, by name."""
+
+    name: str
+    scale: float
+
+
 class GateWriter:
     """Writes a gate that decides block by block. Its state goes from block to block as names.
 
-    The recurrent cell is one LSTM node, in single precision (runtimes have no other), the embedding folded into its weights:
-    a node costs microseconds, whatever it computes.
+    A node costs microseconds, whatever it computes, so there are as few as can be: the recurrent cell is one LSTM node, in
+    single precision (runtimes have no other), with the embedding and what its input is to be scaled by in its weights; of two
+    options only the difference of their scores is computed.
 
     Args:
         prices: (L, K), the cost of each option.
@@ -29,45 +37,67 @@ class GateWriter:
     def __init__(self, graph: Graph, gate: Gate, prices: np.ndarray, operating_point: str) -> None:
         self.gate, self.is_recurrent = gate, isinstance(gate, RecurrentGate)
         self.dtype = np.float32 if self.is_recurrent else _DOUBLE
-        charge = graph.add("Mul", [graph.constant(prices, _DOUBLE), operating_point])
-        rows = graph.add("Sub", [graph.constant(_double(gate.preference)), charge])
+        self.is_binary = gate.options == 2
+        charge = graph.add("Mul", [graph.constant(self._scores(prices), _DOUBLE), operating_point])
+        rows = graph.add("Sub", [graph.constant(self._scores(_double(gate.preference))), charge])
         if self.is_recurrent:
             rows = graph.add("Cast", [rows], to=TensorProto.FLOAT)
         self.biases = [graph.name("row") for _ in prices]
         graph.add("Split", [rows], self.biases, axis=0)
+
+    def _scores(self, rows: np.ndarray) -> np.ndarray:
+        """``rows`` (N, K) of scores, or of two options by how much the first is ahead, (N, 1)."""
+        return rows[:, :1] - rows[:, 1:] if self.is_binary else rows
 
     def start(self, graph: Graph) -> list[str]:
         """The state before the first block."""
         zeros = graph.constant(np.zeros((1, 1, self.gate.hidden)), np.float32)
         return [zeros, zeros] if self.is_recurrent else []
 
-    def write(self, graph: Graph, block: int, pooled: str, state: Sequence[str]) -> tuple[str, list[str]]:
-        """Decide on a block from ``pooled`` (1, 1, C), the mean of its input in single precision.
+    def write(self, graph: Graph, block: int, pooled: Pooled, state: Sequence[str]) -> tuple[str, list[str]]:
+        """Decide on a block from the mean of its input.
 
         Returns:
-            The option's index, an integer tensor of one element, and the next state.
+            The decision, one element: the option's index, or, of two options, whether it is the first; and the next state.
         """
         if isinstance(self.gate, RecurrentGate):
             state = self._cell(graph, self.gate, block, pooled, state)
-            weight = graph.constant(_double(self.gate.head.weight).T, self.dtype)
-            scores = graph.add("MatMul", [state[0], weight])
+            hidden, head = state[0], self.gate.head
         else:
             gate = cast(FeedForwardGate, self.gate)
-            row = graph.add("Squeeze", [pooled, graph.constant([0], np.int64)])
-            pooled = graph.add("Cast", [row], to=TensorProto.DOUBLE)
-            scores = linear(graph, gate.heads[block], graph.add("Relu", [linear(graph, gate.embed[block], pooled)]))
+            row = graph.add("Squeeze", [pooled.name, graph.constant([0], np.int64)])
+            row = graph.add("Cast", [row], to=TensorProto.DOUBLE)
+            embed = cast(nn.Linear, gate.embed[block])
+            weight, bias = _double(embed.weight).T * pooled.scale, _double(embed.bias)
+            hidden = graph.add("Relu", [graph.add("Gemm", [row, graph.constant(weight), graph.constant(bias)])])
+            head = cast(nn.Linear, gate.heads[block])
+        weight = self._scores(_double(head.weight).T)
+        if self.is_binary:
+            # The second option's lead in what was computed, against the first one's in what was known.
+            lead = graph.add("MatMul", [hidden, graph.constant(-weight, self.dtype)])
+            return graph.add("LessOrEqual", [lead, self.biases[block]]), list(state)
+        scores = graph.add("MatMul", [hidden, graph.constant(weight, self.dtype)])
         scores = graph.add("Add", [scores, self.biases[block]])
-        return graph.add("ArgMax", [scores], axis=-1, keepdims=0), list(state)
+        return graph.add("ArgMax", [scores], axis=-1, keepdims=1), list(state)
+
+    def bits(self, graph: Graph, decisions: Sequence[str], bits: Sequence[int]) -> str:
+        """The bitwidths (1, L) that ``decisions`` mean."""
+        found = graph.add("Concat", decisions, axis=1)
+        found = graph.add("Reshape", [found, graph.constant([1, len(decisions)], np.int64)])
+        if not self.is_binary:
+            return graph.add("Gather", [graph.constant(bits, np.int64), found])
+        return graph.add("Where", [found, *(graph.constant(b, np.int64) for b in bits)])
 
     @staticmethod
-    def _cell(graph: Graph, gate: RecurrentGate, block: int, pooled: str, state: Sequence[str]) -> list[str]:
+    def _cell(graph: Graph, gate: RecurrentGate, block: int, pooled: Pooled, state: Sequence[str]) -> list[str]:
         """The embedding and an LSTM cell, whose order of gates is another in PyTorch than in ONNX."""
         embed = cast(nn.Linear, gate.embed[block])
         outer, inner = (_reordered(_double(w)) for w in (gate.cell.weight_ih, gate.cell.weight_hh))
         bias = outer @ _double(embed.bias) + _reordered(_double(gate.cell.bias_ih) + _double(gate.cell.bias_hh))
+        weight = graph.constant(pooled.scale * _double(embed.weight).T, np.float32)
         inputs = [
-            pooled,
-            graph.constant((outer @ _double(embed.weight))[None], np.float32),
+            graph.add("MatMul", [pooled.name, weight]),
+            graph.constant(outer[None], np.float32),
             graph.constant(inner[None], np.float32),
             graph.constant(np.concatenate([bias, np.zeros_like(bias)])[None], np.float32),
         ]

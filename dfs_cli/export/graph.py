@@ -55,9 +55,15 @@ class Graph:
         )
         return outputs
 
-    def choose(self, index: str, branches: Sequence[Branch]) -> list[str]:
-        """The outputs of ``branches[index]``, by nested ``If`` nodes; ``index`` is an integer tensor of one element."""
-        return self._choose(index, list(enumerate(branches)))
+    def choose(self, decision: str, branches: Sequence[Branch]) -> list[str]:
+        """The outputs of one of ``branches``, by nested ``If`` nodes.
+
+        Args:
+            decision: one element: the branch's index; or, of two branches, whether it is the first.
+        """
+        if len(branches) == 2:
+            return self.branch(decision, *branches)
+        return self._choose(decision, list(enumerate(branches)))
 
     def _choose(self, index: str, branches: list[tuple[int, Branch]]) -> list[str]:
         if len(branches) == 1:

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import DOMAIN, QuantizedLayer, Traced
+from dfs_cli.export.pixels import merge_pixels, on_merged_pixels
 from dfs_cli.nn.quantization import LARGEST_BYTE, code_range, nearest_integer_bias
 
 _BYTE, _MIDDLE = 8, 128
@@ -40,7 +41,9 @@ class Lowering:
         self.graph, self.layers = graph, traced.layers
         self.nodes = list(traced.graph.node)
         self.result = traced.graph.output[0].name
-        self.names = {traced.graph.input[0].name: x, "": ""}
+        self.source = traced.graph.input[0].name
+        self.shape = [d.dim_value for d in traced.graph.input[0].type.tensor_type.shape.dim]
+        self.names = {self.source: x, "": ""}
         self.values = {tensor.name: tensor for tensor in traced.graph.initializer}
         # The exporter gives equal tensors once, the others as their identity.
         self.values |= {
@@ -144,11 +147,12 @@ class Lowering:
     def _on_codes(self, affine: Affine) -> str:
         """From codes to codes: runtimes make one integer kernel of it, with the quantizer that reads the result."""
         layer, x, factor, shift, _ = affine
+        given, step, zero = self._codes(x, layer), layer.step, _zero(layer)
+        if x == self.source and (merged := on_merged_pixels(layer, *self.shape[2:])):
+            given, layer = merge_pixels(self.graph, given, *self.shape[1:]), merged
         codes, scale, bias = fold(layer, factor, shift)
-        step, zero = layer.step, _zero(layer)
         given = self.graph.add(
-            "DequantizeLinear",
-            [self._codes(x, layer), self.graph.constant(step, np.float32), self.graph.constant(zero, np.uint8)],
+            "DequantizeLinear", [given, self.graph.constant(step, np.float32), self.graph.constant(zero, np.uint8)]
         )
         weight = self._dequantized(codes, scale, np.int8)
         return self._convolve(
@@ -203,7 +207,7 @@ class Lowering:
             inputs,
             kernel_shape=list(layer.codes.shape[2:]),
             strides=list(geometry.stride),
-            pads=[*geometry.padding, *geometry.padding],
+            pads=geometry.padding * (4 // len(geometry.padding)),
             dilations=list(geometry.dilation),
             group=geometry.groups,
         )

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from dfs_cli import __version__
-from dfs_cli.export.bytes import ByteLowering, ByteScales, Key, measure_scales, pool_codes
-from dfs_cli.export.gates import GateWriter, write_doubt, write_refine_gate
+from dfs_cli.export.bytes import ByteLowering, ByteScales, Key, is_identity, measure_scales, pool_codes
+from dfs_cli.export.gates import GateWriter, Pooled, write_doubt, write_refine_gate
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import OPSET, Traced, trace
 from dfs_cli.export.lower import Lowering
@@ -26,7 +26,7 @@ NOT_RUN = -1
 
 _IR_VERSION = 8
 
-Decide = Callable[[Graph, int, str], str]
+Decide = Callable[[Graph, int, Pooled | None], str]
 
 
 class Parts:
@@ -65,13 +65,26 @@ class Parts:
             return Lowering(graph, self.part(key), x).run()
         return ByteLowering(graph, self.part(key), x, self.scales.ranges.get(key, {}), *self.scales.edges(key)).run()
 
-    def pool(self, graph: Graph, block: int, x: str) -> str:
-        """The mean (1, 1, C) over the pixels of ``x``, the input of a block, or of the head where ``block`` is their number."""
+    def pool(self, graph: Graph, block: int, x: str) -> Pooled:
+        """The mean over the pixels of ``x``, the input of a block, or of the head where ``block`` is their number."""
         if self.scales is None:
             mean = graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)
-            return graph.add("Unsqueeze", [mean, graph.constant([0], np.int64)])
-        _, channels, height, width = (*self.inputs, self.last)[block].shape
-        return pool_codes(graph, x, channels, self.scales.streams[block], height * width)
+            mean = graph.add("Unsqueeze", [mean, graph.constant([0], np.int64)])
+        else:
+            mean = pool_codes(graph, x, *self._features(block).shape[1:])
+        return Pooled(mean, self.mean_scale(block))
+
+    def mean_scale(self, block: int) -> float:
+        """What :meth:`pool` scales by."""
+        return 1.0 if self.scales is None else self.scales.streams[block] / self._features(block)[0, 0].numel()
+
+    def _features(self, block: int) -> Tensor:
+        return (*self.inputs, self.last)[block]
+
+    def keeps_input(self, block: int, option: int) -> bool:
+        """Whether an option of a block hands on what it got."""
+        edges = (None, None) if self.scales is None else self.scales.edges((block, option))
+        return edges[0] == edges[1] and is_identity(self.option(block, option))
 
     def _option(self, block: int, option: int) -> Traced:
         part, x = self.network.blocks[block], self.inputs[block]
@@ -138,22 +151,30 @@ def _straight(graph: Graph, parts: Parts, images: str, policy: Sequence[int]) ->
     return parts.write(graph, "head", x), x
 
 
-def _gated(graph: Graph, parts: Parts, images: str, decide: Decide) -> str:
+def _gated(graph: Graph, parts: Parts, images: str, decide: Decide, pools: bool) -> str:
     """One pass with an ``If`` for every decision; returns the logits.
 
     Args:
-        decide: from the graph, a block's index and its input's name to the option's index, a scalar.
+        decide: from the graph, a block's index and the mean of its input to the decision, see :meth:`Graph.choose`.
+        pools: whether ``decide`` needs the mean; else it gets None.
     """
     x = parts.write(graph, "stem", images)
-    options = len(parts.network.config.bits)
-    for block in range(len(parts.network.blocks)):
-        index = decide(graph, block, x)
+    pooled = parts.pool(graph, 0, x) if pools else None
+    options, last = range(len(parts.network.config.bits)), len(parts.network.blocks) - 1
+    for block in range(last + 1):
+        decision = decide(graph, block, pooled)
+        mean = "" if pooled is None else pooled.name
 
-        def run(inner: Graph, option: int, block: int = block, x: str = x) -> list[str]:
-            return [parts.write(inner, (block, option), x)]
+        def run(inner: Graph, option: int, block: int = block, x: str = x, mean: str = mean) -> list[str]:
+            y = parts.write(inner, (block, option), x)
+            if not pools or block == last:
+                return [y]
+            # A block that hands on its input hands on the mean of it, too.
+            return [y, mean if parts.keeps_input(block, option) else parts.pool(inner, block + 1, y).name]
 
-        branches = [lambda inner, option=option, run=run: run(inner, option) for option in range(options)]
-        (x,) = graph.choose(index, branches)
+        branches = [lambda inner, option=option, run=run: run(inner, option) for option in options]
+        x, *means = graph.choose(decision, branches)
+        pooled = Pooled(means[0], parts.mean_scale(block + 1)) if means else None
     return parts.write(graph, "head", x)
 
 
@@ -162,15 +183,15 @@ def _one_pass(graph: Graph, parts: Parts, network: DynamicResNet, point: str) ->
     state = writer.start(graph)
     chosen: list[str] = []
 
-    def decide(inner: Graph, block: int, x: str) -> str:
+    def decide(inner: Graph, block: int, pooled: Pooled | None) -> str:
         nonlocal state
-        index, state = writer.write(inner, block, parts.pool(inner, block, x), state)
-        chosen.append(index)
-        return index
+        assert pooled is not None
+        decision, state = writer.write(inner, block, pooled, state)
+        chosen.append(decision)
+        return decision
 
-    logits = _gated(graph, parts, IMAGES, decide)
-    rows = [graph.add("Reshape", [index, graph.constant([1, 1], np.int64)]) for index in chosen]
-    return logits, _to_bits(graph, network, graph.add("Concat", rows, axis=1))
+    logits = _gated(graph, parts, IMAGES, decide, pools=True)
+    return logits, writer.bits(graph, chosen, network.config.bits)
 
 
 def _two_passes(graph: Graph, parts: Parts, network: ProbedResNet, point: str) -> tuple[str, str]:
@@ -180,15 +201,20 @@ def _two_passes(graph: Graph, parts: Parts, network: ProbedResNet, point: str) -
     is_unsure = graph.add("Squeeze", [graph.add("Greater", [doubt, point])])
 
     def look_again(inner: Graph) -> list[str]:
-        row = inner.add("Squeeze", [parts.pool(inner, blocks, features), inner.constant([0], np.int64)])
-        pooled = inner.add("Cast", [row], to=TensorProto.DOUBLE)
+        mean = parts.pool(inner, blocks, features)
+        row = inner.add(
+            "Cast", [inner.add("Squeeze", [mean.name, inner.constant([0], np.int64)])], to=TensorProto.DOUBLE
+        )
+        pooled = inner.add("Mul", [row, inner.constant(mean.scale, np.float64)])
         charge = network.price * network.prices.cpu().numpy()
         choice = write_refine_gate(inner, network.gate, charge, (doubt, margin, pooled))
 
-        def decide(graph: Graph, block: int, _: str) -> str:
-            return graph.add("Gather", [choice, graph.constant(block, np.int64)])
+        def decide(graph: Graph, block: int, _: Pooled | None) -> str:
+            index = graph.add("Gather", [choice, graph.constant(block, np.int64)])
+            is_binary = len(network.config.bits) == 2
+            return graph.add("Equal", [index, graph.constant(0, np.int64)]) if is_binary else index
 
-        second = _gated(inner, parts, _view(inner, network), decide)
+        second = _gated(inner, parts, _view(inner, network), decide, pools=False)
         row = inner.add("Reshape", [choice, inner.constant([1, blocks], np.int64)])
         return [_add_evidence(inner, network, first, second), _to_bits(inner, network, row)]
 

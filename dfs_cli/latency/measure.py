@@ -25,7 +25,9 @@ DENSE_OF = {"pytorch-dfs": "pytorch-dense", "ort-dfs": "ort-fp32", "ort-int8-sta
 
 _WARM_UP = 3
 _LARGE_EVERY = 8  # one large batch for so many single images: it takes so much longer
-_PAUSE = 0.002  # seconds in which the threads of the one before come to rest
+# Seconds for which whoever's turn it is runs untimed: cores wake up, the threads of the one before, which go on waiting busily
+# for some 15 ms, come to rest, and the caches hold its own weights.
+_SETTLING = 0.03
 
 Step = Callable[[Tensor], object]
 
@@ -154,6 +156,8 @@ def _own_graph(subject: Subject, shape: tuple[int, int, int]) -> tuple[bytes, st
 def _images(subject: Subject, contender: Contender, turn: int) -> Tensor:
     """The images of a turn: the same for all contenders of a batch size."""
     total = len(subject.images)
+    if contender.batch == 1:
+        return subject.images[turn % total : turn % total + 1]
     return subject.images[[(turn * contender.batch + i) % total for i in range(contender.batch)]]
 
 
@@ -183,7 +187,9 @@ def _in_turns(
             if contender.batch > 1 and (turn < _WARM_UP or (turn - _WARM_UP) % _LARGE_EVERY):
                 continue
             images = _images(subject, contender, turn)
-            time.sleep(_PAUSE)
+            began = time.perf_counter()
+            while contender.batch == 1 and time.perf_counter() - began < _SETTLING:
+                step(images)
             began = time.perf_counter()
             step(images)
             spent = time.perf_counter() - began

@@ -11,7 +11,8 @@ from dfs_cli.bench import peak_bytes
 from dfs_cli.cli.app import app
 from dfs_cli.config import DynamicConfig, GateKind, parse_mix
 from dfs_cli.latency import measure
-from dfs_cli.latency.subject import draw_policy, force
+from dfs_cli.latency.measure import ObservedGate
+from dfs_cli.latency.subject import draw_policies, force
 
 CPU = torch.device("cpu")
 
@@ -88,7 +89,10 @@ def test_inference_of_a_model_is_measured_side_by_side() -> None:
     assert own["speedup"]["ort-fp32"] == pytest.approx(dense["p50_ms"] / own["p50_ms"])
     assert own["time"] == pytest.approx(own["p50_ms"] / dense["p50_ms"])
     # Of nine blocks, four or five run at 8 bits, a sixteenth of the dense cost.
-    assert 0.4 / 16 < own["cost"] == rows["pytorch-dfs", 64]["cost"] < 0.6 / 16
+    assert 0.4 / 16 < own["cost"] == rows["pytorch-dfs", 1]["cost"] < 0.6 / 16
+    # In batches every image has blocks of its own.
+    assert own["cost"] != rows["pytorch-dfs", 64]["cost"] == pytest.approx(own["cost"], rel=0.2)
+    assert 0 < rows["pytorch-dfs", 64]["gate_ms"] < rows["pytorch-dfs", 64]["p50_ms"]
     assert own["peak_bytes"] is None or own["peak_bytes"] >= 0
     # Weights, at least.
     assert rows["pytorch-dense", 1]["peak_bytes"] > 4 * 272_474
@@ -116,14 +120,29 @@ def test_without_onnxruntime_its_rows_are_left_out(monkeypatch: pytest.MonkeyPat
 
 def test_shares_of_blocks_by_hand() -> None:
     mix = parse_mix("0:0.5,4:0.25,8:0.25")
-    policy = draw_policy(mix, (0, 4, 8), 10, seed=3)
-    assert sorted(policy).count(0) == 5 and {policy.count(1), policy.count(2)} == {2, 3}
-    assert policy == draw_policy(mix, (0, 4, 8), 10, seed=3) != draw_policy(mix, (0, 4, 8), 10, seed=4)
+    policies = draw_policies(mix, (0, 4, 8), 10, seed=3, images=6)
+    for policy in policies.tolist():
+        assert policy.count(0) == 5 and {policy.count(1), policy.count(2)} == {2, 3}
+    assert len(policies.unique(dim=0)) > 3
+    assert torch.equal(policies, draw_policies(mix, (0, 4, 8), 10, seed=3, images=6))
+    assert torch.equal(policies[:1], draw_policies(mix, (0, 4, 8), 10, seed=3))
+    assert not torch.equal(policies, draw_policies(mix, (0, 4, 8), 10, seed=4, images=6))
 
 
 @pytest.mark.parametrize("gate", ["rnn", "ff", "probe"])
 def test_forced_decisions_are_what_the_network_decides(gate: GateKind) -> None:
     network = make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate=gate))
-    decisions = force(network, [0, 2, 1, 1, 0]).run(torch.randn(3, 3, 32, 32)).decisions
+    decisions = force(network, torch.tensor([0, 2, 1, 1, 0])).run(torch.randn(3, 3, 32, 32)).decisions
     assert decisions[:, :5].tolist() == [[0, 2, 1, 1, 0]] * 3
     assert (decisions[:, 5:] == -1).all()
+
+
+def test_an_observed_gate_does_its_work_and_decides_as_it_is_told() -> None:
+    network = make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate="rnn"))
+    images, own = torch.randn(3, 3, 32, 32), network.gate
+    expected = network.run(images)
+    network.gate = ObservedGate(own, None)  # type: ignore[assignment]
+    assert torch.equal(network.run(images).logits, expected.logits)
+    network.gate = ObservedGate(own, torch.tensor([[0, 2, 1, 1, 0], [1, 1, 1, 2, 0], [2, 0, 0, 0, 1]]))  # type: ignore[assignment]
+    assert network.run(images).decisions.tolist() == network.gate.policies.tolist()  # type: ignore[union-attr]
+    assert network.gate.seconds > 0  # type: ignore[operator]

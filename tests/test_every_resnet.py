@@ -24,6 +24,7 @@ from dfs_cli.models.zoo import candidate_names
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
 from dfs_cli.surgery.families import FAMILIES
+from dfs_cli.surgery.folding import fold_norms
 
 SIZE = (3, 64, 64)
 SHALLOW = (2, 1, 1, 1)
@@ -70,6 +71,14 @@ def check_full_precision(model: nn.Module, network: DynamicResNet, images: torch
     with torch.no_grad():
         expected, found = model(images), network.run(images, full).logits
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def check_folding(model: nn.Module, images: torch.Tensor) -> None:
+    config = DynamicConfig(bits=(0, FULL_BITS), edge_bits=FULL_BITS, gate="rnn")
+    folded = fold_norms(to_dynamic(model, config, plan_costs(model, config, SIZE)))
+    with torch.no_grad():
+        expected, found = model(images), folded.run_in_full(images)
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
 def check_skipping(model: nn.Module, network: DynamicResNet, images: torch.Tensor) -> None:
@@ -149,6 +158,7 @@ def test_every_architecture(name: str, tmp_path: Path) -> None:
     if signature(model) in _seen:
         return
     _seen.add(signature(model))
+    check_folding(model, images)
     fit_scales(network, images)
     network.fit_gate(images)
     check_batches_and_training(network, images)

@@ -20,6 +20,7 @@ from dfs_cli.evaluation.dynamics import (
     variance_between_images,
 )
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.folding import fold_norms
 
 
 @torch.inference_mode()
@@ -40,7 +41,7 @@ def evaluate_network(
     Raises:
         DataError: there is no image, or too many are unreadable.
     """
-    network.eval()
+    network = fold_norms(network.eval())
     top1, top5 = AverageMeter(), AverageMeter()
     taken, right, seconds = [], [], 0.0
     for batch in batches:

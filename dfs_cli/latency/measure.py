@@ -7,7 +7,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from dfs_cli.data.images import Batch
 from dfs_cli.errors import ConfigError
 from dfs_cli.export.runtime import has_onnx
 from dfs_cli.latency.subject import Subject
+from dfs_cli.nn.gate import Gate
 from dfs_cli.process import added_memory, pinned_to
+from dfs_cli.surgery.folding import fold_norms
 
 DENSE_OF = {"pytorch-dfs": "pytorch-dense", "ort-dfs": "ort-fp32", "ort-int8-static": "ort-fp32"}
 
@@ -30,6 +32,28 @@ _LARGE_EVERY = 8  # one large batch for so many single images: it takes so much 
 _SETTLING = 0.03
 
 Step = Callable[[Tensor], object]
+
+
+class ObservedGate(nn.Module):
+    """A gate that takes note of the ``seconds`` that it takes and, given ``policies`` (N, L), decides so after all its work."""
+
+    def __init__(self, gate: nn.Module, policies: Tensor | None) -> None:
+        super().__init__()
+        self.gate, self.policies = gate, policies
+        self.seconds = 0.0
+
+    def start(self, images: int, like: Tensor) -> Any:
+        """See :meth:`dfs_cli.nn.gate.Gate.start`."""
+        return cast(Gate, self.gate).start(images, like)
+
+    def forward(self, *given: Any) -> Any:
+        began = time.perf_counter()
+        result = self.gate(*given)
+        self.seconds += time.perf_counter() - began
+        if self.policies is None:
+            return result
+        scores, state = result
+        return nn.functional.one_hot(self.policies[: len(scores), given[0]], scores.shape[1]).to(scores.dtype), state
 
 
 class Contender(NamedTuple):
@@ -78,10 +102,10 @@ def bench_inference(
                 step, peak = _prepare(subject, contender)
                 steps.append(step)
                 memory.append(peak)
-            times = _in_turns(subject, contenders, steps, repeats, on_round)
+            times, gates = _in_turns(subject, contenders, steps, repeats, on_round)
     finally:
         torch.set_num_threads(before)
-    rows = [_row(contender, values, peak) for contender, values, peak in zip(contenders, times, memory, strict=True)]
+    rows = [_row(*found) for found in zip(contenders, times, gates, memory, strict=True)]
     _compare(rows)
     return {
         "rows": rows,
@@ -106,14 +130,20 @@ def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], st
     size = subject.file_size
     if size is None:
         size = bytes_of(packed_tensors(network).values())
-    decisions = network.run(subject.images).decisions
-    cost = float(subject.table.cost(decisions).mean())
+    cost = float(subject.table.cost(network.run(subject.images).decisions).mean())
+
+    def dynamic(policies: Tensor | None) -> Step:
+        model = fold_norms(copy.deepcopy(network))
+        model.gate = ObservedGate(model.gate, policies)  # type: ignore[assignment]
+        return model
+
     found = [
         Contender("pytorch-dense", n, functools.partial(copy.deepcopy, dense), weights, 1.0) for n in (1, LARGE_BATCH)
     ]
-    found += [
-        Contender("pytorch-dfs", n, functools.partial(copy.deepcopy, network), size, cost) for n in (1, LARGE_BATCH)
-    ]
+    found.append(Contender("pytorch-dfs", 1, functools.partial(dynamic, None), size, cost))
+    policies = subject.policies
+    large_cost = cost if policies is None else float(subject.table.cost(policies).mean())
+    found.append(Contender("pytorch-dfs", LARGE_BATCH, functools.partial(dynamic, policies), size, large_cost))
     if has_onnx():
         from dfs_cli.export.baselines import export_dense, quantize_dense
         from dfs_cli.export.network import IMAGES, LOGITS
@@ -179,27 +209,32 @@ def _in_turns(
     steps: Sequence[Step],
     repeats: int,
     on_round: Callable[[int], None],
-) -> list[list[float]]:
-    """Milliseconds of every run, per contender."""
+) -> tuple[list[list[float]], list[list[float]]]:
+    """Milliseconds of every run, and of the gate in it where it is observed, per contender."""
     times: list[list[float]] = [[] for _ in contenders]
+    gates: list[list[float]] = [[] for _ in contenders]
     for turn in range(_WARM_UP + repeats):
-        for contender, step, values in zip(contenders, steps, times, strict=True):
+        for contender, step, values, shares in zip(contenders, steps, times, gates, strict=True):
             if contender.batch > 1 and (turn < _WARM_UP or (turn - _WARM_UP) % _LARGE_EVERY):
                 continue
             images = _images(subject, contender, turn)
             began = time.perf_counter()
             while contender.batch == 1 and time.perf_counter() - began < _SETTLING:
                 step(images)
+            gate = getattr(step, "gate", None)
+            before = gate.seconds if isinstance(gate, ObservedGate) else 0.0
             began = time.perf_counter()
             step(images)
             spent = time.perf_counter() - began
             if turn >= _WARM_UP:
                 values.append(1000 * spent)
+                if isinstance(gate, ObservedGate):
+                    shares.append(1000 * (gate.seconds - before))
         on_round(1)
-    return times
+    return times, gates
 
 
-def _row(contender: Contender, values: list[float], peak: int | None) -> dict[str, Any]:
+def _row(contender: Contender, values: list[float], gate: list[float], peak: int | None) -> dict[str, Any]:
     percentiles = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
     return {
         "name": contender.name,
@@ -208,6 +243,7 @@ def _row(contender: Contender, values: list[float], peak: int | None) -> dict[st
         "p25_ms": percentiles[24],
         "p75_ms": percentiles[74],
         "p95_ms": percentiles[94],
+        "gate_ms": statistics.median(gate) if gate else None,
         "runs": len(values),
         "images_per_second": 1000 * contender.batch / statistics.median(values),
         "peak_bytes": peak,

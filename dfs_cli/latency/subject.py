@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -39,6 +39,8 @@ class Subject:
         decisions: where decisions come from, for people.
         file_size: bytes of the dynamic network's file; None: as it would be written.
         is_tuned: whether its answers mean anything.
+        policies: (N, L), forced option indices for the images of a batch where they differ; ``network`` itself decides for the
+            first ones.
     """
 
     dense: nn.Module
@@ -48,10 +50,12 @@ class Subject:
     decisions: str
     file_size: int | None = None
     is_tuned: bool = True
+    policies: Tensor | None = None
 
 
-def draw_policy(mix: dict[int, float], options: Sequence[int], blocks: int, seed: int) -> list[int]:
-    """An option index per block: as many blocks for each bitwidth as its share says; which ones is drawn by ``seed``.
+def draw_policies(mix: dict[int, float], options: Sequence[int], blocks: int, seed: int, images: int = 1) -> Tensor:
+    """Option indices (``images``, ``blocks``): for each image as many blocks for each bitwidth as its share says; which ones
+    is drawn by ``seed``.
 
     Raises:
         ConfigError: a bitwidth is none of the options.
@@ -63,26 +67,26 @@ def draw_policy(mix: dict[int, float], options: Sequence[int], blocks: int, seed
     for bits in sorted(mix, key=lambda b: counts[b] - mix[b] * blocks)[: blocks - sum(counts.values())]:
         counts[bits] += 1
     policy = torch.tensor([options.index(bits) for bits in sorted(counts) for _ in range(counts[bits])])
-    order = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))
-    return [int(option) for option in policy[order]]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([policy[torch.randperm(blocks, generator=generator)] for _ in range(images)])
 
 
 @torch.no_grad()
-def force(network: DynamicResNet, policy: Sequence[int]) -> DynamicResNet:
+def force(network: DynamicResNet, policy: Tensor) -> DynamicResNet:
     """A copy of ``network`` that decides for ``policy`` (L,) whatever it sees, with all the work of deciding.
 
     A probe network stops after its first pass.
     """
     network = copy.deepcopy(network)
     if isinstance(network, ProbedResNet):
-        network.policy.copy_(torch.tensor(policy))
+        network.policy.copy_(policy)
         network.operating_point = EVERYBODY_IS_SURE
         return network
     gate = network.gate
     heads = gate.heads if isinstance(gate, FeedForwardGate) else [gate.get_submodule("head")]
     for head in heads:
         nn.init.zeros_(head.get_parameter("weight"))
-    gate.preference.copy_(nn.functional.one_hot(torch.tensor(policy), gate.options))
+    gate.preference.copy_(nn.functional.one_hot(policy, gate.options))
     network.operating_point = 0.0
     return network
 
@@ -97,15 +101,22 @@ def subject_of_model(
         UnsupportedModelError: the model cannot be converted.
     """
     table = plan_costs(model, dynamic, input_size)
-    policy = draw_policy(parse_mix(mix), table.options, len(table.blocks), seed)
+    policies = draw_policies(parse_mix(mix), table.options, len(table.blocks), seed, LARGE_BATCH)
     images = _random_images(input_size, seed)
     network = to_dynamic(model, dynamic, table)
     fit_scales(network, images[:_SCALE_IMAGES])
     network.settle()
     round_biases(network, input_size)
-    return Subject(
-        model, force(network, policy), table, images, f"{mix} of the blocks, drawn by seed {seed}", is_tuned=False
-    )
+    return _forced(Subject(model, network, table, images, "", is_tuned=False), mix, policies, seed)
+
+
+def _forced(subject: Subject, mix: str, policies: Tensor, seed: int) -> Subject:
+    """``subject`` with the decisions ``policies`` (N, L), those of the first image where there is one for all."""
+    is_probed = isinstance(subject.network, ProbedResNet)
+    how = f"{mix} of the blocks, drawn by seed {seed}"
+    how += ", the first pass alone" if is_probed else ", in batches anew for each image"
+    network = force(subject.network, policies[0])
+    return replace(subject, network=network, decisions=how, policies=None if is_probed else policies)
 
 
 def subject_of_file(path: Path, mix: str | None, data: DataConfig | None, seed: int) -> Subject:
@@ -119,20 +130,18 @@ def subject_of_file(path: Path, mix: str | None, data: DataConfig | None, seed: 
     network, manifest = load_artifact(path)
     # Weights make no difference to the time.
     dense = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args).eval()
-    size, table = manifest.preprocessing.input_size, manifest.table
+    size, table, file_size = manifest.preprocessing.input_size, manifest.table, path.stat().st_size
     if data is None:
         mix = mix or DEFAULT_MIX
-        policy = draw_policy(parse_mix(mix), table.options, len(table.blocks), seed)
-        how = f"{mix} of the blocks, drawn by seed {seed}{', in one pass' if table.passes > 1 else ''}"
-        network, images = force(network, policy), _random_images(size, seed)
-    elif mix is not None:
+        policies = draw_policies(parse_mix(mix), table.options, len(table.blocks), seed, LARGE_BATCH)
+        subject = Subject(dense, network, table, _random_images(size, seed), "", file_size)
+        return _forced(subject, mix, policies, seed)
+    if mix is not None:
         raise ConfigError("--mix forces decisions, --data measures real ones: pass one of them")
-    else:
-        found = open_validation(data, manifest.preprocessing, manifest.class_names)
-        log = UnreadableLog("validation", len(found))
-        batches, _ = load_all(found, LARGE_BATCH, default_workers(found), torch.device("cpu"), log)
-        images, how = torch.cat(batches), "real, on validation images"
-    return Subject(dense, network, table, images, how, path.stat().st_size)
+    found = open_validation(data, manifest.preprocessing, manifest.class_names)
+    log = UnreadableLog("validation", len(found))
+    batches, _ = load_all(found, LARGE_BATCH, default_workers(found), torch.device("cpu"), log)
+    return Subject(dense, network, table, torch.cat(batches), "real, on validation images", file_size)
 
 
 def _random_images(input_size: tuple[int, int, int], seed: int) -> Tensor:

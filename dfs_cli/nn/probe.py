@@ -45,7 +45,7 @@ def summarise(logits: Tensor, features: Tensor) -> Tensor:
     """What a pass found, (N, 2 + C): log-odds, margin between the two largest logits, and pooled ``features`` (N, C, H, W)."""
     top, others = _split_top(logits)
     scalars = torch.stack([top - others.logsumexp(dim=1), top - others[:, 0]], dim=1)
-    return torch.cat([scalars, features.mean(dim=(2, 3), dtype=torch.float64)], dim=1)
+    return torch.cat([scalars, features.float().mean(dim=(2, 3)).double()], dim=1)
 
 
 class ProbedResNet(DynamicResNet):

@@ -1,0 +1,83 @@
+"""Batch-norm as part of the convolution before it, where that convolution only ever runs in floating point."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import cast
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, fx, nn
+
+from dfs_cli.nn.layers import FractionalConv2d
+from dfs_cli.nn.network import DynamicResNet
+
+
+@torch.no_grad()
+def fold_norms(network: DynamicResNet) -> DynamicResNet:
+    """The same network for inference, without the passes over memory that normalising takes.
+
+    Convolutions that have other bitwidths, too, keep their normalisation. Results differ from the network's in rounding alone.
+
+    Returns:
+        A copy; or ``network`` itself, if there is nothing to fold.
+    """
+    backbone = network.backbone
+    if not any(_always_full(module) for module in backbone.modules()):
+        return network
+    blocks = [block.name for block in network.blocks]
+    pairs = [*_pairs(backbone, blocks)]
+    for name in blocks:
+        pairs += [(f"{name}.{conv}", f"{name}.{norm}") for conv, norm in _pairs(backbone.get_submodule(name))]
+    folded = copy.deepcopy(network).eval()
+    for conv, norm in pairs:
+        if _always_full(layer := folded.backbone.get_submodule(conv)):
+            module = folded.backbone.get_submodule(norm)
+            _fold(cast(FractionalConv2d, layer), cast(nn.BatchNorm2d, module))
+            activation = module.act if isinstance(module, BatchNormAct2d) else nn.Identity()
+            folded.backbone.set_submodule(norm, activation)
+    return folded
+
+
+def _always_full(module: nn.Module) -> bool:
+    return isinstance(module, FractionalConv2d) and not module.bitwidths
+
+
+class _Tracer(fx.Tracer):
+    """Records layers, and ``leaves``, as single steps."""
+
+    def __init__(self, leaves: Collection[str]) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            module_qualified_name in self.leaves or isinstance(m, nn.BatchNorm2d) or not any(True for _ in m.children())
+        )
+
+
+def _pairs(module: nn.Module, leaves: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """Paths of convolutions whose result goes into a batch-norm and nowhere else, each with that batch-norm."""
+    try:
+        graph = _Tracer(leaves).trace(module)
+    except fx.proxy.TraceError:  # its way depends on the images
+        return
+    parts = dict(module.named_modules())
+    for node in graph.nodes:
+        if node.op == "call_module" and type(parts[node.target]) in (nn.BatchNorm2d, BatchNormAct2d):
+            source = node.args[0]
+            if source.op == "call_module" and isinstance(parts[source.target], nn.Conv2d) and len(source.users) == 1:
+                yield source.target, node.target
+
+
+def _fold(conv: FractionalConv2d, norm: nn.BatchNorm2d) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None
+    factor = (norm.running_var.double() + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight.double()
+    shift = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
+    shift = shift * factor if norm.bias is None else shift * factor + norm.bias.double()
+    weight: Tensor = conv._effective_weight()
+    conv.weight = nn.Parameter((weight.double() * factor.reshape(-1, 1, 1, 1)).to(weight.dtype))
+    conv.bias = nn.Parameter(shift.to(weight.dtype))
+    conv.standardise_eps = None  # it has been standardised

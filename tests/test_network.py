@@ -9,6 +9,7 @@ from torch import nn
 from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.pooling import MaxPool2d
 from dfs_cli.surgery.convert import fit_scales
 from dfs_cli.tuning.state import parameter_groups
 
@@ -223,3 +224,27 @@ def test_run_in_full_leaves_no_state(tiny: nn.Module) -> None:
         before = network.run(x, decisions_of(network, 3, 2)).logits
         network.run_in_full(x)
         assert torch.equal(network.run(x, decisions_of(network, 3, 2)).logits, before)
+
+
+def test_means_of_unchanged_features_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make_dynamic(tiny_resnet(Bottleneck), DynamicConfig(bits=(0, 4, 8), gate="rnn"))
+    spread_gate(network)
+    images = torch.randn(12, 3, 32, 32)
+    changed = []
+    find = network._changed
+    monkeypatch.setattr(network, "_changed", lambda block, chosen: changed.append(find(block, chosen)) or changed[-1])
+    with torch.no_grad():
+        found = network.run(images)
+        monkeypatch.setattr(network, "_changed", lambda block, chosen: None)
+        expected = network.run(images)
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.decisions, expected.decisions)
+    assert any(images is not None and 0 < len(images) < 12 for images in changed)
+
+
+@pytest.mark.parametrize("size", [7, 8, 31])
+def test_max_pooling_is_that_of_torch(size: int) -> None:
+    pool = nn.MaxPool2d(3, stride=2, padding=1)
+    x = torch.randn(3, 5, size, size + 1)
+    with torch.no_grad():
+        found = MaxPool2d.adopt(pool)(x)
+    assert torch.equal(found, pool(x)) and found.stride() == pool(x).stride()

@@ -46,6 +46,13 @@ class ObservedGate(nn.Module):
         """See :meth:`dfs_cli.nn.gate.Gate.start`."""
         return cast(Gate, self.gate).start(images, like)
 
+    def pool(self, *given: Any) -> Any:
+        """See :meth:`dfs_cli.nn.gate.Gate.pool`."""
+        began = time.perf_counter()
+        result = cast(Gate, self.gate).pool(*given)
+        self.seconds += time.perf_counter() - began
+        return result
+
     def forward(self, *given: Any) -> Any:
         began = time.perf_counter()
         result = self.gate(*given)
@@ -219,7 +226,7 @@ def _in_turns(
                 continue
             images = _images(subject, contender, turn)
             began = time.perf_counter()
-            while contender.batch == 1 and time.perf_counter() - began < _SETTLING:
+            while time.perf_counter() - began < _SETTLING:
                 step(images)
             gate = getattr(step, "gate", None)
             before = gate.seconds if isinstance(gate, ObservedGate) else 0.0

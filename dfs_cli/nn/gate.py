@@ -55,28 +55,40 @@ class Gate(nn.Module):
         zeros = torch.zeros(images, self.hidden, dtype=dtype, device=like.device)
         return zeros, zeros
 
-    def forward(self, block: int, features: Tensor, state: State) -> tuple[Tensor, State]:
+    def pool(self, features: Tensor, known: Tensor | None = None, changed: Tensor | None = None) -> Tensor:
+        """The mean over the pixels of ``features`` (N, C, H, W): (N, C), in single precision.
+
+        Double precision would take forty times as long; each image is summed alike in any batch.
+
+        Args:
+            known: (N, C), means that are right for all images but ``changed`` (indices); it is written to.
+        """
+        if known is None or changed is None or len(changed) == len(features):
+            return features.float().mean(dim=(2, 3))
+        for image in changed.tolist():  # picked one by one: features of that size are not to be copied
+            known[image] = features[image].float().mean(dim=(1, 2))
+        return known
+
+    def forward(self, block: int, pooled: Tensor, state: State) -> tuple[Tensor, State]:
         """Scores for one block.
 
         Args:
             block: its index.
-            features: (N, C, H, W), the input of the block.
+            pooled: (N, C), the mean over the pixels of the block's input, see :meth:`pool`.
             state: as returned for the block before.
 
         Returns:
             Logits (N, K), and the state for the next block.
         """
         dtype = state[0].dtype
-        with torch.autocast(features.device.type, enabled=False):
-            # Not summed in double precision, which takes forty times as long; each image is summed alike in any batch.
-            pooled = features.float().mean(dim=(2, 3)).to(dtype)
-            scores, state = self._score(block, _linear(self.embed[block], pooled), state)
+        with torch.autocast(pooled.device.type, enabled=False):
+            scores, state = self._score(block, _linear(self.embed[block], pooled.to(dtype)), state)
             return scores + self.preference[block].to(dtype), state
 
     @torch.no_grad()
     def normalise_input(self, block: int, features: Tensor) -> None:
         """Scale a block's embedding so that pooled features like ``features`` have zero mean and unit deviation."""
-        pooled = features.float().mean(dim=(2, 3))
+        pooled = self.pool(features)
         deviation = pooled.std(dim=0, unbiased=False)
         # Channels that hardly vary, and lone images, must not be blown up.
         deviation = (

@@ -128,12 +128,15 @@ class DynamicResNet(nn.Module):
                 without a gradient of its own, so that the gate learns what skipping cost them.
         """
         state = self.gate.start(len(images), images)
-        chosen, probs = [], []
+        chosen: list[Tensor] = []
+        probs: list[Tensor] = []
+        pooled: Tensor | None = None
 
         def decide(block: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-            nonlocal state
+            nonlocal state, pooled
             if decisions is None or self.training:
-                logits, state = self.gate(block, x, state)
+                pooled = self.gate.pool(x, pooled, self._changed(block, chosen))
+                logits, state = self.gate(block, pooled, state)
                 logits = logits - self.operating_point * self.prices[block].to(logits.dtype)
             chosen.append(decisions[:, block] if decisions is not None else logits.argmax(dim=1))
             if self.training:
@@ -142,6 +145,13 @@ class DynamicResNet(nn.Module):
 
         logits, _ = self._walk(images, decide, explore)
         return Output(logits, torch.stack(chosen, dim=1), torch.stack(probs, dim=1) if probs else None)
+
+    def _changed(self, block: int, chosen: list[Tensor]) -> Tensor | None:
+        """The images (indices) whose features the block before has changed; None: any, or it is not worth finding out."""
+        before = self.blocks[block - 1]
+        if not chosen or self.training or self.config.bits[0] != 0 or not before.keeps_input or chosen[-1].is_cuda:
+            return None
+        return chosen[-1].nonzero().flatten()
 
     def _walk(
         self, images: Tensor, decide: Callable[[int, Tensor], tuple[Tensor, Tensor | None]], explore: float
@@ -238,7 +248,7 @@ class DynamicResNet(nn.Module):
             y = self._execute(block, x[rows], option, None, 0.0)
             if result is None:
                 result = _empty_batch(len(x), y)
-            result[rows] = y.to(result.dtype)
+            _put(y, result, rows)
         assert result is not None
         return result
 
@@ -286,6 +296,15 @@ def _empty_batch(images: int, like: Tensor) -> Tensor:
     last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
     return torch.empty((images, *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _put(y: Tensor, result: Tensor, rows: Tensor) -> None:
+    """Write the images ``y`` to the places ``rows`` (M,) of ``result``."""
+    if result.is_cuda:
+        result[rows] = y.to(result.dtype)
+        return
+    for image, row in zip(y, rows.tolist(), strict=True):  # whole images: indexing would copy value by value
+        result[row].copy_(image)
 
 
 def _with_gradient(y: Tensor, direction: Tensor, weight: Tensor) -> Tensor:

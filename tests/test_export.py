@@ -102,6 +102,7 @@ def test_the_graph_decides_and_answers_as_the_network_does(name: str, gate: str,
     batches = [Batch(varied, torch.zeros(40, dtype=torch.long), ())]
     comparison = compare(model.SerializeToString(), network, batches, labelled=False)
     assert comparison.same_decisions >= 0.95
+    assert comparison.logit_difference < 0.02
     decisions = network.run(varied).decisions
     assert len(decisions.unique(dim=0)) >= len(bits)  # else it would prove little
     if isinstance(network, ProbedResNet):

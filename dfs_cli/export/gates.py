@@ -25,9 +25,9 @@ class Pooled(NamedTuple):
 class GateWriter:
     """Writes a gate that decides block by block. Its state goes from block to block as names.
 
-    A node costs microseconds, whatever it computes, so there are as few as can be: the recurrent cell is one LSTM node, in
-    single precision (runtimes have no other), with the embedding and what its input is to be scaled by in its weights; of two
-    options only the difference of their scores is computed.
+    A node costs microseconds, whatever it computes, so there are few: the recurrent cell is one LSTM node, in single precision
+    (runtimes have no other), the embedding a product whose weights hold what its input is to be scaled by; of two options only
+    the difference of their scores is computed.
 
     Args:
         prices: (L, K), the cost of each option.

@@ -45,8 +45,8 @@ class Graph:
         return names[0]
 
     def branch(self, condition: str, then: Branch, otherwise: Branch) -> list[str]:
-        """An ``If``: ``condition`` is a boolean scalar; each branch builds its part in a subgraph of its own and returns its
-        outputs, as many as the other. Names from outside may be used inside."""
+        """An ``If``: ``condition`` is one boolean; each branch builds its part in a subgraph of its own and returns
+        its outputs, as many as the other. Names from outside may be used inside."""
         parts = [self._subgraph(part) for part in (then, otherwise)]
         count = len(parts[0].output)
         outputs = [self.name("if") for _ in range(count)]

@@ -61,6 +61,8 @@ class Parts:
 
     def write(self, graph: Graph, key: Key, x: str) -> str:
         """Add a part to ``graph``; returns its output."""
+        if isinstance(key, tuple) and self.keeps_input(*key):
+            return x
         if self.scales is None:
             return Lowering(graph, self.part(key), x).run()
         return ByteLowering(graph, self.part(key), x, self.scales.ranges.get(key, {}), *self.scales.edges(key)).run()

@@ -22,7 +22,7 @@ def on_merged_pixels(layer: QuantizedLayer, height: int, width: int) -> Quantize
     """What ``layer`` is to an input (1, C, ``height``, ``width``) that :func:`merge_pixels` has rearranged.
 
     Returns:
-        None where it is no dense convolution of stride 2 over few channels, or cannot be expressed so.
+        None where it is no dense convolution of stride 2 over few channels, or the size is odd.
     """
     geometry = layer.geometry
     if geometry is None or (geometry.stride, geometry.dilation, geometry.groups) != ((2, 2), (1, 1), 1):
@@ -37,8 +37,6 @@ def on_merged_pixels(layer: QuantizedLayer, height: int, width: int) -> Quantize
         ),
         strict=True,
     )
-    if min(after) < 0:
-        return None
     codes = np.zeros((outputs, 2, 2, channels, *(int(place.max()) + 1 for place in places)))
     rows, columns = np.ix_(*(np.arange(size) for size in kernel))
     taken = parities[0][rows], parities[1][columns], places[0][rows], places[1][columns]

@@ -35,7 +35,8 @@ Step = Callable[[Tensor], object]
 
 
 class ObservedGate(nn.Module):
-    """A gate that takes note of the ``seconds`` that it takes and, given ``policies`` (N, L), decides so after all its work."""
+    """A gate that takes note of the ``seconds`` that pooling and scoring take and, given ``policies`` (N, L), decides so after
+    all its work."""
 
     def __init__(self, gate: nn.Module, policies: Tensor | None) -> None:
         super().__init__()
@@ -250,7 +251,7 @@ def _row(contender: Contender, values: list[float], gate: list[float], peak: int
         "p25_ms": percentiles[24],
         "p75_ms": percentiles[74],
         "p95_ms": percentiles[94],
-        "gate_ms": statistics.median(gate) if gate else None,
+        "gate_ms": statistics.median(gate) if any(gate) else None,
         "runs": len(values),
         "images_per_second": 1000 * contender.batch / statistics.median(values),
         "peak_bytes": peak,

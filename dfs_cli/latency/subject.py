@@ -40,7 +40,7 @@ class Subject:
         file_size: bytes of the dynamic network's file; None: as it would be written.
         is_tuned: whether its answers mean anything.
         policies: (N, L), forced option indices for the images of a batch where they differ; ``network`` itself decides for the
-            first ones.
+            first row.
     """
 
     dense: nn.Module

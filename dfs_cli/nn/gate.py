@@ -15,6 +15,7 @@ State = tuple[Tensor, Tensor]
 
 _BIAS_SCALE = 6.0
 _NOISE = 0.05
+_SMALL_INPUT = 1 << 16  # values of an image: with fewer, summing all images takes no longer than picking some
 _SCALARS = 2  # confidence and margin, in front of the pooled features
 
 
@@ -58,12 +59,12 @@ class Gate(nn.Module):
     def pool(self, features: Tensor, known: Tensor | None = None, changed: Tensor | None = None) -> Tensor:
         """The mean over the pixels of ``features`` (N, C, H, W): (N, C), in single precision.
 
-        Double precision would take forty times as long; each image is summed alike in any batch.
+        Double precision would take forty times as long; on the CPU each image is summed alike in any batch.
 
         Args:
             known: (N, C), means that are right for all images but ``changed`` (indices); it is written to.
         """
-        if known is None or changed is None or len(changed) == len(features):
+        if known is None or changed is None or len(changed) == len(features) or features[0].numel() < _SMALL_INPUT:
             return features.float().mean(dim=(2, 3))
         for image in changed.tolist():  # picked one by one: features of that size are not to be copied
             known[image] = features[image].float().mean(dim=(1, 2))

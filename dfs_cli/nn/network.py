@@ -148,8 +148,9 @@ class DynamicResNet(nn.Module):
 
     def _changed(self, block: int, chosen: list[Tensor]) -> Tensor | None:
         """The images (indices) whose features the block before has changed; None: any, or it is not worth finding out."""
-        before = self.blocks[block - 1]
-        if not chosen or self.training or self.config.bits[0] != 0 or not before.keeps_input or chosen[-1].is_cuda:
+        if not chosen or torch.is_grad_enabled() or chosen[-1].device.type != "cpu":
+            return None
+        if self.config.bits[0] != 0 or not self.blocks[block - 1].keeps_input:
             return None
         return chosen[-1].nonzero().flatten()
 
@@ -300,7 +301,7 @@ def _empty_batch(images: int, like: Tensor) -> Tensor:
 
 def _put(y: Tensor, result: Tensor, rows: Tensor) -> None:
     """Write the images ``y`` to the places ``rows`` (M,) of ``result``."""
-    if result.is_cuda:
+    if result.device.type != "cpu":
         result[rows] = y.to(result.dtype)
         return
     for image, row in zip(y, rows.tolist(), strict=True):  # whole images: indexing would copy value by value

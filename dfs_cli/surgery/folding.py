@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import cast
 
@@ -18,30 +19,26 @@ from dfs_cli.nn.network import DynamicResNet
 def fold_norms(network: DynamicResNet) -> DynamicResNet:
     """The same network for inference, without the passes over memory that normalising takes.
 
-    Convolutions that have other bitwidths, too, keep their normalisation. Results differ from the network's in rounding alone.
+    Convolutions that have other bitwidths, too, keep their normalisation. What is computed in floating point differs from the
+    network's in rounding alone.
 
     Returns:
         A copy; or ``network`` itself, if there is nothing to fold.
     """
     backbone = network.backbone
-    if not any(_always_full(module) for module in backbone.modules()):
-        return network
     blocks = [block.name for block in network.blocks]
     pairs = [*_pairs(backbone, blocks)]
     for name in blocks:
         pairs += [(f"{name}.{conv}", f"{name}.{norm}") for conv, norm in _pairs(backbone.get_submodule(name))]
+    if not pairs:
+        return network
     folded = copy.deepcopy(network).eval()
     for conv, norm in pairs:
-        if _always_full(layer := folded.backbone.get_submodule(conv)):
-            module = folded.backbone.get_submodule(norm)
-            _fold(cast(FractionalConv2d, layer), cast(nn.BatchNorm2d, module))
-            activation = module.act if isinstance(module, BatchNormAct2d) else nn.Identity()
-            folded.backbone.set_submodule(norm, activation)
+        layer, module = folded.backbone.get_submodule(conv), folded.backbone.get_submodule(norm)
+        _fold(cast(FractionalConv2d, layer), cast(nn.BatchNorm2d, module))
+        activation = module.act if isinstance(module, BatchNormAct2d) else nn.Identity()
+        folded.backbone.set_submodule(norm, activation)
     return folded
-
-
-def _always_full(module: nn.Module) -> bool:
-    return isinstance(module, FractionalConv2d) and not module.bitwidths
 
 
 class _Tracer(fx.Tracer):
@@ -58,17 +55,27 @@ class _Tracer(fx.Tracer):
 
 
 def _pairs(module: nn.Module, leaves: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """Paths of convolutions whose result goes into a batch-norm and nowhere else, each with that batch-norm."""
+    """Paths of convolutions that only run in floating point and whose result goes into a batch-norm and nowhere else, each with
+    that batch-norm."""
+    parts = dict(module.named_modules())
+    if not any(_always_full(part) for part in parts.values()):
+        return
     try:
         graph = _Tracer(leaves).trace(module)
-    except fx.proxy.TraceError:  # its way depends on the images
+    except Exception:  # whatever its code does that cannot be traced: it stays as it is
         return
-    parts = dict(module.named_modules())
-    for node in graph.nodes:
-        if node.op == "call_module" and type(parts[node.target]) in (nn.BatchNorm2d, BatchNormAct2d):
-            source = node.args[0]
-            if source.op == "call_module" and isinstance(parts[source.target], nn.Conv2d) and len(source.users) == 1:
-                yield source.target, node.target
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    for norm in calls:
+        if type(parts[norm.target]) in (nn.BatchNorm2d, BatchNormAct2d):
+            (conv,) = norm.all_input_nodes
+            is_pair = conv.op == "call_module" and _always_full(parts[conv.target]) and len(conv.users) == 1
+            if is_pair and times[conv.target] == times[norm.target] == 1:
+                yield conv.target, norm.target
+
+
+def _always_full(module: nn.Module) -> bool:
+    return isinstance(module, FractionalConv2d) and not module.bitwidths
 
 
 def _fold(conv: FractionalConv2d, norm: nn.BatchNorm2d) -> None:

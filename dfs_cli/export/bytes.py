@@ -155,6 +155,16 @@ class ByteLowering(Lowering):
             self.planar = self.graph.add("Transpose", [self.x], perm=_TO_FIRST)
         return self.planar
 
+    def _copy(self, node: onnx.NodeProto) -> None:
+        if self.enters is None or node.op_type != "GlobalAveragePool" or node.input[0] != self.source:
+            super()._copy(node)
+            return
+        _, channels, height, width = self.shape
+        sums = pool_codes(self.graph, self.x, channels, height, width)
+        mean = self.graph.add("Mul", [sums, self.graph.constant(self.enters / (height * width), np.float32)])
+        shape = self.graph.constant([1, channels, 1, 1], np.int64)
+        self.names[node.output[0]] = self.graph.add("Reshape", [mean, shape])
+
     def _layer_of(self, node: onnx.NodeProto) -> QuantizedLayer:
         layer = super()._layer_of(node)
         # A layer of 8 bits takes the codes as they are, in place of rounding once more.

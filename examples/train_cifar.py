@@ -1,7 +1,7 @@
 """Train a CIFAR ResNet on a folder of images, optionally grown from a shallower one's weights.
 
     python examples/train_cifar.py --model resnet32_cifar --data cifar10/ \\
-        --grow resnet20_cifar10.safetensors --epochs 6 --lr 0.05 --output resnet32_cifar10.safetensors
+        --grow resnet20_cifar10.safetensors --epochs 8 --lr 0.03 --output resnet32_cifar10.safetensors
 
 Growing (Chen et al., "Net2Net", ICLR 2016) copies the shallower network's blocks and adds blocks whose residual branch
 is zero, so that the deeper network starts by computing what the shallower one does; a few epochs then put the new

@@ -1,10 +1,12 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from conftest import make_dynamic, spread_gate, timm_model, tiny_resnet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.nn.layers import FractionalLayer
@@ -224,6 +226,35 @@ def test_run_in_full_leaves_no_state(tiny: nn.Module) -> None:
         before = network.run(x, decisions_of(network, 3, 2)).logits
         network.run_in_full(x)
         assert torch.equal(network.run(x, decisions_of(network, 3, 2)).logits, before)
+
+
+def test_an_accelerator_is_waited_for_once_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on the CPU: operations whose result, or the size of it, is known only once an accelerator is done."""
+    network = make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate="rnn"))
+    waits = []
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.overloadpacket.__name__ in {
+                "_local_scalar_dense",
+                "bincount",
+                "nonzero",
+                "masked_select",
+                "_unique2",
+            }:
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append("tolist") or read(tensor))
+    for choice in (torch.tensor([2, 0, 1, 0]), torch.tensor([1, 1]), torch.tensor([2])):
+        waits.clear()
+        with Waits():
+            groups = network._groups(choice)
+        assert len(waits) == 1
+        assert [(option, len(rows)) for option, rows in groups] == sorted(Counter(read(choice)).items())
+        if len(groups) > 1:  # a lone option comes with the choice itself
+            assert all((choice[rows] == option).all() for option, rows in groups)
 
 
 def test_means_of_unchanged_features_are_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,9 @@ class DynamicResNet(nn.Module):
         """
         if len(choice) == 1:
             return [(int(choice), choice)]
-        counts = torch.bincount(choice, minlength=len(self.config.bits)).tolist()
+        # Not by torch.bincount, which on an accelerator waits for the smallest and the largest value first.
+        options = torch.arange(len(self.config.bits), device=choice.device)
+        counts = (choice[:, None] == options).sum(dim=0).tolist()
         taken = [(option, count) for option, count in enumerate(counts) if count]
         if len(taken) <= 1:
             return [(option, choice) for option, _ in taken]

@@ -96,7 +96,7 @@ def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 @pytest.mark.parametrize("bits", [(0, 4, 8), (0, 8)])
 def test_the_graph_decides_and_answers_as_the_network_does(name: str, gate: str, bits: tuple[int, ...]) -> None:
     network = dynamic(MODELS[name](), gate, bits, mirror=gate == "probe")
-    model = export_dynamic(network, SIZE)
+    model = export_dynamic(Parts(network, SIZE))
     onnx.checker.check_model(model)
     varied = images(40) * torch.linspace(0.2, 5.0, 40).reshape(-1, 1, 1, 1)
     batches = [Batch(varied, torch.zeros(40, dtype=torch.long), ())]
@@ -115,14 +115,14 @@ def test_every_option_computes_what_it_does_in_the_network(name: str) -> None:
     for option in range(7):
         policy = [option] * len(network.blocks)
         expected = network.run(images(1), torch.tensor([policy])).logits[0].detach().numpy()
-        found = run(export_static(network, policy, SIZE), images(1)[0])[LOGITS][0]
+        found = run(export_static(Parts(network, SIZE), policy), images(1)[0])[LOGITS][0]
         # Where a value lies between two codes, the last digit of a floating point number decides.
         assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max(), network.config.bits[option]
 
 
 def test_eight_bit_branches_run_on_integers(tmp_path: Path) -> None:
     network = dynamic(tiny_resnet(Bottleneck), bits=(0, 8))
-    model = export_dynamic(network, SIZE)
+    model = export_dynamic(Parts(network, SIZE))
     open_session(model.SerializeToString(), threads=1, optimised=str(tmp_path / "run.onnx"))
     kernels = [[n.op_type for n in g.node] for g in subgraphs(onnx.load(tmp_path / "run.onnx").graph)]
     # The first two convolutions of each bottleneck, at least.
@@ -133,7 +133,7 @@ def test_eight_bit_branches_run_on_integers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gate", ["rnn", "probe"])
 def test_blocks_may_hand_on_bytes(gate: str, tmp_path: Path) -> None:
     network = dynamic(tiny_resnet(Bottleneck), gate, bits=(0, 4, 8))
-    model = export_dynamic(network, SIZE, images(8).numpy())
+    model = export_dynamic(Parts(network, SIZE, images(8).numpy()))
     onnx.checker.check_model(model)
     open_session(model.SerializeToString(), threads=1, optimised=str(tmp_path / "run.onnx"))
     parts = list(subgraphs(onnx.load(tmp_path / "run.onnx").graph))
@@ -152,18 +152,19 @@ def test_bytes_are_used_only_where_they_keep_the_promise() -> None:
     """Decisions that bytes change make the graph fall back to floating point numbers, which do not change them."""
     network = dynamic(tiny_resnet(), bits=(0, 2, 8))
     batches = random_batches(SIZE, 32)
-    in_bytes = compare(write.serialise(network, SIZE, None, images(8).numpy()), network, batches, labelled=False)
+    in_bytes = compare(write.serialise(Parts(network, SIZE, images(8).numpy()), None), network, batches, labelled=False)
     content, comparison = write.make_graph(network, SIZE, batches, labelled=False)
     assert comparison.holds and comparison.features == ("bytes" if in_bytes.holds else "floats")
     assert compare(content, network, batches, labelled=False).same_decisions == comparison.same_decisions
     # Preactivated blocks hand on negative values, and 16 bits need more than a byte.
     assert measure_scales(Parts(dynamic(preactivated_resnet()), SIZE), images(2).numpy()) is None
     assert measure_scales(Parts(dynamic(tiny_resnet(), bits=(0, 16)), SIZE), images(2).numpy()) is None
+    assert Parts(dynamic(preactivated_resnet()), SIZE, images(2).numpy()).features == "floats"
 
 
 def test_weights_lie_in_the_branch_that_uses_them_and_are_bytes() -> None:
     network = dynamic(tiny_resnet(BasicBlock), bits=(0, 4, 8))
-    graph = export_dynamic(network, SIZE).graph
+    graph = export_dynamic(Parts(network, SIZE)).graph
     outside = {tensor.name for tensor in graph.initializer}
     branches = [g for g in subgraphs(graph) if any(n.op_type == "Conv" for n in g.node)]
     assert len(branches) >= 2 * len(network.blocks)
@@ -175,26 +176,26 @@ def test_weights_lie_in_the_branch_that_uses_them_and_are_bytes() -> None:
 
 
 def test_there_is_an_if_per_block_and_one_around_the_second_pass() -> None:
-    one = export_dynamic(dynamic(tiny_resnet(), bits=(0, 4, 8)), SIZE).graph
+    one = export_dynamic(Parts(dynamic(tiny_resnet(), bits=(0, 4, 8)), SIZE)).graph
     assert [n.op_type for n in one.node].count("If") == 5
-    two = export_dynamic(dynamic(tiny_resnet(), "probe"), SIZE).graph
+    two = export_dynamic(Parts(dynamic(tiny_resnet(), "probe"), SIZE)).graph
     assert [n.op_type for n in two.node].count("If") == 1
 
 
 def test_the_operating_point_can_be_changed_per_call() -> None:
     network = dynamic(tiny_resnet(), bits=(0, 4, 8))
-    model = export_dynamic(network, SIZE)
+    model = export_dynamic(Parts(network, SIZE))
     image = images(1)[0]
     assert (run(model, image, **{OPERATING_POINT: np.array(1e9)})[BITS] == 0).all()
     assert (run(model, image, **{OPERATING_POINT: np.array(-1e9)})[BITS] == 8).all()
-    probed = export_dynamic(dynamic(tiny_resnet(), "probe"), SIZE)
+    probed = export_dynamic(Parts(dynamic(tiny_resnet(), "probe"), SIZE))
     assert (run(probed, image, **{OPERATING_POINT: np.array(1e9)})[BITS][:, 5:] == -1).all()
     assert (run(probed, image, **{OPERATING_POINT: np.array(-1e9)})[BITS][:, 5:] >= 0).all()
 
 
 def test_a_sure_image_gets_the_first_answer() -> None:
     network = dynamic(tiny_resnet(), "probe")
-    found = run(export_dynamic(network, SIZE), images(1)[0], **{OPERATING_POINT: np.array(1e9)})
+    found = run(export_dynamic(Parts(network, SIZE)), images(1)[0], **{OPERATING_POINT: np.array(1e9)})
     expected = network.run(images(1), network.policy[None]).logits.detach().numpy()
     np.testing.assert_allclose(found[LOGITS], expected, atol=0.02)
     assert found[BITS][0, :5].tolist() == [network.config.bits[i] for i in network.policy]
@@ -204,12 +205,12 @@ def test_a_sure_image_gets_the_first_answer() -> None:
 def test_a_static_graph_has_no_control_flow(mirror: bool) -> None:
     network = dynamic(tiny_resnet(), "probe", mirror=mirror)
     policy = [1, 2, 0, 1, 2, 2, 2, 1, 2, 0]
-    model = export_static(network, policy, SIZE)
+    model = export_static(Parts(network, SIZE), policy)
     assert not list(subgraphs(model.graph))
     expected = network.run(images(1), torch.tensor([policy])).logits.detach().numpy()
     np.testing.assert_allclose(run(model, images(1)[0])[LOGITS], expected, atol=0.02)
     once = network.run(images(1), torch.tensor([[*policy[:5], *[-1] * 5]])).logits.detach().numpy()
-    found = run(export_static(network, [*policy[:5], *[-1] * 5], SIZE), images(1)[0])[LOGITS]
+    found = run(export_static(Parts(network, SIZE), [*policy[:5], *[-1] * 5]), images(1)[0])[LOGITS]
     np.testing.assert_allclose(found, once, atol=0.02)
 
 
@@ -286,7 +287,7 @@ def test_batch_norm_is_folded_on_integers() -> None:
 def test_a_graph_that_decides_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, other = dynamic(tiny_resnet()), dynamic(tiny_resnet())
     spread_gate(other, 1.0, seed=5)
-    monkeypatch.setattr(write, "export_dynamic", lambda _, size, samples: export_dynamic(other, size, samples))
+    monkeypatch.setattr(write, "export_dynamic", lambda _: export_dynamic(Parts(other, SIZE)))
     with pytest.raises(ExportError, match="same decisions for"):
         write_onnx(tmp_path / "out.onnx", network, SIZE, random_batches(SIZE, 16), labelled=False)
     assert not list(tmp_path.iterdir())

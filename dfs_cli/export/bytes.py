@@ -19,7 +19,6 @@ from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import DOMAIN, OPSET, QuantizedLayer, Traced
 from dfs_cli.export.lower import Affine, Lowering
 from dfs_cli.export.runtime import open_session
-from dfs_cli.nn.network import DynamicResNet
 
 if TYPE_CHECKING:
     from dfs_cli.export.network import Parts
@@ -50,16 +49,11 @@ class ByteScales:
         return (None, self.streams[0]) if key == "stem" else (self.streams[-1], None)
 
 
-def can_hand_on_bytes(network: DynamicResNet) -> bool:
-    """Whether no option has more than 8 bits; blocks that give negative values show only when they run."""
-    return max(*network.config.bits, network.config.edge_bits) <= _BYTE
-
-
 def measure_scales(parts: Parts, images: np.ndarray) -> ByteScales | None:
     """Scales from ``images`` (N, C, H, W); None where the network does not fit: an option of more than 8 bits, or blocks
     whose output is negative in places."""
     network = parts.network
-    if not can_hand_on_bytes(network):
+    if max(*network.config.bits, network.config.edge_bits) > _BYTE:
         return None
     ranges: dict[Key, Ranges] = {}
     ranges["stem"], samples = _observe(parts.part("stem"), images)

@@ -9,7 +9,7 @@ import numpy as np
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from dfs_cli.export.graph import Graph
+from dfs_cli.export.graph import Graph, Test
 from dfs_cli.nn.gate import FeedForwardGate, Gate, RecurrentGate, RefineGate
 
 _DOUBLE = np.float64
@@ -65,11 +65,7 @@ class GateWriter:
             hidden, head = state[0], self.gate.head
         else:
             gate = cast(FeedForwardGate, self.gate)
-            row = graph.add("Squeeze", [pooled.name, graph.constant([0], np.int64)])
-            row = graph.add("Cast", [row], to=TensorProto.DOUBLE)
-            embed = cast(nn.Linear, gate.embed[block])
-            weight, bias = _double(embed.weight).T * pooled.scale, _double(embed.bias)
-            hidden = graph.add("Relu", [graph.add("Gemm", [row, graph.constant(weight), graph.constant(bias)])])
+            hidden = graph.add("Relu", [linear(graph, gate.embed[block], _row(graph, pooled), pooled.scale)])
             head = cast(nn.Linear, gate.heads[block])
         weight = self._scores(_double(head.weight).T)
         if self.is_binary:
@@ -80,12 +76,16 @@ class GateWriter:
         scores = graph.add("Add", [scores, self.biases[block]])
         return graph.add("ArgMax", [scores], axis=-1, keepdims=1), list(state)
 
-    def bits(self, graph: Graph, decisions: Sequence[str], bits: Sequence[int]) -> str:
+    def test(self, decision: str) -> Test:
+        """The test for the options that ``decision`` tells apart."""
+        return (lambda graph, option: decision) if self.is_binary else Graph.equals(decision)
+
+    def write_bits(self, graph: Graph, decisions: Sequence[str], bits: Sequence[int]) -> str:
         """The bitwidths (1, L) that ``decisions`` mean."""
         found = graph.add("Concat", decisions, axis=1)
         found = graph.add("Reshape", [found, graph.constant([1, len(decisions)], np.int64)])
         if not self.is_binary:
-            return graph.add("Gather", [graph.constant(bits, np.int64), found])
+            return look_up_bits(graph, bits, found)
         return graph.add("Where", [found, *(graph.constant(b, np.int64) for b in bits)])
 
     @staticmethod
@@ -104,6 +104,17 @@ class GateWriter:
         outputs = ["", graph.name("hidden"), graph.name("memory")]
         graph.add("LSTM", [*inputs, "", *state], outputs, hidden_size=gate.hidden)
         return outputs[1:]
+
+
+def look_up_bits(graph: Graph, bits: Sequence[int], indices: str) -> str:
+    """The bitwidths of options, by their ``indices``, of any shape."""
+    return graph.add("Gather", [graph.constant(bits, np.int64), indices])
+
+
+def _row(graph: Graph, pooled: Pooled) -> str:
+    """``pooled`` (1, C) in double precision, not yet scaled."""
+    row = graph.add("Squeeze", [pooled.name, graph.constant([0], np.int64)])
+    return graph.add("Cast", [row], to=TensorProto.DOUBLE)
 
 
 def _reordered(rows: np.ndarray) -> np.ndarray:
@@ -125,15 +136,18 @@ def write_doubt(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
     return graph.add("Sub", [rest, top]), graph.add("Sub", [top, second])
 
 
-def write_refine_gate(graph: Graph, gate: RefineGate, charge: np.ndarray, found: Sequence[str]) -> str:
+def write_refine_gate(
+    graph: Graph, gate: RefineGate, charge: np.ndarray, doubt: str, margin: str, pooled: Pooled
+) -> str:
     """The options (L,) of the second pass.
 
     Args:
         charge: (L, K), what each option's score is lowered by.
-        found: doubt (1, 1), margin (1, 1) and pooled features (1, C) of the first pass, in double precision.
+        doubt, margin: (1, 1), of the first pass, in double precision.
+        pooled: its features.
     """
-    doubt, margin, pooled = found
-    summary = graph.add("Concat", [graph.add("Neg", [doubt]), margin, pooled], axis=1)
+    means = graph.add("Mul", [_row(graph, pooled), graph.constant(pooled.scale, _DOUBLE)])
+    summary = graph.add("Concat", [graph.add("Neg", [doubt]), margin, means], axis=1)
     centred = graph.add("Sub", [summary, graph.constant(_double(gate.input_mean)[None])])
     x = graph.add("Div", [centred, graph.constant(_double(gate.input_deviation)[None])])
     scores = linear(graph, gate.head, graph.add("Relu", [linear(graph, gate.embed, x)]))
@@ -142,10 +156,10 @@ def write_refine_gate(graph: Graph, gate: RefineGate, charge: np.ndarray, found:
     return graph.add("ArgMax", [graph.add("Sub", [scores, graph.constant(charge, _DOUBLE)])], axis=1, keepdims=0)
 
 
-def linear(graph: Graph, layer: nn.Module, x: str) -> str:
-    """A linear layer in double precision."""
+def linear(graph: Graph, layer: nn.Module, x: str, scale: float = 1.0) -> str:
+    """A linear layer in double precision, of ``scale`` times ``x``."""
     weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-    inputs = [x, graph.constant(_double(weight).T)]
+    inputs = [x, graph.constant(scale * _double(weight).T)]
     return graph.add("Gemm", inputs if bias is None else [*inputs, graph.constant(_double(bias))])
 
 

@@ -10,6 +10,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 Branch = Callable[["Graph"], Sequence[str]]
+Test = Callable[["Graph", int], str]
 
 
 class Graph:
@@ -55,22 +56,24 @@ class Graph:
         )
         return outputs
 
-    def choose(self, decision: str, branches: Sequence[Branch]) -> list[str]:
+    def choose(self, is_chosen: Test, branches: Sequence[Branch], first: int = 0) -> list[str]:
         """The outputs of one of ``branches``, by nested ``If`` nodes.
 
         Args:
-            decision: one element: the branch's index; or, of two branches, whether it is the first.
+            is_chosen: from the graph and a branch's number to whether it is that one, a boolean; not asked about the last.
+            first: the number of the first branch.
         """
-        if len(branches) == 2:
-            return self.branch(decision, *branches)
-        return self._choose(decision, list(enumerate(branches)))
-
-    def _choose(self, index: str, branches: list[tuple[int, Branch]]) -> list[str]:
         if len(branches) == 1:
-            return list(branches[0][1](self))
-        (value, first), rest = branches[0], branches[1:]
-        is_first = self.add("Equal", [index, self.constant(value, np.int64)])
-        return self.branch(is_first, first, lambda graph: graph._choose(index, rest))
+            return list(branches[0](self))
+        others = branches[1:]
+        return self.branch(
+            is_chosen(self, first), branches[0], lambda graph: graph.choose(is_chosen, others, first + 1)
+        )
+
+    @staticmethod
+    def equals(index: str) -> Test:
+        """The test for a number that ``index``, an integer tensor of one element, holds."""
+        return lambda graph, value: graph.add("Equal", [index, graph.constant(value, np.int64)])
 
     def _subgraph(self, build: Branch) -> onnx.GraphProto:
         inner = Graph(self)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dfs_cli import __version__
 from dfs_cli.export.bytes import ByteLowering, ByteScales, Key, is_identity, measure_scales, pool_codes
-from dfs_cli.export.gates import GateWriter, Pooled, write_doubt, write_refine_gate
-from dfs_cli.export.graph import Graph
+from dfs_cli.export.gates import GateWriter, Pooled, look_up_bits, write_doubt, write_refine_gate
+from dfs_cli.export.graph import Graph, Test
 from dfs_cli.export.layers import OPSET, Traced, trace
 from dfs_cli.export.lower import Lowering
 from dfs_cli.nn.network import DynamicResNet
@@ -26,7 +26,7 @@ NOT_RUN = -1
 
 _IR_VERSION = 8
 
-Decide = Callable[[Graph, int, Pooled | None], str]
+Decide = Callable[[Graph, int, Pooled | None], Test]
 
 
 class Parts:
@@ -42,7 +42,7 @@ class Parts:
     def __init__(
         self, network: DynamicResNet, input_size: tuple[int, int, int], samples: np.ndarray | None = None
     ) -> None:
-        self.network = network
+        self.network, self.input_size = network, input_size
         self.stem, x = trace(network.backbone, network.layout.stem, torch.zeros(1, *input_size))
         self.inputs: list[Tensor] = []
         for block in network.blocks:
@@ -54,6 +54,11 @@ class Parts:
         self.last = x
         self.option = cache(self._option)
         self.scales: ByteScales | None = None if samples is None else measure_scales(self, samples)
+
+    @property
+    def features(self) -> str:
+        """What blocks hand on: ``bytes`` or ``floats``."""
+        return "floats" if self.scales is None else "bytes"
 
     def part(self, key: Key) -> Traced:
         """``stem``, ``head``, or a block (index) with one of its options (index)."""
@@ -96,19 +101,11 @@ class Parts:
             return trace(part.module, lambda module, x: module(x), x)[0]
 
 
-def export_dynamic(
-    network: DynamicResNet, input_size: tuple[int, int, int], samples: np.ndarray | None = None
-) -> onnx.ModelProto:
+def export_dynamic(parts: Parts) -> onnx.ModelProto:
     """The network with its gate. Inputs ``images`` (1, C, H, W) and, optional, ``operating_point``, a double; outputs
     ``logits`` (1, classes) and ``bits`` (1, P * L), the bitwidths chosen, pass after pass; -1: the pass was not run.
-
-    Args:
-        network: in evaluation mode, on the CPU.
-        input_size: (C, H, W) of the images.
-        samples: as for :class:`Parts`.
     """
-    graph, parts = Graph(), Parts(network, input_size, samples)
-    point = OPERATING_POINT
+    graph, network, point = Graph(), parts.network, OPERATING_POINT
     graph.initializers.append(helper.make_tensor(point, TensorProto.DOUBLE, [], [network.operating_point]))
     if isinstance(network, ProbedResNet):
         logits, bits = _two_passes(graph, parts, network, point)
@@ -119,22 +116,16 @@ def export_dynamic(
     shape = [1, passes * len(network.blocks)]
     graph.add("Identity", [bits], [BITS])
     outputs = [helper.make_tensor_value_info(BITS, TensorProto.INT64, shape)]
-    return finish(graph, logits, parts.classes, input_size, inputs, outputs)
+    return finish(graph, logits, parts.classes, parts.input_size, inputs, outputs)
 
 
-def export_static(
-    network: DynamicResNet,
-    policy: Sequence[int],
-    input_size: tuple[int, int, int],
-    samples: np.ndarray | None = None,
-) -> onnx.ModelProto:
+def export_static(parts: Parts, policy: Sequence[int]) -> onnx.ModelProto:
     """The network with the same decisions for every image, without control flow; output ``logits``.
 
     Args:
         policy: option indices (P * L,), as in :class:`dfs_cli.nn.network.Output`.
-        samples: as for :class:`Parts`.
     """
-    graph, parts = Graph(), Parts(network, input_size, samples)
+    graph, network = Graph(), parts.network
     blocks = len(network.blocks)
     logits, _ = _straight(graph, parts, IMAGES, policy[:blocks])
     if len(policy) > blocks and policy[blocks] >= 0:
@@ -142,7 +133,7 @@ def export_static(
         second, _ = _straight(graph, parts, _view(graph, network), policy[blocks:])
         logits = _add_evidence(graph, network, logits, second)
     bits = [NOT_RUN if option < 0 else network.config.bits[option] for option in policy]
-    return finish(graph, logits, parts.classes, input_size, metadata={"policy": json.dumps(bits)})
+    return finish(graph, logits, parts.classes, parts.input_size, metadata={"policy": json.dumps(bits)})
 
 
 def _straight(graph: Graph, parts: Parts, images: str, policy: Sequence[int]) -> tuple[str, str]:
@@ -157,14 +148,14 @@ def _gated(graph: Graph, parts: Parts, images: str, decide: Decide, pools: bool)
     """One pass with an ``If`` for every decision; returns the logits.
 
     Args:
-        decide: from the graph, a block's index and the mean of its input to the decision, see :meth:`Graph.choose`.
+        decide: from the graph, a block's index and the mean of its input to the test for options, see :meth:`Graph.choose`.
         pools: whether ``decide`` needs the mean; else it gets None.
     """
     x = parts.write(graph, "stem", images)
     pooled = parts.pool(graph, 0, x) if pools else None
     options, last = range(len(parts.network.config.bits)), len(parts.network.blocks) - 1
     for block in range(last + 1):
-        decision = decide(graph, block, pooled)
+        is_chosen = decide(graph, block, pooled)
         mean = "" if pooled is None else pooled.name
 
         def run(inner: Graph, option: int, block: int = block, x: str = x, mean: str = mean) -> list[str]:
@@ -175,7 +166,7 @@ def _gated(graph: Graph, parts: Parts, images: str, decide: Decide, pools: bool)
             return [y, mean if parts.keeps_input(block, option) else parts.pool(inner, block + 1, y).name]
 
         branches = [lambda inner, option=option, run=run: run(inner, option) for option in options]
-        x, *means = graph.choose(decision, branches)
+        x, *means = graph.choose(is_chosen, branches)
         pooled = Pooled(means[0], parts.mean_scale(block + 1)) if means else None
     return parts.write(graph, "head", x)
 
@@ -185,15 +176,15 @@ def _one_pass(graph: Graph, parts: Parts, network: DynamicResNet, point: str) ->
     state = writer.start(graph)
     chosen: list[str] = []
 
-    def decide(inner: Graph, block: int, pooled: Pooled | None) -> str:
+    def decide(inner: Graph, block: int, pooled: Pooled | None) -> Test:
         nonlocal state
         assert pooled is not None
         decision, state = writer.write(inner, block, pooled, state)
         chosen.append(decision)
-        return decision
+        return writer.test(decision)
 
     logits = _gated(graph, parts, IMAGES, decide, pools=True)
-    return logits, writer.bits(graph, chosen, network.config.bits)
+    return logits, writer.write_bits(graph, chosen, network.config.bits)
 
 
 def _two_passes(graph: Graph, parts: Parts, network: ProbedResNet, point: str) -> tuple[str, str]:
@@ -203,22 +194,16 @@ def _two_passes(graph: Graph, parts: Parts, network: ProbedResNet, point: str) -
     is_unsure = graph.add("Squeeze", [graph.add("Greater", [doubt, point])])
 
     def look_again(inner: Graph) -> list[str]:
-        mean = parts.pool(inner, blocks, features)
-        row = inner.add(
-            "Cast", [inner.add("Squeeze", [mean.name, inner.constant([0], np.int64)])], to=TensorProto.DOUBLE
-        )
-        pooled = inner.add("Mul", [row, inner.constant(mean.scale, np.float64)])
         charge = network.price * network.prices.cpu().numpy()
-        choice = write_refine_gate(inner, network.gate, charge, (doubt, margin, pooled))
+        pooled = parts.pool(inner, blocks, features)
+        choice = write_refine_gate(inner, network.gate, charge, doubt, margin, pooled)
 
-        def decide(graph: Graph, block: int, _: Pooled | None) -> str:
-            index = graph.add("Gather", [choice, graph.constant(block, np.int64)])
-            is_binary = len(network.config.bits) == 2
-            return graph.add("Equal", [index, graph.constant(0, np.int64)]) if is_binary else index
+        def decide(graph: Graph, block: int, _: Pooled | None) -> Test:
+            return graph.equals(graph.add("Gather", [choice, graph.constant(block, np.int64)]))
 
         second = _gated(inner, parts, _view(inner, network), decide, pools=False)
         row = inner.add("Reshape", [choice, inner.constant([1, blocks], np.int64)])
-        return [_add_evidence(inner, network, first, second), _to_bits(inner, network, row)]
+        return [_add_evidence(inner, network, first, second), look_up_bits(inner, network.config.bits, row)]
 
     def leave(inner: Graph) -> list[str]:
         return [first, inner.constant(np.full((1, blocks), NOT_RUN, np.int64))]
@@ -240,10 +225,6 @@ def _add_evidence(graph: Graph, network: ProbedResNet, first: str, second: str) 
     weights = network.evidence.detach().cpu().numpy()
     parts = [graph.add("Mul", [graph.constant(w), logits]) for w, logits in zip(weights, (first, second), strict=True)]
     return graph.add("Add", parts)
-
-
-def _to_bits(graph: Graph, network: DynamicResNet, choice: str) -> str:
-    return graph.add("Gather", [graph.constant(network.config.bits, np.int64), choice])
 
 
 def finish(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +13,8 @@ from dfs_cli.artifact.files import check_writable, write_atomically
 from dfs_cli.data.images import Batch
 from dfs_cli.errors import DataError, ExportError
 from dfs_cli.evaluation.dynamics import most_common_policy
-from dfs_cli.export.bytes import can_hand_on_bytes
 from dfs_cli.export.check import Comparison, check_holds, compare
-from dfs_cli.export.network import export_dynamic, export_static
+from dfs_cli.export.network import Parts, export_dynamic, export_static
 from dfs_cli.nn.network import DynamicResNet
 
 SCALE_IMAGES = 8
@@ -68,32 +66,27 @@ def make_graph(
     samples = next((batch.images for batch in batches if len(batch.targets)), None)
     if samples is None:
         raise DataError("there is no image to compare the graph on")
-    for scaled_on in (samples[:SCALE_IMAGES].numpy(), None):
-        if scaled_on is not None and not can_hand_on_bytes(network):
-            continue
-        content = serialise(network, input_size, policy, scaled_on)
-        comparison = compare(content, network, batches, labelled, policy, on_batch)
-        if comparison.holds:
-            break
+    parts = Parts(network, input_size, samples[:SCALE_IMAGES].numpy())
+
+    def attempt() -> tuple[bytes, Comparison]:
+        content = serialise(parts, policy)
+        return content, compare(content, network, batches, labelled, policy, on_batch)
+
+    content, comparison = attempt()
+    if not comparison.holds and parts.scales is not None:
+        parts.scales = None
+        content, comparison = attempt()
     check_holds(comparison)
-    return content, replace(comparison, features="floats" if scaled_on is None else "bytes")
+    return content, replace(comparison, features=parts.features)
 
 
-def serialise(
-    network: DynamicResNet,
-    input_size: tuple[int, int, int],
-    policy: Sequence[int] | None,
-    samples: np.ndarray | None,
-) -> bytes:
-    """The graph, unchecked; with ``samples``, images (N, C, H, W), blocks hand on bytes.
+def serialise(parts: Parts, policy: Sequence[int] | None) -> bytes:
+    """The graph, unchecked.
 
     Raises:
         ExportError: it is too large for ONNX.
     """
-    if policy is None:
-        model = export_dynamic(network, input_size, samples)
-    else:
-        model = export_static(network, policy, input_size, samples)
+    model = export_dynamic(parts) if policy is None else export_static(parts, policy)
     try:
         content: bytes = model.SerializeToString()
     except ValueError:

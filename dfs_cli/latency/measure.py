@@ -179,16 +179,15 @@ def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], st
 
 def _own_graph(subject: Subject, shape: tuple[int, int, int]) -> tuple[bytes, str]:
     """The dynamic network's graph as ``dfs export`` writes it; without its check where there is nothing to be right about."""
-    from dfs_cli.export.bytes import can_hand_on_bytes
+    from dfs_cli.export.network import Parts
     from dfs_cli.export.write import SCALE_IMAGES, make_graph, serialise
 
     if subject.is_tuned:
         batch = Batch(subject.images, torch.zeros(len(subject.images), dtype=torch.long), ())
         content, comparison = make_graph(subject.network, shape, [batch], labelled=False)
         return content, comparison.features
-    fits = can_hand_on_bytes(subject.network)
-    samples = subject.images[:SCALE_IMAGES].numpy() if fits else None
-    return serialise(subject.network, shape, None, samples), "bytes" if fits else "floats"
+    parts = Parts(subject.network, shape, subject.images[:SCALE_IMAGES].numpy())
+    return serialise(parts, None), parts.features
 
 
 def _images(subject: Subject, contender: Contender, turn: int) -> Tensor:

@@ -110,10 +110,10 @@ def bench_inference(
                 step, peak = _prepare(subject, contender)
                 steps.append(step)
                 memory.append(peak)
-            times, gates = _in_turns(subject, contenders, steps, repeats, on_round)
+            runs = _in_turns(subject, contenders, steps, repeats, on_round)
     finally:
         torch.set_num_threads(before)
-    rows = [_row(*found) for found in zip(contenders, times, gates, memory, strict=True)]
+    rows = [_row(*found) for found in zip(contenders, runs, memory, strict=True)]
     _compare(rows)
     return {
         "rows": rows,
@@ -216,33 +216,34 @@ def _in_turns(
     steps: Sequence[Step],
     repeats: int,
     on_round: Callable[[int], None],
-) -> tuple[list[list[float]], list[list[float]]]:
+) -> list[list[tuple[float, float]]]:
     """Milliseconds of every run, and of the gate in it where it is observed, per contender."""
-    times: list[list[float]] = [[] for _ in contenders]
-    gates: list[list[float]] = [[] for _ in contenders]
+    runs: list[list[tuple[float, float]]] = [[] for _ in contenders]
     for turn in range(_WARM_UP + repeats):
-        for contender, step, values, shares in zip(contenders, steps, times, gates, strict=True):
+        for contender, step, found in zip(contenders, steps, runs, strict=True):
             if contender.batch > 1 and (turn < _WARM_UP or (turn - _WARM_UP) % _LARGE_EVERY):
                 continue
             images = _images(subject, contender, turn)
             began = time.perf_counter()
             while time.perf_counter() - began < _SETTLING:
                 step(images)
-            gate = getattr(step, "gate", None)
-            before = gate.seconds if isinstance(gate, ObservedGate) else 0.0
-            began = time.perf_counter()
+            before, began = _gate_seconds(step), time.perf_counter()
             step(images)
             spent = time.perf_counter() - began
             if turn >= _WARM_UP:
-                values.append(1000 * spent)
-                if isinstance(gate, ObservedGate):
-                    shares.append(1000 * (gate.seconds - before))
+                found.append((1000 * spent, 1000 * (_gate_seconds(step) - before)))
         on_round(1)
-    return times, gates
+    return runs
 
 
-def _row(contender: Contender, values: list[float], gate: list[float], peak: int | None) -> dict[str, Any]:
-    percentiles = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+def _gate_seconds(step: Step) -> float:
+    gate = getattr(step, "gate", None)
+    return gate.seconds if isinstance(gate, ObservedGate) else 0.0
+
+
+def _row(contender: Contender, runs: list[tuple[float, float]], peak: int | None) -> dict[str, Any]:
+    values, gate = zip(*runs, strict=True)
+    percentiles = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else [*values] * 99
     return {
         "name": contender.name,
         "batch": contender.batch,
@@ -250,7 +251,8 @@ def _row(contender: Contender, values: list[float], gate: list[float], peak: int
         "p25_ms": percentiles[24],
         "p75_ms": percentiles[74],
         "p95_ms": percentiles[94],
-        "gate_ms": statistics.median(gate) if any(gate) else None,
+        # A mean: there may be images that no gate looks at, too many for a median.
+        "gate_ms": statistics.fmean(gate) if any(gate) else None,
         "runs": len(values),
         "images_per_second": 1000 * contender.batch / statistics.median(values),
         "peak_bytes": peak,

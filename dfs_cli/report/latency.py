@@ -35,10 +35,9 @@ def print_latency(record: dict[str, Any]) -> None:
             f"{row['cost']:8.4f}{row['time']:7.2f}"
         )
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    dense = {row["batch"]: row["p50_ms"] for row in record["rows"] if row["name"] == "pytorch-dense"}
     for row in record["rows"]:
         if row["gate_ms"] is not None:
-            share = row["gate_ms"] / dense[row["batch"]]
+            share = row["gate_ms"] / row["p50_ms"] * row["time"]
             line = f"{row['name']}, batch {row['batch']}: the gate takes {row['gate_ms']:.2f} ms, {share:.1%} of pytorch-dense"
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         if row["name"] in ("pytorch-dfs", "ort-dfs"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
-from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm
+from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
 from dfs_cli.nn.quantization import Convolution, code_range
 
 OPSET = 17
@@ -170,10 +170,9 @@ def _plain_layer(layer: FractionalLayer) -> nn.Module:
 def _plain_norm(norm: FractionalBatchNorm) -> nn.Module:
     """The normalisation that ``norm`` is at its current bitwidth, of the class that it stands in for."""
     plain = copy.deepcopy(norm)
-    if (bits := norm.precision.bits) != FULL_BITS:
-        row = norm.bitwidths.index(bits)
-        plain.weight, plain.bias = nn.Parameter(norm.bit_weight[row].clone()), nn.Parameter(norm.bit_bias[row].clone())
-        plain.running_mean, plain.running_var = norm.bit_mean[row].clone(), norm.bit_var[row].clone()
+    for own, value in zip(norm_tensors(plain, FULL_BITS), norm_tensors(norm, norm.precision.bits), strict=True):
+        if own is not None and value is not None:
+            own.detach().copy_(value.detach())
     for name in ("bit_weight", "bit_bias", "bit_mean", "bit_var"):
         delattr(plain, name)
     plain.__class__ = _PLAIN_NORMS[type(norm)]  # type: ignore[assignment]

@@ -29,6 +29,14 @@ def initial_preference(bits: tuple[int, ...]) -> Tensor:
     return _BIAS_SCALE * relative.sqrt()
 
 
+def pool(features: Tensor) -> Tensor:
+    """The mean over the pixels of ``features`` (N, C, H, W): (N, C), in single precision.
+
+    Double precision would take forty times as long; on the CPU each image is summed alike in any batch.
+    """
+    return features.float().mean(dim=(2, 3))
+
+
 class Gate(nn.Module):
     """A gate scores K options for each of L blocks, from the spatially averaged features that enter the block.
 
@@ -57,17 +65,15 @@ class Gate(nn.Module):
         return zeros, zeros
 
     def pool(self, features: Tensor, known: Tensor | None = None, changed: Tensor | None = None) -> Tensor:
-        """The mean over the pixels of ``features`` (N, C, H, W): (N, C), in single precision.
-
-        Double precision would take forty times as long; on the CPU each image is summed alike in any batch.
+        """:func:`pool`, not again where it is known.
 
         Args:
             known: (N, C), means that are right for all images but ``changed`` (indices); it is written to.
         """
         if known is None or changed is None or len(changed) == len(features) or features[0].numel() < _SMALL_INPUT:
-            return features.float().mean(dim=(2, 3))
+            return pool(features)
         for image in changed.tolist():  # picked one by one: features of that size are not to be copied
-            known[image] = features[image].float().mean(dim=(1, 2))
+            known[image] = pool(features[image : image + 1])[0]
         return known
 
     def forward(self, block: int, pooled: Tensor, state: State) -> tuple[Tensor, State]:
@@ -89,7 +95,7 @@ class Gate(nn.Module):
     @torch.no_grad()
     def normalise_input(self, block: int, features: Tensor) -> None:
         """Scale a block's embedding so that pooled features like ``features`` have zero mean and unit deviation."""
-        pooled = self.pool(features)
+        pooled = pool(features)
         deviation = pooled.std(dim=0, unbiased=False)
         # Channels that hardly vary, and lone images, must not be blown up.
         deviation = (

@@ -8,7 +8,7 @@ be too small to estimate them from.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -26,6 +26,22 @@ N = TypeVar("N", bound="FractionalBatchNorm")
 
 NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0, "bit_mean": 0.0, "bit_var": 1.0}
 """What the tensors that :meth:`FractionalBatchNorm.fold_statistics` makes useless are set to."""
+
+
+class NormTensors(NamedTuple):
+    """What a batch-norm normalises with, (C,) each."""
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def as_affine(self, eps: float) -> tuple[Tensor, Tensor]:
+        """Gain and shift (C,), in double precision: the same as ``gain * x + shift``."""
+        gain = (self.variance.double() + eps).rsqrt()
+        gain = gain if self.weight is None else gain * self.weight.double()
+        shift = -self.mean.double() * gain
+        return gain, shift if self.bias is None else shift + self.bias.double()
 
 
 class FractionalBatchNorm(_Norm):
@@ -67,16 +83,7 @@ class FractionalBatchNorm(_Norm):
             getattr(self, name).fill_(value)
 
     def _normalise(self, x: Tensor) -> Tensor:
-        bits = self.precision.bits
-        weight: Tensor
-        bias: Tensor
-        if bits == FULL_BITS:
-            mean, variance, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        else:
-            row = self.bitwidths.index(bits)
-            mean, variance = self.bit_mean[row], self.bit_var[row]
-            weight, bias = self.bit_weight[row], self.bit_bias[row]
-        return nn.functional.batch_norm(x, mean, variance, weight, bias, eps=self.eps)
+        return nn.functional.batch_norm(x, *norm_tensors(self, self.precision.bits), eps=self.eps)
 
 
 class FractionalBatchNorm2d(FractionalBatchNorm, nn.BatchNorm2d):
@@ -99,6 +106,15 @@ FRACTIONAL_NORMS: dict[type[nn.Module], type[FractionalBatchNorm]] = {
     BatchNormAct2d: FractionalBatchNormAct2d,
 }
 """Which class stands in for which; other normalisations (of groups, of layers) have no statistics to shift."""
+
+
+def norm_tensors(norm: nn.BatchNorm2d, bits: int) -> NormTensors:
+    """What ``norm``, of any kind, normalises with at a bitwidth: its own tensors, not copies."""
+    if isinstance(norm, FractionalBatchNorm) and bits != FULL_BITS:
+        row = norm.bitwidths.index(bits)
+        return NormTensors(norm.bit_mean[row], norm.bit_var[row], norm.bit_weight[row], norm.bit_bias[row])
+    assert norm.running_mean is not None and norm.running_var is not None
+    return NormTensors(norm.running_mean, norm.running_var, norm.weight, norm.bias)
 
 
 def match_statistics(norm: FractionalBatchNorm, row: int, expected: tuple[Tensor, Tensor], x: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.nn.gate import RefineGate
+from dfs_cli.nn.gate import RefineGate, pool
 from dfs_cli.nn.network import DynamicResNet, Output
 
 # Thresholds of doubt beyond all doubts; finite, so that they can be written as JSON.
@@ -45,7 +45,7 @@ def summarise(logits: Tensor, features: Tensor) -> Tensor:
     """What a pass found, (N, 2 + C): log-odds, margin between the two largest logits, and pooled ``features`` (N, C, H, W)."""
     top, others = _split_top(logits)
     scalars = torch.stack([top - others.logsumexp(dim=1), top - others[:, 0]], dim=1)
-    return torch.cat([scalars, features.float().mean(dim=(2, 3)).double()], dim=1)
+    return torch.cat([scalars, pool(features).double()], dim=1)
 
 
 class ProbedResNet(DynamicResNet):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.layers import FractionalConv2d
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.normalisation import FractionalBatchNorm
+from dfs_cli.nn.normalisation import norm_tensors
 from dfs_cli.nn.quantization import LARGEST_BYTE, code_range, nearest_integer_bias
 
 _BYTE = 8
@@ -58,18 +58,13 @@ def round_biases(network: DynamicResNet, input_size: tuple[int, int, int]) -> No
 
 
 def _round(conv: FractionalConv2d, norm: nn.BatchNorm2d, bits: int) -> None:
-    mean, variance = norm.running_mean, norm.running_var
-    weight: Tensor = norm.weight
-    bias: Tensor = norm.bias
-    if isinstance(norm, FractionalBatchNorm):
-        row = norm.bitwidths.index(bits)
-        mean, variance, weight, bias = norm.bit_mean[row], norm.bit_var[row], norm.bit_weight[row], norm.bit_bias[row]
-    assert mean is not None and variance is not None
-    gain = weight.double() / (variance.double() + norm.eps).sqrt()
-    own = 0.0 if conv.bias is None else conv.bias.double()
-    shift = bias.double() + (own - mean.double()) * gain
+    tensors = norm_tensors(norm, bits)
+    gain, shift = tensors.as_affine(norm.eps)
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * gain
     row = conv.bitwidths.index(bits)
     unit = conv.log_weight_steps[row].exp().double() * conv.log_input_steps[row].exp().double() * gain.abs()
     numerator, multiple = nearest_integer_bias(shift / unit, LARGEST_BYTE // code_range(bits, signed=True)[1])
     rounded = torch.where(unit > 0, numerator / multiple * unit, shift)
-    bias.add_(torch.where(rounded.isfinite(), rounded - shift, 0.0).to(bias.dtype))
+    if tensors.bias is not None:
+        tensors.bias.add_(torch.where(rounded.isfinite(), rounded - shift, 0.0).to(tensors.bias.dtype))

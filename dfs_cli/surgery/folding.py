@@ -11,8 +11,10 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 
+from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.layers import FractionalConv2d
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.normalisation import norm_tensors
 
 
 @torch.no_grad()
@@ -79,12 +81,10 @@ def _always_full(module: nn.Module) -> bool:
 
 
 def _fold(conv: FractionalConv2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None
-    factor = (norm.running_var.double() + norm.eps).rsqrt()
-    factor = factor if norm.weight is None else factor * norm.weight.double()
-    shift = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
-    shift = shift * factor if norm.bias is None else shift * factor + norm.bias.double()
+    gain, shift = norm_tensors(norm, FULL_BITS).as_affine(norm.eps)
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * gain
     weight: Tensor = conv._effective_weight()
-    conv.weight = nn.Parameter((weight.double() * factor.reshape(-1, 1, 1, 1)).to(weight.dtype))
+    conv.weight = nn.Parameter((weight.double() * gain.reshape(-1, 1, 1, 1)).to(weight.dtype))
     conv.bias = nn.Parameter(shift.to(weight.dtype))
     conv.standardise_eps = None  # it has been standardised

@@ -94,12 +94,15 @@ def evaluate(
     batch_size: int = EVAL_BATCH,
     workers: int | None = None,
     amp: bool = False,
+    channels_last: bool = False,
     observer: Observer | None = None,
 ) -> Evaluation:
     """Accuracy, cost and decisions of a converted network on a validation split.
 
     Args:
         data: None: the embedded digits, for their model.
+        amp: compute in bfloat16 where automatic mixed precision does; decisions may differ.
+        channels_last: keep images and features with their channels next to each other in memory.
 
     Raises:
         DataError: images are missing, unreadable, or of other classes.
@@ -115,7 +118,12 @@ def evaluate(
     observer.stage("evaluating", len(data))
     loader = eval_loader(data, batch_size, workers, device.type == "cuda")
     log = UnreadableLog("validation", len(data))
-    return evaluate_network(network, manifest.table, loader, device, log, amp, observer.advance)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    try:
+        network.to(memory_format=layout)
+        return evaluate_network(network, manifest.table, loader, device, log, amp, layout, observer.advance)
+    finally:
+        network.to(memory_format=torch.contiguous_format)
 
 
 def export_onnx(

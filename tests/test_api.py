@@ -126,6 +126,9 @@ def test_evaluation_agrees_with_a_plain_loop(artifact: Path) -> None:
     data = dfs_cli.Images(
         TensorDataset(torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 10)
     )
+    quick = dfs_cli.evaluate(converted, amp=True, channels_last=True)
+    assert abs(quick.top1 - stored.top1) < 1 and abs(quick.cost - stored.cost) < 0.1 * stored.cost
+    assert all(p.is_contiguous() for p in converted.network.parameters())
     found = dfs_cli.evaluate(converted, data)
     with torch.no_grad():
         output = converted.network.run(torch.stack([data[i][0] for i in range(50)]))  # type: ignore[misc]

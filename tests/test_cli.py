@@ -74,6 +74,8 @@ def test_convert_eval_profile() -> None:
     )
     (row,) = csv.DictReader(io.StringIO(Path("r.csv").read_text()))
     assert float(row["top1"]) == record["top1"] and row["model"] == "resnet20_digits"
+    quick = run("eval", "model.safetensors", "--amp", "--channels-last", "--json", "--workers", "0")
+    assert abs(json.loads(quick.stdout)["top1"] - record["top1"]) < 1
     refused(run("eval", "model.safetensors", "--results-file", "r.csv"), "--force")
     assert run("eval", "model.safetensors", "--results-file", "r.csv", "--force").exit_code == 0
 

@@ -6,6 +6,7 @@ import torch
 from conftest import make_dynamic, spread_gate, timm_model, tiny_resnet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfs_cli.config import FULL_BITS, DynamicConfig
@@ -231,6 +232,7 @@ def test_run_in_full_leaves_no_state(tiny: nn.Module) -> None:
 def test_an_accelerator_is_waited_for_once_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted on the CPU: operations whose result, or the size of it, is known only once an accelerator is done."""
     network = make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate="rnn"))
+    device = torch.device("cpu")
     waits = []
 
     class Waits(TorchDispatchMode):
@@ -250,11 +252,74 @@ def test_an_accelerator_is_waited_for_once_per_block(monkeypatch: pytest.MonkeyP
     for choice in (torch.tensor([2, 0, 1, 0]), torch.tensor([1, 1]), torch.tensor([2])):
         waits.clear()
         with Waits():
-            groups = network._groups(choice)
+            groups = network._groups(choice, device)
         assert len(waits) == 1
         assert [(option, len(rows)) for option, rows in groups] == sorted(Counter(read(choice)).items())
         if len(groups) > 1:  # a lone option comes with the choice itself
             assert all((choice[rows] == option).all() for option, rows in groups)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # what cached weights are known by
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("gate", ["rnn", "ff", "probe"])
+def test_an_accelerator_is_waited_for_nowhere_else(gate: str, amp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that claim to be on CUDA and have no values: to ask for one, or to mix devices, is an error."""
+    network = make_dynamic(tiny_resnet(Bottleneck), DynamicConfig(gate=gate)).eval()  # type: ignore[arg-type]
+    monkeypatch.setattr(FractionalLayer, "_signed", lambda _: False)  # read once per placement
+    waits: list[str] = []
+
+    def groups(choice: torch.Tensor, device: torch.device) -> list[tuple[int, torch.Tensor]]:
+        if choice.device.type == "cuda":
+            waits.append("groups")
+        rows = torch.arange(len(choice), device=device)
+        return [(0, rows[:1]), (2, rows[1:3]), (4, rows[3:])]
+
+    def nonzero(found: torch.Tensor) -> torch.Tensor:
+        waits.append("nonzero")
+        return torch.arange(4, device=found.device)[:, None]
+
+    copy_to_cpu = torch.Tensor.cpu
+    monkeypatch.setattr(network, "_groups", groups)
+    monkeypatch.setattr(torch.Tensor, "nonzero", nonzero)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: waits.append("cpu") or copy_to_cpu(tensor))
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    with FakeTensorMode(), torch.no_grad():
+
+        def pretend(tensor: torch.Tensor) -> torch.Tensor:
+            layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda", memory_format=layout)
+
+        for module in network.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(pretend(parameter)))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, pretend(buffer))
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=amp):
+            output = network.run(pretend(torch.empty(6, 3, 32, 32)))
+    assert output.logits.device.type == output.decisions.device.type == "cuda"
+    assert waits == (["cpu", "nonzero", "cpu"] if gate == "probe" else ["groups"] * len(network.blocks))
+
+
+@pytest.mark.parametrize("gate", ["rnn", "probe"])
+def test_mixed_precision_channels_last_differs_in_rounding_alone(gate: str) -> None:
+    network = make_dynamic(tiny_resnet(Bottleneck), DynamicConfig(gate=gate)).eval()  # type: ignore[arg-type]
+    spread_gate(network)
+    images = torch.randn(12, 3, 32, 32)
+    layouts: list[bool] = []
+    with torch.no_grad():
+        expected = network.run(images)
+        network.to(memory_format=torch.channels_last)
+        for block in network.blocks:
+            block.module.register_forward_hook(
+                lambda _, __, y: layouts.append(y.is_contiguous(memory_format=torch.channels_last))
+            )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = network.run(images.to(memory_format=torch.channels_last), expected.decisions).logits.float()
+    assert len(expected.decisions.unique()) > 1
+    # Eight bits of mantissa, through five blocks.
+    assert float((found - expected.logits).abs().max()) < 0.05 * float(expected.logits.abs().max())
+    assert not torch.equal(found, expected.logits) and layouts and all(layouts)
 
 
 def test_means_of_unchanged_features_are_known(monkeypatch: pytest.MonkeyPatch) -> None:

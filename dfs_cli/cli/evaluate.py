@@ -36,6 +36,7 @@ def evaluate(
         int, typer.Option("--batch-size", help="Images per batch; decisions do not depend on it.")
     ] = 256,
     amp: options.Amp = False,
+    channels_last: options.ChannelsLast = False,
     device: options.DeviceOption = "auto",
     workers: options.Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
@@ -69,7 +70,13 @@ def evaluate(
         if budget is not None:
             converted = api.recalibrate(converted, budget, data_config, workers=workers, observer=observer)
         evaluation = api.evaluate(
-            converted, data_config, batch_size=batch_size, workers=workers, amp=amp, observer=observer
+            converted,
+            data_config,
+            batch_size=batch_size,
+            workers=workers,
+            amp=amp,
+            channels_last=channels_last,
+            observer=observer,
         )
     evaluated = api.Converted(converted.network, dataclasses.replace(converted.manifest, validation=evaluation))
     if output is not None:

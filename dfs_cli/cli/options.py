@@ -43,6 +43,7 @@ Download = Annotated[
 Workers = Annotated[int | None, typer.Option("--workers", "-j", metavar="N", help="Processes that load images.")]
 DeviceOption = Annotated[DeviceKind, typer.Option("--device", help="Where to compute.")]
 Amp = Annotated[bool, typer.Option("--amp", help="Automatic mixed precision (bfloat16).")]
+ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Channels-last memory layout.")]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth, .pt or .tar.")
 ]

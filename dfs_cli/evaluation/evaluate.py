@@ -31,12 +31,14 @@ def evaluate_network(
     device: torch.device,
     unreadable: UnreadableLog,
     amp: bool = False,
+    layout: torch.memory_format = torch.contiguous_format,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
     """Run the network over ``batches``, and once more with the most common policy where there is more than one.
 
     Args:
         batches: gives the same images whenever it is iterated.
+        layout: of images, in memory; the network's weights should have the same.
 
     Raises:
         DataError: there is no image, or too many are unreadable.
@@ -49,7 +51,7 @@ def evaluate_network(
         on_batch(len(batch.targets) + len(batch.unreadable))
         if not len(batch.targets):
             continue
-        images = batch.images.to(device, non_blocking=True)
+        images = batch.images.to(device, non_blocking=True, memory_format=layout)
         began = _now(device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             output = network.run(images)
@@ -70,7 +72,7 @@ def evaluate_network(
         choice_entropy=choice_entropy(decisions),
         variance_between_images=variance_between_images(table, decisions),
         common_share=float(has_common.double().mean()),
-        common_top1=_top1_with(network, common.to(device), torch.cat(right), has_common, batches, device, amp),
+        common_top1=_top1_with(network, common.to(device), torch.cat(right), has_common, batches, device, amp, layout),
         common_cost=float(table.cost(common[None])),
     )
     return Evaluation(
@@ -96,6 +98,7 @@ def _top1_with(
     batches: Iterable[Batch],
     device: torch.device,
     amp: bool,
+    layout: torch.memory_format,
 ) -> float:
     """Top-1 when every image is given the decisions ``policy`` (P * L,).
 
@@ -107,10 +110,10 @@ def _top1_with(
     for batch in batches if not has_policy.all() else ():
         others = torch.arange(done, done + len(batch.targets))[~has_policy[done : done + len(batch.targets)]]
         if len(others):
-            images, targets = batch.images[others - done].to(device), batch.targets[others - done]
+            images = batch.images[others - done].to(device, memory_format=layout)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
                 logits = network.run(images, policy.expand(len(images), -1)).logits
-            right[others] = logits.argmax(dim=1).cpu() == targets
+            right[others] = logits.argmax(dim=1).cpu() == batch.targets[others - done]
         done += len(batch.targets)
     return 100 * float(right.double().mean())
 

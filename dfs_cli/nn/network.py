@@ -227,7 +227,7 @@ class DynamicResNet(nn.Module):
         """Run each group of images with its option, (N, C, H, W) to (N, C', H', W'), in the order of the batch."""
         if probs is None and not torch.is_grad_enabled():
             return self._infer(block, x, choice)
-        groups = self._groups(choice)
+        groups = self._groups(choice, x.device)
         if len(groups) <= 1:
             return self._execute(block, x, groups[0][0] if groups else 0, probs, explore)
         outputs = [
@@ -238,7 +238,7 @@ class DynamicResNet(nn.Module):
 
     def _infer(self, block: Block, x: Tensor, choice: Tensor) -> Tensor:
         """:meth:`_route` where no gradient is recorded: nothing is moved that need not be. It may write into ``x``."""
-        groups = self._groups(choice)
+        groups = self._groups(choice, x.device)
         if len(groups) <= 1:
             return self._execute(block, x, groups[0][0] if groups else 0, None, 0.0)
         result: Tensor | None = None
@@ -253,10 +253,11 @@ class DynamicResNet(nn.Module):
         assert result is not None
         return result
 
-    def _groups(self, choice: Tensor) -> list[tuple[int, Tensor]]:
-        """The options that ``choice`` (N,) names, ascending, and the indices of the images that took each.
+    def _groups(self, choice: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
+        """The options that ``choice`` (N,) names, ascending, and the indices, on ``device``, of the images that took each.
 
-        A single option comes with ``choice`` itself: there is nothing to pick. An accelerator is waited for once.
+        A single option comes with ``choice`` itself: there is nothing to pick. An accelerator is waited for once, if that is
+        where ``choice`` is.
         """
         if len(choice) == 1:
             return [(int(choice), choice)]
@@ -266,7 +267,8 @@ class DynamicResNet(nn.Module):
         taken = [(option, count) for option, count in enumerate(counts) if count]
         if len(taken) <= 1:
             return [(option, choice) for option, _ in taken]
-        rows = choice.argsort(stable=True).split([count for _, count in taken])
+        order = choice.argsort(stable=True).to(device, non_blocking=True)
+        rows = order.split([count for _, count in taken])
         return [(option, r) for (option, _), r in zip(taken, rows, strict=True)]
 
     def _execute(self, block: Block, x: Tensor, option: int, probs: Tensor | None, explore: float) -> Tensor:

@@ -123,7 +123,8 @@ class ProbedResNet(DynamicResNet):
             return tensor if everybody else tensor[indices]
 
         scores = self.gate(summarise(entering(first.detach()), entering(features.detach())))
-        scores = scores - self.price * self.prices.to(scores.dtype)
+        # Not self.price, a number: an accelerator would be waited for.
+        scores = scores - self.stored_price * self.prices.to(scores.dtype)
         choice = scores.argmax(dim=2) if decisions is None else entering(decisions[:, blocks:])
         probs = scores.softmax(dim=2) if self.training else None
         views = entering(images)
@@ -140,8 +141,12 @@ class ProbedResNet(DynamicResNet):
     def _pass(
         self, images: Tensor, choice: Tensor, probs: Tensor | None = None, explore: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Logits and last features of one pass with the options ``choice`` (N, L), chosen with ``probs`` (N, L, K)."""
-        return self._walk(images, lambda i, _: (choice[:, i], None if probs is None else probs[:, i]), explore)
+        """Logits and last features of one pass with the options ``choice`` (N, L), chosen with ``probs`` (N, L, K).
+
+        An accelerator is waited for once, not for each block.
+        """
+        known = choice.cpu()
+        return self._walk(images, lambda i, _: (known[:, i], None if probs is None else probs[:, i]), explore)
 
     @torch.no_grad()
     def fit_gate(self, images: Tensor) -> None:

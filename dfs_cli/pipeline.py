@@ -40,9 +40,9 @@ from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic, verify_c
 from dfs_cli.tuning.calibration import calibrate
 from dfs_cli.tuning.loop import Goal, StepRecord, seed_everything, tune
 from dfs_cli.tuning.plan import plan_passes
-from dfs_cli.tuning.sensitivity import measure_damage, prefer_harmless_options
+from dfs_cli.tuning.sensitivity import measure_damage, measure_layer_damage, prefer_harmless_options
 from dfs_cli.tuning.state import start_state
-from dfs_cli.tuning.static_mix import best_static_mix
+from dfs_cli.tuning.static_mix import best_layer_mix
 
 EVAL_BATCH = 256
 
@@ -186,6 +186,7 @@ class Run:
         self.teacher = copy.deepcopy(module).to(self.device).eval()
         self.train_log = UnreadableLog("training", len(self.splits.train) + len(self.splits.calibration))
         self.goal = Goal(cost)
+        self.layer_bits: dict[str, int] = {}
 
     @property
     def steps(self) -> int:
@@ -214,12 +215,16 @@ class Run:
         self.network.fit_gate(sample)
 
     def plan_static(self, bits: int | None) -> None:
-        """Make a network of one pass that runs every block at ``bits``, or at the best static mix for the cost."""
+        """Make a network of one pass that runs every block at ``bits``, or every layer at the best static mix for the cost."""
         sample = self._make_network()
         assert isinstance(self.network, ProbedResNet), "a static network is the first pass of a probed one"
         if bits is None:
-            damage = measure_damage(self.network, self.table, sample)
-            self.network.policy.copy_(best_static_mix(self.table, damage, self.budget))
+            mix = best_layer_mix(self.table, *measure_layer_damage(self.network, self.table, sample), self.budget)
+            self.network.set_layer_bits(mix)
+            skipped = {layer.block for layer in self.table.layers if mix.get(layer.name) == 0}
+            self.network.policy[[i for i in range(len(self.network.blocks)) if i in skipped]] = 0
+            fit_scales(self.network, sample, [self.network.policy])
+            self.table, self.layer_bits = self.table.with_layer_bits(mix), mix
         else:
             self.network.policy.fill_(self.dynamic.bits.index(bits))
         self.network.operating_point = EVERYBODY_IS_SURE

@@ -35,7 +35,7 @@ from dfs_cli.report.cost import dynamics_record, option_shares
 from dfs_cli.resolve import default_data, default_dynamic, default_tuning, describe_model
 from dfs_cli.surgery.convert import plan_costs
 
-RECIPE = 2
+RECIPE = 3
 """Raised with every change of how networks are tuned: results of different recipes do not belong into one file."""
 UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
 STATIC_OPTIONS = (2, 3, 4, 5, 6, 8, 16, 32)
@@ -198,7 +198,7 @@ def _settings(job: Job, config: SweepConfig) -> tuple[float, DynamicConfig]:
         return job.budget, config.dynamic[job.budget]
     if job.method == "skipnet":
         return job.budget, DynamicConfig(PRESETS["skipnet"], PRESET_EDGE_BITS["skipnet"], gate="rnn")
-    return job.budget, DynamicConfig(STATIC_OPTIONS, _static_edge_bits(config))
+    return job.budget, DynamicConfig((0, *STATIC_OPTIONS), _static_edge_bits(config))
 
 
 def _measure(job: Job, run: Run, results: dict[str, Any], answers: Path) -> Point:
@@ -223,8 +223,11 @@ def _measure(job: Job, run: Run, results: dict[str, Any], answers: Path) -> Poin
         "top1": evaluation.top1,
         "top5": evaluation.top5,
         "steps": run.steps,
-        "option_shares": {str(b): n for b, n in option_shares(run.table, evaluation).items() if n},
     }
+    if run.layer_bits:
+        point["layer_bits"] = run.layer_bits
+    else:
+        point["option_shares"] = {str(b): n for b, n in option_shares(run.table, evaluation).items() if n}
     if static:
         _save_answers(answers, run, evaluation.cost)
     else:

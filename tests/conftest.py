@@ -13,7 +13,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
 import dfs_cli
@@ -42,6 +44,15 @@ def tiny_resnet(block: type[nn.Module] = BasicBlock, seed: int = 0) -> nn.Module
     model = ResNet(block, (2, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24), stem_type="deep", stem_width=8)
     model.pretrained_cfg = {"architecture": "tiny", "input_size": (3, 32, 32)}
     return randomise(model, seed)
+
+
+def preactivated_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model = ResNetV2(
+        (1, 1, 2, 1), channels=(32, 32, 64, 64), num_classes=5, stem_chs=16, stem_type="", preact=True,
+        conv_layer=create_conv2d, norm_layer=BatchNormAct2d,
+    )  # fmt: skip
+    return randomise(model)
 
 
 def make_dynamic(

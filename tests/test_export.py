@@ -6,11 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_dynamic, randomise, spread_gate, tiny_resnet
+from conftest import make_dynamic, preactivated_resnet, randomise, spread_gate, tiny_resnet
 from onnx import TensorProto, helper, numpy_helper
-from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from timm.models.resnetv2 import ResNetV2
 from torch import nn
 from typer.testing import CliRunner
 
@@ -40,15 +38,6 @@ def se_resnet() -> nn.Module:
     torch.manual_seed(0)
     attention = {"attn_layer": "se"}
     return randomise(ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24), block_args=attention))
-
-
-def preactivated_resnet() -> nn.Module:
-    torch.manual_seed(0)
-    model = ResNetV2(
-        (1, 1, 2, 1), channels=(32, 32, 64, 64), num_classes=5, stem_chs=16, stem_type="", preact=True,
-        conv_layer=create_conv2d, norm_layer=BatchNormAct2d,
-    )  # fmt: skip
-    return randomise(model)
 
 
 MODELS = {

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from conftest import make_dynamic, tiny_resnet
+from conftest import make_dynamic, randomise, tiny_resnet
 from safetensors.torch import save
 from timm.layers import StdConv2d
 from timm.models.resnetv2 import ResNetV2
@@ -144,10 +144,12 @@ def test_loading_is_strict() -> None:
             load_packed(random_network((0, 2, 8)), changed)
 
 
+@pytest.mark.parametrize("gate", ["probe", "rnn"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 @pytest.mark.parametrize(("bits", "edge_bits", "share"), [((0, 2, 3, 4, 5, 6, 8), 8, 0.27), ((0, 4), 4, 0.15)])
-def test_files_are_small(bits: tuple[int, ...], edge_bits: int, share: float) -> None:
-    model = timm.create_model("resnet18").eval()
-    config = DynamicConfig(bits, edge_bits)
+def test_files_are_small(bits: tuple[int, ...], edge_bits: int, share: float, name: str, gate: str) -> None:
+    model = randomise(timm.create_model(name))  # round numbers would need less room
+    config = DynamicConfig(bits, edge_bits, gate=gate)  # type: ignore[arg-type]
     network = to_dynamic(model, config, plan_costs(model, config, (3, 64, 64)))
     for layer in network.modules():
         if isinstance(layer, FractionalLayer):

@@ -2,14 +2,16 @@ import csv
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_resnet
+from conftest import make_dynamic, preactivated_resnet, tiny_resnet
 from timm.models.resnet import BasicBlock
+from torch import nn
 from typer.testing import CliRunner
 
 from dfs_cli.cli.app import app
@@ -23,12 +25,14 @@ from dfs_cli.evaluation.dynamics import (
     most_common_policy,
     variance_between_images,
 )
+from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.pipeline import convert
 from dfs_cli.report.sweep import plot_sweep, points_csv, summarise, verdict_line, verdicts
 from dfs_cli.resolve import default_tuning
 from dfs_cli.surgery.convert import plan_costs
 from dfs_cli.sweep import answers_folder, sweep
-from dfs_cli.tuning.static_mix import best_static_mix
+from dfs_cli.tuning.sensitivity import measure_layer_damage
+from dfs_cli.tuning.static_mix import best_layer_mix, best_static_mix
 
 TWO_BLOCKS = CostTable((0, 8, 32), ("a", "b"), (LayerCost("a", 100, 0), LayerCost("b", 300, 1)), (0, 0), {})
 
@@ -47,6 +51,71 @@ def test_the_static_mix_is_the_best_of_all() -> None:
         assert tuple(found.tolist()) in affordable
     with pytest.raises(ConfigError, match="no static mix"):
         best_static_mix(table, damage, 0.0001)
+
+
+def test_the_layer_mix_is_the_best_of_all_and_may_skip_blocks() -> None:
+    layers = [
+        LayerCost("stem", 50, bits=8),
+        *(LayerCost(f"{b}{i}", 100 + 30 * i, b) for b, i in product((0, 1), (0, 1, 2))),
+    ]
+    table = CostTable((0, 2, 4, 8, 32), ("a", "b"), tuple(layers), (0, 0), {}, passes=2)
+    generator = torch.Generator().manual_seed(1)
+    damage = torch.rand(6, 5, generator=generator).sort(dim=1, descending=True).values
+    damage[:, 0] = torch.inf
+    skips = []
+    for cost, skipping in product((0.008, 0.02, 0.1, 0.5), (torch.tensor([9.0, 0.5]), torch.tensor([9.0, 9.0]))):
+        found = best_layer_mix(table, damage, skipping, cost)
+        assert float(table.with_layer_bits(found).cost(torch.zeros(1, 2, dtype=torch.long))) <= cost
+        of_block = [[(0, 0, 0), *product(range(1, 5), repeat=3)] for _ in range(2)]
+
+        def harm(mix: tuple[int, ...], skipping: torch.Tensor = skipping) -> float:
+            per_block = (mix[:3], mix[3:])
+            return sum(
+                float(skipping[b]) if not any(own) else sum(float(damage[3 * b + i, k]) for i, k in enumerate(own))
+                for b, own in enumerate(per_block)
+            )
+
+        prices = [[layer.macs / table.dense_macs * (bits / 32) ** 2 for bits in table.options] for layer in layers[1:]]
+        least = min(
+            harm(a + b)
+            for a, b in product(*of_block)
+            if table.edges_cost + sum(prices[i][k] for i, k in enumerate(a + b)) <= cost
+        )
+        assert harm(tuple(table.options.index(found[layer.name]) for layer in layers[1:])) == pytest.approx(least)
+        skips.append(found["10"] == 0)
+    assert any(skips) and not all(skips)
+    with pytest.raises(ConfigError, match="no static mix"):
+        best_layer_mix(table, damage, torch.ones(2), 0.0001)
+
+
+@pytest.mark.parametrize("create", [tiny_resnet, preactivated_resnet])
+def test_layers_may_have_bitwidths_of_their_own(create: Callable[[], nn.Module]) -> None:
+    model, config = create(), DynamicConfig(bits=(0, 4, 8, 32), gate="rnn")
+    network, table = make_dynamic(model, config), plan_costs(model, config, (3, 32, 32))
+    names = [layer.name for layer in table.layers if layer.block is not None]
+    images = torch.randn(4, 3, 32, 32)
+
+    def logits(option: int) -> torch.Tensor:
+        return network.run(images, torch.full((4, len(network.blocks)), option)).logits
+
+    with torch.no_grad():
+        at_8, in_full = logits(2), network.run_in_full(images)
+        network.set_layer_bits(dict.fromkeys(names, 8))
+        assert torch.equal(logits(3), at_8) and torch.equal(network.run_in_full(images), in_full)
+        costs = table.with_layer_bits(dict.fromkeys(names, 8)).cost(torch.zeros(1, len(table.blocks), dtype=torch.long))
+        assert float(costs) == pytest.approx(float(table.cost(torch.full((1, len(table.blocks)), 2))))
+        network.set_layer_bits({names[0]: 4})
+        first = network.backbone.get_submodule(names[0])
+        assert isinstance(first, FractionalLayer) and first.precision.bits == 4
+        assert not torch.equal(logits(3), in_full)
+        network.set_layer_bits({})
+        assert torch.equal(logits(2), at_8)
+
+    damage, skipping = measure_layer_damage(network, table, images)
+    assert damage.shape == (len(names), 4) and skipping.shape == (len(table.blocks),)
+    assert (damage[:, 0] == torch.inf).all() and (damage[:, -1] == 0).all() and (skipping > 0).all()
+    assert damage[:, 1].mean() > damage[:, 2].mean() > 0
+    assert torch.equal(logits(2), at_8)
 
 
 def test_dynamics_by_hand() -> None:

@@ -18,9 +18,9 @@ def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
     """The network's tensors on the CPU, as a file holds them.
 
     A weight that consists of codes of b bits is stored as those, b bits each: ``weight_codes`` in place of ``weight``. What
-    normalisation does not need is left out. Nothing is lost.
+    normalisation does not need is left out, and what half precision can hold is stored in it. Nothing is lost.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    tensors = {name: _narrowed(tensor.detach().cpu().contiguous()) for name, tensor in network.state_dict().items()}
     for name, module in network.named_modules():
         if isinstance(module, FractionalLayer) and (codes := module.weight_codes()) is not None:
             del tensors[f"{name}.weight"]
@@ -30,6 +30,11 @@ def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
                 if bool((tensors[f"{name}.{key}"] == value).all()):
                     del tensors[f"{name}.{key}"]
     return tensors
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    half = tensor.half()
+    return half if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor) else tensor
 
 
 def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -155,6 +156,13 @@ class CostTable:
                 f"budget {budget:g} cannot be spent with options {options}: they cost at most {self.dearest:.4f}; "
                 f"pass a smaller --budget or wider --bits"
             )
+
+    def with_layer_bits(self, bits: Mapping[str, int]) -> CostTable:
+        """The costs of the static network whose blocks' layers, by name, run at ``bits``; 0: their block is skipped."""
+        layers = tuple(
+            layer if layer.block is None else replace(layer, block=None, bits=bits[layer.name]) for layer in self.layers
+        )
+        return replace(self, layers=layers)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -184,12 +184,36 @@ class DynamicResNet(nn.Module):
     def price(self, value: float) -> None:
         self.operating_point = value
 
+    def set_layer_bits(self, bits: Mapping[str, int]) -> None:
+        """Give layers of the blocks, by their path in the backbone, bitwidths of their own, whatever is decided, for as long as
+        their block is not skipped. Layers that are not named follow their block.
+
+        A normalisation follows the layer in front of it; without one, the layer behind.
+        """
+        for block in self.blocks:
+            layer: FractionalLayer | None = None
+            waiting: list[FractionalBatchNorm] = []
+            for name, module in block.module.named_modules(prefix=block.name):
+                if isinstance(module, FractionalBatchNorm):
+                    if layer is None:
+                        waiting.append(module)
+                    else:
+                        module.precision = layer.precision
+                elif isinstance(module, FractionalLayer) and module.precision is not self.edges:
+                    layer = module
+                    layer.precision = Precision(bits[name]) if name in bits else block.precision
+                    for norm in waiting:
+                        norm.precision = layer.precision
+                    waiting.clear()
+
     def settle(self) -> None:
         """Give up what no option needs, once tuning is done, so that a file need not hold it.
 
         Weights become what the widest bitwidth can tell apart, unless floating point is an option; then normalisation keeps
         only what the bitwidths use. Narrower bitwidths quantize the rounded weights.
         """
+        if isinstance(self.gate, Gate):
+            self.gate.settle()
         keeps_floats = FULL_BITS in self.config.bits
         for module in self.backbone.modules():
             if isinstance(module, FractionalLayer) and module.bitwidths:
@@ -216,11 +240,13 @@ class DynamicResNet(nn.Module):
     @torch.no_grad()
     def run_in_full(self, images: Tensor) -> Tensor:
         """Logits in floating point throughout: before tuning, those of the model that this network was made from."""
-        with self.full_precision():
+        layers = (m for m in self.backbone.modules() if isinstance(m, (FractionalLayer, FractionalBatchNorm)))
+        with ExitStack() as stack:
+            for precision in {layer.precision for layer in layers}:
+                stack.enter_context(precision.at(FULL_BITS))
             x = self.layout.stem(self.backbone, images)
             for block in self.blocks:
-                with block.precision.at(FULL_BITS):
-                    x = block.module(x)
+                x = block.module(x)
             return self.layout.head(self.backbone, x)
 
     def _route(self, block: Block, x: Tensor, choice: Tensor, probs: Tensor | None, explore: float) -> Tensor:

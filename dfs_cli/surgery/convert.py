@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -176,8 +176,18 @@ def _norms(model: nn.Module) -> dict[str, tuple[nn.Module, int]]:
 
 
 @torch.no_grad()
-def fit_scales(network: DynamicResNet, images: Tensor) -> None:
-    """Set all step sizes and the statistics per bitwidth from ``images`` (N, C, H, W)."""
+def fit_scales(network: DynamicResNet, images: Tensor, policies: Sequence[Tensor] | None = None) -> None:
+    """Set all step sizes and the statistics per bitwidth from ``images`` (N, C, H, W).
+
+    Args:
+        policies: options (L,), one or several, under which the statistics are measured; None: each option, for all blocks.
+    """
+    if policies is None:
+        policies = [
+            torch.full((len(network.blocks),), k)
+            for k, bits in enumerate(network.config.bits)
+            if bits not in (0, FULL_BITS)
+        ]
     was_training = network.training
     network.eval()
     expected: dict[FractionalBatchNorm, tuple[Tensor, Tensor]] = {}
@@ -193,16 +203,15 @@ def fit_scales(network: DynamicResNet, images: Tensor) -> None:
             layer.calibrate_weight()
     with _hooked(network, FractionalLayer, observe_input), _hooked(network, FractionalBatchNorm, observe_moments):
         network.run_in_full(images)
-    for option, bits in enumerate(network.config.bits):
-        if bits in (0, FULL_BITS):
-            continue
 
-        def match(norm: nn.Module, inputs: tuple[Tensor, ...], bits: int = bits) -> None:
-            norm = cast(FractionalBatchNorm, norm)
+    def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        norm = cast(FractionalBatchNorm, norm)
+        if (bits := norm.precision.bits) != FULL_BITS:
             match_statistics(norm, norm.bitwidths.index(bits), expected[norm], inputs[0])
 
-        with _hooked(network, FractionalBatchNorm, match):
-            network.run(images, torch.full((len(images), len(network.blocks)), option, device=images.device))
+    with _hooked(network, FractionalBatchNorm, match):
+        for policy in policies:
+            network.run(images, policy.to(images.device).expand(len(images), -1))
     network.train(was_training)
 
 

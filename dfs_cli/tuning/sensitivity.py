@@ -24,8 +24,7 @@ def measure_damage(network: DynamicResNet, table: CostTable, images: Tensor) -> 
         images: (N, C, H, W); for large networks fewer are used, so that this takes about a minute.
     """
     blocks, options = len(table.blocks), len(table.options)
-    affordable = int(_MACS / (table.dense_macs * blocks * (options - 1)))
-    images = images[: max(16, affordable)]
+    images = _affordable(images, table, blocks * (options - 1))
     widest = torch.full((len(images), blocks), options - 1, device=images.device)
     expected = network.run(images, widest).logits
     damage = torch.zeros(blocks, options, device=images.device)
@@ -36,6 +35,41 @@ def measure_damage(network: DynamicResNet, table: CostTable, images: Tensor) -> 
             logits = network.run(images, decisions).logits
             damage[block, option] = distillation_loss(logits, expected, temperature=1.0)
     return damage
+
+
+@torch.no_grad()
+def measure_layer_damage(network: DynamicResNet, table: CostTable, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`measure_damage` measures, for single layers.
+
+    Args:
+        images: as there.
+
+    Returns:
+        Damage (M, K) of each layer of the blocks, in the table's order, at each option but skipping (infinite), and damage
+        (L,) of skipping each block.
+    """
+    names = [layer.name for layer in table.layers if layer.block is not None]
+    blocks, options = len(table.blocks), len(table.options)
+    images = _affordable(images, table, len(names) * (options - 2) + blocks)
+    widest = torch.full((len(images), blocks), options - 1, device=images.device)
+    expected = network.run(images, widest).logits
+    damage = torch.full((len(names), options), torch.inf, device=images.device)
+    damage[:, -1] = 0
+    for row, name in enumerate(names):
+        for option in range(1, options - 1):
+            network.set_layer_bits({name: table.options[option]})
+            damage[row, option] = distillation_loss(network.run(images, widest).logits, expected, temperature=1.0)
+    network.set_layer_bits({})
+    skipping = torch.zeros(blocks, device=images.device)
+    for block in range(blocks):
+        decisions = widest.clone()
+        decisions[:, block] = 0
+        skipping[block] = distillation_loss(network.run(images, decisions).logits, expected, temperature=1.0)
+    return damage, skipping
+
+
+def _affordable(images: Tensor, table: CostTable, runs: int) -> Tensor:
+    return images[: max(16, int(_MACS / (table.dense_macs * runs)))]
 
 
 @torch.no_grad()

@@ -42,7 +42,7 @@ from dfs_cli.tuning.loop import Goal, StepRecord, seed_everything, tune
 from dfs_cli.tuning.plan import plan_passes
 from dfs_cli.tuning.sensitivity import measure_damage, measure_layer_damage, prefer_harmless_options
 from dfs_cli.tuning.state import start_state
-from dfs_cli.tuning.static_mix import best_layer_mix
+from dfs_cli.tuning.static_mix import best_layer_mix, set_layer_bits
 
 EVAL_BATCH = 256
 
@@ -220,7 +220,7 @@ class Run:
         assert isinstance(self.network, ProbedResNet), "a static network is the first pass of a probed one"
         if bits is None:
             mix = best_layer_mix(self.table, *measure_layer_damage(self.network, self.table, sample), self.budget)
-            self.network.set_layer_bits(mix)
+            set_layer_bits(self.network, mix)
             skipped = {layer.block for layer in self.table.layers if mix.get(layer.name) == 0}
             self.network.policy[[i for i in range(len(self.network.blocks)) if i in skipped]] = 0
             fit_scales(self.network, sample, [self.network.policy])

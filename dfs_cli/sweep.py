@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from dfs_cli.artifact.file import tensor_digest
@@ -28,10 +27,11 @@ from dfs_cli.config import (
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import open_splits
 from dfs_cli.errors import ConfigError, DivergedError, OutputError
-from dfs_cli.evaluation.cascade import Answers, StaticNetwork, best_cascade, confident_answers
+from dfs_cli.evaluation.cascade import StaticNetwork, best_cascade, confident_answers, load_answers, save_answers
 from dfs_cli.models.zoo import load_model
 from dfs_cli.pipeline import Observer, Run
 from dfs_cli.report.cost import dynamics_record, option_shares
+from dfs_cli.report.sweep import summarise, verdicts
 from dfs_cli.resolve import default_data, default_dynamic, default_tuning, describe_model
 from dfs_cli.surgery.convert import plan_costs
 
@@ -80,6 +80,7 @@ def sweep(
     tuning: TuningConfig | None = None,
     preprocessing: Preprocessing | None = None,
     observer: Observer | None = None,
+    restart: bool = False,
 ) -> dict[str, Any]:
     """Tune and evaluate every network of a sweep, and write what was measured to ``path`` after each.
 
@@ -89,7 +90,9 @@ def sweep(
     Args:
         model: as for :func:`dfs_cli.pipeline.convert`; so are the other arguments.
         path: the results, JSON: ``points`` is a list with ``method``, ``budget``, ``bits``, ``cost``, ``top1``, ``seed``,
-            ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` names what could not be had, and why.
+            ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` names what could not be had, and why;
+            ``summary`` and ``verdicts`` as :mod:`dfs_cli.report.sweep` makes them.
+        restart: delete what is there of an earlier sweep, once the settings have been checked.
 
     Returns:
         The results.
@@ -107,7 +110,7 @@ def sweep(
     )
     for budget, dynamic in config.dynamic.items():
         plan_costs(module, dynamic, preprocessing.input_size).check_budget(budget)
-    results = _open_results(path, module, config, tuning, data, preprocessing)
+    results = _open_results(path, module, config, tuning, data, preprocessing, restart)
     observer = observer or Observer()
     for seed in range(tuning.seed, tuning.seed + config.seeds):
         start = partial(
@@ -136,11 +139,7 @@ def sweep(
                 results["points"].append(point)
             _write(path, results)
         if "cascade" in config.baselines:
-            # Made anew, of all static networks that there are by now.
-            results["points"] = [p for p in results["points"] if (p["method"], p["seed"]) != ("cascade", seed)]
-            results["skipped"] = [p for p in results["skipped"] if (p["method"], p["seed"]) != ("cascade", seed)]
-            for point in _cascades(seed, config, results, path):
-                results["points"].append(point)
+            _update_cascades(seed, config, results, path)
             _write(path, results)
     return results
 
@@ -152,8 +151,9 @@ def _open_results(
     tuning: TuningConfig,
     data: DataConfig,
     preprocessing: Preprocessing,
+    restart: bool,
 ) -> dict[str, Any]:
-    """The results so far; an empty record where there are none."""
+    """The results so far; an empty record where there are none, or none are wanted."""
     splits = open_splits(data, preprocessing, tuning.seed)
     identity = {
         "recipe": RECIPE,
@@ -170,6 +170,9 @@ def _open_results(
     # Budgets may be added later; those that are there keep their options and gate.
     dynamic = {str(budget): own.to_dict() for budget, own in config.dynamic.items()}
     fresh: dict[str, Any] = {**identity, "dynamic": dynamic, "original": None, "points": [], "skipped": []}
+    if restart:
+        path.unlink(missing_ok=True)
+        shutil.rmtree(answers_folder(path), ignore_errors=True)
     if not path.exists():
         return fresh
     try:
@@ -260,61 +263,49 @@ def _save_answers(path: Path, run: Run, cost: float) -> None:
 
     validation = confident_answers(validation_logits())
     held_out_answers = confident_answers(run.network.run(images).logits for images in held_out)
-    tensors = {
-        "held_out_confidence": held_out_answers.confidence,
-        "held_out_answers": held_out_answers.answers,
-        "held_out_targets": held_out_targets,
-        "validation_confidence": validation.confidence,
-        "validation_answers": validation.answers,
-        "validation_targets": torch.cat(targets),
-        "cost": torch.tensor(cost, dtype=torch.float64),
-    }
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, serialise({k: v.contiguous() for k, v in tensors.items()}))
+    network = StaticNetwork(cost, held_out_answers, validation)
+    save_answers(path, network, held_out_targets, torch.cat(targets))
 
 
-def _load_answers(path: Path) -> tuple[StaticNetwork, Tensor, Tensor]:
-    tensors = load_file(path)
-    held_out, validation = (
-        Answers(tensors[f"{split}_confidence"], tensors[f"{split}_answers"]) for split in ("held_out", "validation")
-    )
-    network = StaticNetwork(float(tensors["cost"]), held_out, validation)
-    return network, tensors["held_out_targets"], tensors["validation_targets"]
+def _update_cascades(seed: int, config: SweepConfig, results: dict[str, Any], path: Path) -> None:
+    """Make the best cascade of two of the static networks for each budget anew, of all that there are by now.
 
-
-def _cascades(seed: int, config: SweepConfig, results: dict[str, Any], path: Path) -> list[Point]:
-    """The best cascade of two of the static networks for each budget."""
+    Where the answers of some of them are not there any more, a cascade of the others might be a poorer one: what is recorded
+    stays then.
+    """
     static = [
         Job(p["method"], p["seed"], p["budget"], p["bits"])
         for p in results["points"]
         if p["method"] in ("uniform", "mixed") and p["seed"] == seed
     ]
-    static = [job for job in static if _answers_path(path, job).is_file()]
-    loaded = [_load_answers(_answers_path(path, job)) for job in static]
+    lost = [job for job in static if not _answers_path(path, job).is_file()]
+    loaded = [] if lost else [load_answers(_answers_path(path, job)) for job in static]
     steps = {p["steps"] for p in results["points"] if p["seed"] == seed}
-    points = []
     for budget in sorted({*config.budgets, *(p["budget"] for p in results["points"] if p["budget"])}, reverse=True):
         job = Job("cascade", seed, budget)
+        if lost and any(job.matches(p) for p in results["points"]):
+            continue
+        for kind in ("points", "skipped"):
+            results[kind] = [p for p in results[kind] if not job.matches(p)]
         found = best_cascade([network for network, _, _ in loaded], budget, *loaded[0][1:]) if loaded else None
         if found is None:
-            reason = (
-                f"no two of {len(loaded)} static networks whose answers are in {answers_folder(path)} fit the budget"
-            )
+            reason = f"no two of {len(static)} static networks fit the budget"
+            if lost:
+                reason = f"the answers of {len(lost)} static networks are not in {answers_folder(path)}"
             results["skipped"].append({**dataclasses.asdict(job), "reason": reason})
             continue
-        members = [static[i].name.partition(",")[0] for i in (found.cheap, found.dear)]
-        points.append(
+        results["points"].append(
             {
                 **dataclasses.asdict(job),
                 "cost": found.cost,
                 "top1": found.top1,
                 "steps": max(steps),
-                "members": members,
+                "members": [static[i].name.partition(",")[0] for i in (found.cheap, found.dear)],
                 "second_share": found.share,
             }
         )
-    return points
 
 
 def _write(path: Path, results: dict[str, Any]) -> None:
+    results["summary"], results["verdicts"] = summarise(results), verdicts(results)
     write_atomically(path, json.dumps(results, indent=1) + "\n")

@@ -1,15 +1,17 @@
 import csv
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_dynamic, preactivated_resnet, tiny_resnet
+from rich.console import Console
 from timm.models.resnet import BasicBlock
 from torch import nn
 from typer.testing import CliRunner
@@ -27,12 +29,12 @@ from dfs_cli.evaluation.dynamics import (
 )
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.pipeline import convert
-from dfs_cli.report.sweep import plot_sweep, points_csv, summarise, verdict_line, verdicts
+from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep, summarise, verdict_line, verdicts
 from dfs_cli.resolve import default_tuning
 from dfs_cli.surgery.convert import plan_costs
 from dfs_cli.sweep import answers_folder, sweep
 from dfs_cli.tuning.sensitivity import measure_layer_damage
-from dfs_cli.tuning.static_mix import best_layer_mix, best_static_mix
+from dfs_cli.tuning.static_mix import best_layer_mix, best_static_mix, set_layer_bits
 
 TWO_BLOCKS = CostTable((0, 8, 32), ("a", "b"), (LayerCost("a", 100, 0), LayerCost("b", 300, 1)), (0, 0), {})
 
@@ -100,15 +102,15 @@ def test_layers_may_have_bitwidths_of_their_own(create: Callable[[], nn.Module])
 
     with torch.no_grad():
         at_8, in_full = logits(2), network.run_in_full(images)
-        network.set_layer_bits(dict.fromkeys(names, 8))
+        set_layer_bits(network, dict.fromkeys(names, 8))
         assert torch.equal(logits(3), at_8) and torch.equal(network.run_in_full(images), in_full)
         costs = table.with_layer_bits(dict.fromkeys(names, 8)).cost(torch.zeros(1, len(table.blocks), dtype=torch.long))
         assert float(costs) == pytest.approx(float(table.cost(torch.full((1, len(table.blocks)), 2))))
-        network.set_layer_bits({names[0]: 4})
+        set_layer_bits(network, {names[0]: 4})
         first = network.backbone.get_submodule(names[0])
         assert isinstance(first, FractionalLayer) and first.precision.bits == 4
         assert not torch.equal(logits(3), in_full)
-        network.set_layer_bits({})
+        set_layer_bits(network, {})
         assert torch.equal(logits(2), at_8)
 
     damage, skipping = measure_layer_damage(network, table, images)
@@ -173,14 +175,29 @@ def test_the_verdict_counts_baselines_up_to_the_budget_and_says_when_one_wins() 
     (verdict,) = verdicts(RESULTS)
     assert verdict["best"]["method"] == "cascade" and verdict["difference"] == pytest.approx(-0.3)
     assert verdict["best_static"]["method"] == "mixed" and verdict["difference_to_static"] == pytest.approx(0.3)
-    assert "loses by 0.30" in verdict_line(verdict) and "(4 bit + 6 bit)" in verdict_line(verdict)
+    line = verdict_line(verdict)
+    assert "(mean of 2 seeds)" in line and "(4 bit + 6 bit) 88.50 at 0.0295: DFS loses by 0.30" in line
+    assert line.endswith("best static one mixed 87.90 at 0.0299: DFS wins by 0.30")
     equal = {
         **RESULTS,
         "points": [point("dfs", 0.02, 88.0, budget=0.03), point("mixed", 0.02, 88.0 - 1e-9, budget=0.03)],
     }
     assert verdict_line(verdicts(equal)[0]).endswith("DFS draws")
+    tied = [point("mixed", 0.029, 88.0 + 1e-7, budget=0.03), point("uniform", 0.01, 88.0, bits=3)]
+    (verdict,) = verdicts({**RESULTS, "points": [*RESULTS["points"][:1], *tied]})
+    assert verdict["best"]["bits"] == 3, "of equally accurate ones the cheapest"
     alone = {**RESULTS, "points": RESULTS["points"][:1]}
     assert "no baseline" in verdict_line(verdicts(alone)[0])
+
+
+def test_the_table_keeps_its_figures_on_narrow_terminals() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_sweep(console, RESULTS)
+    shown = console.export_text()
+    assert "\u2026" not in shown
+    for row in summarise(RESULTS):
+        assert f"{row['cost']:.4f}" in shown and f"{row['top1']:.2f}" in shown
+    assert verdicts({**RESULTS, "points": RESULTS["points"][2:]}) == []
 
 
 def test_csv_and_plot_have_every_point() -> None:
@@ -191,6 +208,9 @@ def test_csv_and_plot_have_every_point() -> None:
     assert axes.get_xscale() == "log"
     labels = [t.get_text() for t in axes.texts]
     assert "dense 90.00" in labels and "5 bit" in labels and labels.count("0.03") == 3
+    boxes = [t.get_window_extent() for t in axes.texts if t.get_text() != "dense 90.00"]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    plot_sweep({**RESULTS, "points": RESULTS["points"][2:]})  # a sweep whose own networks all diverged
 
 
 def test_settings_are_checked() -> None:
@@ -235,7 +255,7 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     uniform = {p["bits"]: p["cost"] for p in results["points"] if p["method"] == "uniform"}
     assert uniform[8] == pytest.approx(1 / 16) and uniform[4] < 0.02
     mixed = next(p for p in results["points"] if p["method"] == "mixed")
-    assert 0.04 < mixed["cost"] <= 0.05
+    assert 0.04 < mixed["cost"] <= 0.05 and len(set(mixed["layer_bits"].values())) > 1
     assert (tmp_path / "s.csv").is_file() and (tmp_path / "s.png").is_file()
 
     # The first network of a sweep is tuned after the original was evaluated, a network of a later run is not.
@@ -250,10 +270,31 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     assert next(p for p in again if p["method"] == "dfs") == own
     assert [p for p in again if p["method"] not in ("dfs", "mixed", "cascade")] == kept
 
-    shutil.rmtree(answers_folder(path))
+    # Without all answers no cascade is made, and none is given up.
+    next(answers_folder(path).glob("uniform-*")).unlink()
     sweep_digits(path)
-    skipped = json.loads(path.read_text())["skipped"]
-    assert any(s["method"] == "cascade" and "no two of 0 static networks" in s["reason"] for s in skipped)
+    assert json.loads(path.read_text())["points"] == again
+    shutil.rmtree(answers_folder(path))
+    results = json.loads(path.read_text())
+    results["points"] = [p for p in again if p["method"] != "cascade"]
+    path.write_text(json.dumps(results))
+    results = json.loads(sweep_digits(path, "--json"))
+    assert results == json.loads(path.read_text())
+    assert any(s["method"] == "cascade" and "answers of 7 static networks" in s["reason"] for s in results["skipped"])
+    assert results["verdicts"][0]["budget"] == 0.05 and len(results["summary"]) == 9
+
+
+def test_nothing_is_deleted_before_the_settings_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    sweep_digits(path, "--baselines", "none")
+    kept = path.read_text()
+    answers_folder(path).mkdir()
+    arguments = ["sweep", "resnet20_digits", "--force", "-o", str(path)]
+    for wrong in (["--budgets", "0.0001"], ["--data", str(tmp_path / "nowhere")]):
+        assert CliRunner().invoke(app, [*arguments, *wrong]).exit_code == 2
+        assert path.read_text() == kept and answers_folder(path).is_dir()
+    sweep_digits(path, "--baselines", "none", "--force")
+    assert not answers_folder(path).exists() and path.is_file()
 
 
 def test_budgets_can_be_added_to_a_sweep(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ def sweep(
     device: options.DeviceOption = "auto",
     workers: options.Workers = None,
     seed: options.Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object on stdout.")] = False,
     force: options.Force = False,
 ) -> None:
     """Compare dynamic networks with static ones and others at equal cost. An interrupted sweep goes on where it stopped."""
@@ -66,7 +67,7 @@ def sweep(
     statistics = {"mean": options.numbers("--mean", mean), "std": options.numbers("--std", std)}
     data_config = options.data_config(data, dataset, train_split, val_split, num_samples, dataset_download)
 
-    import shutil
+    import json
 
     from rich.console import Console
 
@@ -77,7 +78,6 @@ def sweep(
     from dfs_cli.models.zoo import check_convertible, load_model
     from dfs_cli.report.plot import has_matplotlib, save_plot
     from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep
-    from dfs_cli.sweep import answers_folder
     from dfs_cli.sweep import sweep as run_sweep
 
     keep_freed_memory()
@@ -95,9 +95,6 @@ def sweep(
         dynamic={budget: options.dynamic_config(bits, edge_bits, gate, budget, mirrored) for budget in wanted},
     )
     module = load_model(model, pretrained, checkpoint, num_classes, in_chans, seed)
-    if force:
-        output.unlink(missing_ok=True)
-        shutil.rmtree(answers_folder(output), ignore_errors=True)
     console = stderr_console()
     with create_observer(console, brief=True) as observer:
         results = run_sweep(
@@ -108,11 +105,15 @@ def sweep(
             tuning=tuning,
             preprocessing=resolve_preprocessing(module, img_size, crop_pct, **statistics),
             observer=observer,
+            restart=force,
         )
     written = [output, output.with_suffix(".csv")]
     write_atomically(written[1], points_csv(results))
     if has_matplotlib():
         written.append(output.with_suffix(".png"))
         save_plot(plot_sweep(results), written[2])
-    print_sweep(Console(), results)
+    if as_json:
+        typer.echo(json.dumps(results))
+    else:
+        print_sweep(Console(), results)
     console.print(f"wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True, markup=False)

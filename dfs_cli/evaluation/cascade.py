@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import permutations
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
+from dfs_cli.artifact.files import write_atomically
 from dfs_cli.cost.operating_point import target_cost
 
 
@@ -26,6 +30,31 @@ class StaticNetwork(NamedTuple):
     cost: float
     held_out: Answers
     validation: Answers
+
+
+def save_answers(path: Path, network: StaticNetwork, held_out_targets: Tensor, validation_targets: Tensor) -> None:
+    """Keep what a static network answers: cascades are made of it later."""
+    tensors = {
+        "held_out_confidence": network.held_out.confidence,
+        "held_out_answers": network.held_out.answers,
+        "held_out_targets": held_out_targets,
+        "validation_confidence": network.validation.confidence,
+        "validation_answers": network.validation.answers,
+        "validation_targets": validation_targets,
+        "cost": torch.tensor(network.cost, dtype=torch.float64),
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, serialise({k: v.contiguous() for k, v in tensors.items()}))
+
+
+def load_answers(path: Path) -> tuple[StaticNetwork, Tensor, Tensor]:
+    """What :func:`save_answers` kept: the network, and the targets of held-out and validation images."""
+    tensors = load_file(path)
+    held_out, validation = (
+        Answers(tensors[f"{split}_confidence"], tensors[f"{split}_answers"]) for split in ("held_out", "validation")
+    )
+    network = StaticNetwork(float(tensors["cost"]), held_out, validation)
+    return network, tensors["held_out_targets"], tensors["validation_targets"]
 
 
 def confident_answers(logits: Iterable[Tensor]) -> Answers:

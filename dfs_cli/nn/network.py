@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -183,28 +183,6 @@ class DynamicResNet(nn.Module):
     @price.setter
     def price(self, value: float) -> None:
         self.operating_point = value
-
-    def set_layer_bits(self, bits: Mapping[str, int]) -> None:
-        """Give layers of the blocks, by their path in the backbone, bitwidths of their own, whatever is decided, for as long as
-        their block is not skipped. Layers that are not named follow their block.
-
-        A normalisation follows the layer in front of it; without one, the layer behind.
-        """
-        for block in self.blocks:
-            layer: FractionalLayer | None = None
-            waiting: list[FractionalBatchNorm] = []
-            for name, module in block.module.named_modules(prefix=block.name):
-                if isinstance(module, FractionalBatchNorm):
-                    if layer is None:
-                        waiting.append(module)
-                    else:
-                        module.precision = layer.precision
-                elif isinstance(module, FractionalLayer) and module.precision is not self.edges:
-                    layer = module
-                    layer.precision = Precision(bits[name]) if name in bits else block.precision
-                    for norm in waiting:
-                        norm.precision = layer.precision
-                    waiting.clear()
 
     def settle(self) -> None:
         """Give up what no option needs, once tuning is done, so that a file need not hold it.

@@ -36,13 +36,15 @@ def points_csv(results: dict[str, Any]) -> str:
 
 
 def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Mean cost and top-1 over seeds of each method at each budget or bitwidth; ``spread`` is top-1's largest less smallest."""
+    """Means over seeds of each method at each budget or bitwidth; ``spread`` is top-1's largest less smallest."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for point in results["points"]:
         groups.setdefault((point["method"], point["budget"], point["bits"]), []).append(point)
     rows = []
     for (method, budget, bits), points in groups.items():
         top1 = [p["top1"] for p in points]
+        dynamics = [p["dynamics"] for p in points if p.get("dynamics")]
+        members = {tuple(p["members"]) for p in points if p.get("members")}
         rows.append(
             {
                 "method": method,
@@ -53,26 +55,32 @@ def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "spread": max(top1) - min(top1),
                 "seeds": len(points),
                 "keeps_budget": all(p.get("keeps_budget", True) for p in points),
-                "dynamics": points[0].get("dynamics"),
-                "members": points[0].get("members"),
+                "dynamics": {
+                    key: statistics.fmean(d[key] for d in dynamics) for key in (dynamics[0] if dynamics else ())
+                },
+                # Other seeds may have found other pairs.
+                "members": list(members.pop()) if len(members) == 1 else [],
             }
         )
     return rows
 
 
 def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each budget: DFS, the best baseline at equal or lower cost, and the difference in points of top-1.
+    """For each budget: DFS, the best baseline within the budget, and the difference in points of top-1.
 
-    A baseline counts where it costs no more than the budget allows, or than DFS did: DFS may end a little below it.
+    A baseline counts where it costs no more than the budget allows, or than DFS did: DFS may end a little below it. Of equally
+    accurate ones the cheapest is the best.
     """
+
+    def best_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+        return max(rows, key=lambda r: (round(r["top1"], 4), -r["cost"]), default=None)
+
     rows = summarise(results)
     found = []
     for own in sorted((r for r in rows if r["method"] == "dfs"), key=lambda r: -r["budget"]):
         limit = max(own["cost"], HIGHEST_SHARE * own["budget"])
         rivals = [r for r in rows if r["method"] != "dfs" and r["cost"] <= limit * (1 + 1e-9)]
-        static = [r for r in rivals if r["method"] in ("uniform", "mixed")]
-        best = max(rivals, key=lambda r: r["top1"], default=None)
-        best_static = max(static, key=lambda r: r["top1"], default=None)
+        best, best_static = best_of(rivals), best_of([r for r in rivals if r["method"] in ("uniform", "mixed")])
         found.append(
             {
                 "budget": own["budget"],
@@ -98,7 +106,7 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
     repeated = any(row["seeds"] > 1 for row in summarise(results))
     headings = ["method", "budget", "cost", "top-1 (%)", *(["spread"] if repeated else []), "policies", "one for all"]
     for heading in headings:
-        grid.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+        grid.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading != "method")
     for row in sorted(summarise(results), key=lambda r: (-r["cost"], r["method"])):
         dynamics = row["dynamics"]
         grid.add_row(
@@ -106,8 +114,8 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
             "" if row["budget"] is None else f"{row['budget']:g}",
             f"{row['cost']:.4f}",
             f"{row['top1']:.2f}",
-            *([f"{row['spread']:.2f}"] if repeated else []),
-            str(dynamics["policies"]) if dynamics else "1" if row["method"] != "cascade" else "2",
+            *([f"{row['spread']:.2f}" if row["seeds"] > 1 else "-"] if repeated else []),
+            f"{dynamics['policies']:.0f}" if dynamics else "1" if row["method"] != "cascade" else "2",
             f"{dynamics['common_top1']:.2f} {dynamics['common_cost']:.4f}" if dynamics else "",
             style="bold" if row["method"] == "dfs" else "",
         )
@@ -128,15 +136,25 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
 def verdict_line(verdict: dict[str, Any]) -> str:
     """A verdict in words; where a baseline wins, that is said."""
     own, best = verdict["dfs"], verdict["best"]
-    missed = "" if own["keeps_budget"] else " (budget missed)"
-    line = f"budget {verdict['budget']:g}: DFS {own['top1']:.2f} at {own['cost']:.4f}{missed}"
+    notes = [f"mean of {own['seeds']} seeds"] if own["seeds"] > 1 else []
+    notes += [] if own["keeps_budget"] else ["budget missed"]
+    line = f"budget {verdict['budget']:g}: DFS {own['top1']:.2f} at {own['cost']:.4f}"
+    line += f" ({', '.join(notes)})" if notes else ""
     if best is None:
-        return f"{line}; no baseline costs as little"
-    difference = round(verdict["difference"], 2)
-    outcome = (
-        f"wins by {difference:.2f}" if difference > 0 else f"loses by {-difference:.2f}" if difference else "draws"
+        return f"{line}; no baseline keeps the budget"
+    line += (
+        f"; best baseline {_name(best)} {best['top1']:.2f} at {best['cost']:.4f}: DFS {_outcome(verdict['difference'])}"
     )
-    return f"{line}; best baseline {_name(best)} {best['top1']:.2f} at {best['cost']:.4f}: DFS {outcome}"
+    static = verdict["best_static"]
+    if static not in (None, best):
+        line += f"; best static one {_name(static)} {static['top1']:.2f} at {static['cost']:.4f}: "
+        line += f"DFS {_outcome(verdict['difference_to_static'])}"
+    return line
+
+
+def _outcome(difference: float) -> str:
+    points = round(difference, 2)
+    return f"wins by {points:.2f}" if points > 0 else f"loses by {-points:.2f}" if points else "draws"
 
 
 def plot_sweep(results: dict[str, Any]) -> Figure:
@@ -157,8 +175,9 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
         f"dense {dense:.2f}", (0.002, dense), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="bottom"
     )
     # Points far below the rest (2 bits, hardly any blocks) would flatten everything else.
-    lowest = min(r["top1"] for r in rows if r["method"] == "dfs")
+    lowest = min((r["top1"] for r in rows if r["method"] == "dfs"), default=dense)
     floor = min(lowest, dense) - max(6.0, 2 * (dense - lowest))
+    labels: list[tuple[float, float, str, str]] = []
     for method, (colour, marker, label) in _STYLES.items():
         own = sorted((r for r in rows if r["method"] == method), key=lambda r: r["cost"])
         if not own:
@@ -171,13 +190,9 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
         for row, y in zip(own, shown, strict=True):
             text = f"{row['bits']} bit" if row["bits"] else f"{row['budget']:g}"
             below = f" ({row['top1']:.1f})" if row["top1"] < floor else ""
-            offset = {"dfs": (0, 6), "cascade": (0, -11), "mixed": (9, -9), "uniform": (-8, -11), "skipnet": (6, 4)}[
-                method
-            ]
-            axes.annotate(
-                text + below, (row["cost"], y), xytext=offset, textcoords="offset points", fontsize=6.5, color=colour,
-                ha="center",
-            )  # fmt: skip
+            labels.append((row["cost"], y, text + below, colour))
+            if row["seeds"] > 1 and not below:
+                axes.errorbar(row["cost"], y, row["spread"] / 2, color=colour, elinewidth=0.8, capsize=2)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -189,4 +204,36 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
     figure.legend(frameon=False, loc="outside lower center", ncols=len(_STYLES), fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    _label(figure, axes, labels)
     return figure
+
+
+def _label(figure: Figure, axes: Axes, labels: list[tuple[float, float, str, str]]) -> None:
+    """Write each text (x, y, text, colour) beside its point, in the nearest place that is still free."""
+    from matplotlib.patheffects import withStroke
+
+    size = 6.5
+    figure.draw_without_rendering()  # places are known only then
+    point = figure.dpi / 72
+    spots = axes.transData.transform([(x, y) for x, y, _, _ in labels]) / point
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]
+    around = [(0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0)]
+    for (x, y), (cost, top1, text, colour) in zip(spots, labels, strict=True):
+        width, height = 0.58 * size * len(text), 1.1 * size
+        places = []
+        for far in (1.0, 1.6, 2.2, 2.8):
+            for right, up in around:
+                dx = right * (width / 2 + 4) * (far if not up else 1)
+                dy = up * (height / 2 + 5) * far
+                box = (x + dx - width / 2, y + dy - height / 2, x + dx + width / 2, y + dy + height / 2)
+                overlap = sum(
+                    max(0.0, min(box[2], b[2]) - max(box[0], b[0])) * max(0.0, min(box[3], b[3]) - max(box[1], b[1]))
+                    for b in taken
+                )
+                places.append((overlap, dx, dy, box))
+        _, dx, dy, box = min(places, key=lambda place: place[0])
+        taken.append(box)
+        axes.annotate(
+            text, (cost, top1), xytext=(dx, dy), textcoords="offset points", fontsize=size, color=colour, ha="center",
+            va="center", zorder=4, path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.tuning.losses import distillation_loss
+from dfs_cli.tuning.static_mix import set_layer_bits
 
 _STRENGTH, _LARGEST_SHIFT = 1.0, 1.8
 _FLOOR = 1e-5  # damages below this, in nats, are noise
@@ -57,9 +58,9 @@ def measure_layer_damage(network: DynamicResNet, table: CostTable, images: Tenso
     damage[:, -1] = 0
     for row, name in enumerate(names):
         for option in range(1, options - 1):
-            network.set_layer_bits({name: table.options[option]})
+            set_layer_bits(network, {name: table.options[option]})
             damage[row, option] = distillation_loss(network.run(images, widest).logits, expected, temperature=1.0)
-    network.set_layer_bits({})
+    set_layer_bits(network, {})
     skipping = torch.zeros(blocks, device=images.device)
     for block in range(blocks):
         decisions = widest.clone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -9,6 +11,10 @@ from torch import Tensor
 
 from dfs_cli.cost.table import CostTable, relative_cost
 from dfs_cli.errors import ConfigError
+from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.normalisation import FractionalBatchNorm
+from dfs_cli.nn.precision import Precision
 
 
 def best_static_mix(table: CostTable, damage: Tensor, cost: float) -> Tensor:
@@ -51,6 +57,29 @@ def best_layer_mix(table: CostTable, damage: Tensor, skipping: Tensor, cost: flo
     chosen = _choose(harm, np.concatenate([prices.ravel(), np.zeros(len(table.blocks))]), one_each, table, cost)
     kept, bits = chosen[: prices.size].reshape(prices.shape), np.array(table.options[1:])
     return {layer.name: int(row @ bits) for layer, row in zip(layers, kept, strict=True)}
+
+
+def set_layer_bits(network: DynamicResNet, bits: Mapping[str, int]) -> None:
+    """Give layers of the blocks, by their path in the backbone, bitwidths of their own, whatever is decided, for as long as
+    their block is not skipped. Layers that are not named follow their block.
+
+    A normalisation follows the layer in front of it; without one, the layer behind.
+    """
+    for block in network.blocks:
+        layer: FractionalLayer | None = None
+        waiting: list[FractionalBatchNorm] = []
+        for name, module in block.module.named_modules(prefix=block.name):
+            if isinstance(module, FractionalBatchNorm):
+                if layer is None:
+                    waiting.append(module)
+                else:
+                    module.precision = layer.precision
+            elif isinstance(module, FractionalLayer) and module.precision is not network.edges:
+                layer = module
+                layer.precision = Precision(bits[name]) if name in bits else block.precision
+                for norm in waiting:
+                    norm.precision = layer.precision
+                waiting.clear()
 
 
 def _choose(damage: np.ndarray, prices: np.ndarray, one_each: np.ndarray, table: CostTable, cost: float) -> np.ndarray:

@@ -16,7 +16,7 @@ from dfs_cli.artifact.manifest import Evaluation
 from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig, check_budget
 from dfs_cli.cost.operating_point import LOWEST_SHARE
 from dfs_cli.cost.table import CostTable
-from dfs_cli.data.images import Images, UnreadableLog
+from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import default_workers, eval_loader, load_all
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import open_splits, open_validation
@@ -35,7 +35,7 @@ from dfs_cli.tuning.calibration import calibrate
 if TYPE_CHECKING:
     from dfs_cli.export.check import Comparison
 
-_RANDOM_IMAGES = 64
+_RANDOM_IMAGES = 256
 
 __all__ = [
     "Converted",
@@ -118,12 +118,10 @@ def evaluate(
     observer.stage("evaluating", len(data))
     loader = eval_loader(data, batch_size, workers, device.type == "cuda")
     log = UnreadableLog("validation", len(data))
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    try:
-        network.to(memory_format=layout)
-        return evaluate_network(network, manifest.table, loader, device, log, amp, layout, observer.advance)
-    finally:
-        network.to(memory_format=torch.contiguous_format)
+    layout = torch.contiguous_format
+    if channels_last:
+        layout, network = torch.channels_last, copy.deepcopy(network).to(memory_format=torch.channels_last)
+    return evaluate_network(network, manifest.table, loader, device, log, amp, layout, observer.advance)
 
 
 def export_onnx(
@@ -139,13 +137,15 @@ def export_onnx(
     """Write a converted network as an ONNX graph for one image, and compare the two.
 
     Args:
-        data: whose validation split they are compared on. None: the embedded digits, for their model, else random images.
+        data: whose validation split they are compared on. Without a folder or reader the embedded digits, for their model, else
+            random images, ``num_samples`` of them (256).
         static: the most common policy on that split, without gate and control flow.
 
     Raises:
         MissingDependencyError: onnx or onnxruntime is not installed.
         OutputError: the file exists and ``force`` is not given, or cannot be written.
         ExportError: the graph decides or answers otherwise than the network; nothing is written then.
+        DataError: images are missing, too many of them unreadable, or they are of other classes.
     """
     require_onnx()
     from dfs_cli.export.write import random_batches, write_onnx
@@ -156,18 +156,25 @@ def export_onnx(
     if not is_given and manifest.architecture != DIGITS_MODEL:
         if static:
             raise DataError("--static needs images to find the most common policy on: pass --data DIR")
-        batches: Any = random_batches(size, _RANDOM_IMAGES)
-        labelled = False
+        wanted = data.num_samples if isinstance(data, DataConfig) else None
+        batches: Any = random_batches(size, wanted or _RANDOM_IMAGES)
+        labelled, log = False, None
     else:
         if not isinstance(data, Images):
             data = open_validation(
                 default_data(manifest.architecture, data), manifest.preprocessing, manifest.class_names
             )
-        labelled = True
+        labelled, log = True, UnreadableLog("validation", len(data))
         batches = eval_loader(data, EVAL_BATCH, default_workers(data) if workers is None else workers)
     network = copy.deepcopy(converted.network).cpu().eval()
     observer.stage("comparing", None)  # once with bytes, and once more where they do not do
-    return write_onnx(Path(path), network, size, batches, labelled, static, force, observer.advance)
+
+    def note(batch: Batch) -> None:
+        if log is not None:
+            log.add(batch.unreadable)
+        observer.advance(len(batch.targets) + len(batch.unreadable))
+
+    return write_onnx(Path(path), network, size, batches, labelled, static, force, note)
 
 
 def recalibrate(
@@ -185,7 +192,7 @@ def recalibrate(
         budget: within the network's range: with the probe gate from the first pass alone to a second one in full for all.
         data: where the training images are: the operating point is set on those that the conversion held out of them.
             Or held-out images themselves. None: the embedded digits, for their model.
-        workers: processes that load images; None: as many as there are cores, none where images are few.
+        workers: processes that load images; None: two at most, none for the embedded digits.
         observer: told about progress.
 
     Returns:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from dfs_cli.config import DynamicConfig, Preprocessing, TuningConfig
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.probe import ProbedResNet
+from dfs_cli.process import pinned_to
 from dfs_cli.resolve import resolve_device
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
 from dfs_cli.tuning.loop import Goal, tuning_step
@@ -32,6 +35,20 @@ class Timing(NamedTuple):
     median: float
     low: float
     high: float
+
+
+@contextmanager
+def on_threads(threads: int) -> Iterator[int]:
+    """PyTorch on ``threads`` threads, the process on as many cores, within the context; gives how many cores (0: not known)."""
+    if threads < 1:
+        raise ConfigError(f"threads {threads} is below 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pinned_to(threads) as cores:
+            yield cores
+    finally:
+        torch.set_num_threads(before)
 
 
 def bench_tuning(
@@ -157,6 +174,7 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would tell the terminal when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     assert recorded.profiler is not None and recorded.profiler.kineto_results is not None

@@ -65,6 +65,7 @@ def default_preset(budget: float, gate: GateKind) -> str:
 
 
 DEFAULT_MIX = "0:0.5,8:0.5"
+"""Of the blocks of a network whose options nobody named."""
 LARGE_BATCH = 64
 """What ``dfs bench`` measures: decisions where none are real, and images per batch besides single ones."""
 

@@ -12,22 +12,36 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _RESET, _TASKS = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/task")
 
 
 @contextlib.contextmanager
 def pinned_to(cores: int) -> Iterator[int]:
-    """Keep the process to so many cores, where the system lets it; gives how many cores it may use (0: not known)."""
+    """Keep the process, with the threads that it has by now and those to come, to so many cores, where the system lets it;
+    gives how many cores it may use (0: not known)."""
     if not hasattr(os, "sched_setaffinity"):
         yield 0
         return
-    allowed = os.sched_getaffinity(0)
-    kept = set(sorted(allowed)[:cores])
-    os.sched_setaffinity(0, kept)
+    before = {0: os.sched_getaffinity(0)}
+    kept = set(sorted(before[0])[:cores])
+    for thread in _threads():
+        with contextlib.suppress(OSError):
+            before[thread] = os.sched_getaffinity(thread)
+            os.sched_setaffinity(thread, kept)
     try:
         yield len(kept)
     finally:
-        os.sched_setaffinity(0, allowed)
+        for thread in _threads():
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(thread, before.get(thread, before[0]))
+
+
+def _threads() -> list[int]:
+    """The process's threads; they may have ended when they are asked for."""
+    try:
+        return [int(task.name) for task in _TASKS.iterdir()]
+    except OSError:
+        return [0]
 
 
 def added_memory(build: Callable[[], T], use: Callable[[T], object]) -> tuple[T, int | None]:

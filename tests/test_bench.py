@@ -1,4 +1,8 @@
 import json
+import os
+import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +13,11 @@ from typer.testing import CliRunner
 
 from dfs_cli.bench import peak_bytes
 from dfs_cli.cli.app import app
-from dfs_cli.config import DynamicConfig, GateKind, parse_mix
+from dfs_cli.config import DEFAULT_MIX, DynamicConfig, GateKind, parse_mix
 from dfs_cli.latency import measure
 from dfs_cli.latency.measure import ObservedGate
-from dfs_cli.latency.subject import draw_policies, force
+from dfs_cli.latency.subject import default_mix, draw_policies, force
+from dfs_cli.process import pinned_to
 
 CPU = torch.device("cpu")
 
@@ -62,6 +67,12 @@ def test_bench_says_what_it_needs() -> None:
         (["bench", "resnet20_cifar", "--no-pretrained", "--data", "images"], "--data"),
         (["bench", "resnet20_cifar", "--no-pretrained", "--threads", "0"], "threads 0"),
         (["bench", "missing.safetensors"], "does not exist"),
+        (["bench", "missing.safetensors", "--img-size", "99"], "--img-size has no meaning for a converted network"),
+        (["bench", "missing.safetensors", "--tuning"], "--tuning measures a MODEL"),
+        (["bench", "missing.safetensors", "--val-split", "val"], "pass that too"),
+        (["bench", "resnet20_cifar", "--no-pretrained", "--device", "cuda"], "--device has no meaning for MODEL"),
+        (["bench", "resnet20_cifar", "--tuning", "--val-split", "val"], "--val-split has no meaning for --tuning"),
+        (["bench", "resnet20_cifar", "--tuning", "--no-pretrained", "--threads", "0"], "threads 0 is below 1"),
         (["bench", "resnet20_cifar", "--tuning", "--no-pretrained", "--repeats", "0"], "repeats 0 is below 1"),
         (["bench", "resnet20_cifar", "--tuning", "--gate", "rnn", "--mirror"], "--mirror is for"),
         (["bench", "resnet21", "--tuning"], "resnet21"),
@@ -96,7 +107,7 @@ def test_inference_of_a_model_is_measured_side_by_side() -> None:
     assert own["peak_bytes"] is None or own["peak_bytes"] >= 0
     # Weights, at least.
     assert rows["pytorch-dense", 1]["peak_bytes"] > 4 * 272_474
-    assert record["features"] == "bytes"
+    assert record["graph"] == {"features": "bytes"}
     assert record["threads"] == 1 and record["options"] == [0, 8] and "seed 0" in record["decisions"]
     assert rows["ort-int8-static", 1]["file_bytes"] < 0.4 * rows["ort-fp32", 1]["file_bytes"]
 
@@ -105,9 +116,50 @@ def test_a_file_is_measured_with_its_own_decisions(artifact: Path, make_folder: 
     record = run_bench(str(artifact), "--data", str(make_folder()))
     assert record["decisions"].startswith("real") and record["images"] == 40
     assert {row["name"] for row in record["rows"]} >= {"pytorch-dfs", "ort-dfs"}
-    forced = run_bench(str(artifact), "--mix", "0:1")
+    assert record["graph"]["images"] == 40 and record["graph"]["holds"] is True
+    renamed = artifact.with_name("network.bin")
+    shutil.copy(artifact, renamed)
+    forced = run_bench(str(renamed), "--mix", "0:1")
+    assert "images" not in forced["graph"]
     own = next(row for row in forced["rows"] if row["name"] == "pytorch-dfs")
     assert own["file_bytes"] == artifact.stat().st_size
+
+
+def test_a_mix_that_nobody_named_has_the_options() -> None:
+    assert default_mix((0, 2, 3, 4, 5, 6, 8)) == DEFAULT_MIX
+    assert default_mix((0, 4)) == "0:0.5,4:0.5" and default_mix((0, 8, 32)) == "0:0.5,8:0.5"
+    assert default_mix((0, 32)) == "0:0.5,32:0.5" and default_mix((16, 32)) == "16:0.5,32:0.5"
+    result = CliRunner().invoke(
+        app, ["bench", "resnet20_cifar", "--no-pretrained", "--bits", "0,4", "--threads", "1", "--repeats", "1"]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "0:0.5,4:0.5" in result.stdout and "2 to 7 bits take as long as 8" in result.stdout
+    assert "not compared" in result.stdout and "profiler_start" not in result.stderr
+
+
+def test_all_threads_keep_to_the_cores() -> None:
+    ready, done = threading.Event(), threading.Event()
+    seen: list[set[int]] = []
+
+    def wait() -> None:
+        ready.wait()
+        seen.append(os.sched_getaffinity(0))
+        done.wait()
+        seen.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    before = os.sched_getaffinity(0)
+    try:
+        with pinned_to(1) as cores:
+            ready.set()
+            while not seen:
+                time.sleep(0.001)
+    finally:
+        ready.set()
+        done.set()
+        thread.join()
+    assert cores == 1 and len(seen[0]) == 1 and seen[1] == before == os.sched_getaffinity(0)
 
 
 def test_without_onnxruntime_its_rows_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from conftest import make_dynamic, preactivated_resnet, randomise, spread_gate, tiny_resnet
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
@@ -287,6 +288,19 @@ def test_what_is_promised_is_what_is_checked() -> None:
     for same, top1 in ((0.994, 90.0), (1.0, 89.8), (1.0, 90.2)):
         with pytest.raises(ExportError):
             check_holds(Comparison(1000, True, same, 1.0, 90.0, top1, 0.0))
+    # On noise an answer may be a near tie; top-1 is then the share of the network's own answers.
+    check_holds(Comparison(256, False, 1.0, 255 / 256, 100.0, 99.6, 0.0))
+    with pytest.raises(ExportError):
+        check_holds(Comparison(256, False, 1.0, 254 / 256, 100.0, 99.2, 0.0))
+
+
+def test_graphs_too_large_for_onnx_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Parts) -> None:
+        raise EncodeError("too large")
+
+    monkeypatch.setattr(write, "export_dynamic", fail)
+    with pytest.raises(ExportError, match="2 GiB"):
+        write.serialise(Parts(dynamic(tiny_resnet()), SIZE), None)
 
 
 def test_export_command(artifact: Path, tmp_path: Path) -> None:

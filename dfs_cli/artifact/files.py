@@ -16,7 +16,7 @@ def check_writable(paths: Iterable[Path], force: bool) -> None:
         if path.is_dir():
             raise OutputError(f"output {path} is a folder")
         if path.exists() and not force:
-            raise OutputError(f"output {path} exists already: pass --force to overwrite it, or another --output")
+            raise OutputError(f"output {path} exists already: pass --force to overwrite it, or another name")
         folder = path.parent
         if not folder.is_dir():
             raise OutputError(f"output folder {folder} does not exist")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +14,6 @@ from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.config import (
     DEFAULT_EDGE_BITS,
     DEFAULT_MIX,
-    LARGE_BATCH,
     PRESET_EDGE_BITS,
     DynamicConfig,
     GateKind,
@@ -23,8 +23,24 @@ from dfs_cli.config import (
 )
 from dfs_cli.errors import ConfigError
 
+_THREADS = 2
+_COMPARED = 1000  # real images, on which the graph is compared with the network, as dfs export does
+
+if TYPE_CHECKING:
+    from dfs_cli.latency.subject import Subject
+
+# What each way of measuring can be told; anything else that is given is a mistake.
+_COMMON = {"model", "tuning", "threads", "repeats", "seed", "as_json"}
+_OF_MODEL = {"bits", "edge_bits", "gate", "checkpoint", "pretrained", "img_size"}
+_ALLOWED = {
+    "a converted network": _COMMON | {"mix", "data", "val_split"},
+    "MODEL": _COMMON | _OF_MODEL | {"mix"},
+    "--tuning": _COMMON | _OF_MODEL | {"mirror", "budget", "batch_size", "amp", "device"},
+}
+
 
 def bench(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(metavar="FILE|MODEL", help="What dfs convert wrote, or a timm architecture; see dfs list."),
@@ -40,7 +56,14 @@ def bench(
     ] = None,
     data: options.DataDir = None,
     val_split: options.ValSplit = None,
-    threads: Annotated[int, typer.Option("--threads", metavar="N", help="Threads, on as many cores.")] = 2,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            help="Threads, on as many cores [default: 2; with --tuning as many as there are cores].",
+        ),
+    ] = None,
     budget: Annotated[float, typer.Option("--budget", "-b", help="With --tuning: the budget tuned for.")] = 0.03,
     bits: options.Bits = None,
     edge_bits: options.EdgeBits = None,
@@ -63,9 +86,22 @@ def bench(
 ) -> None:
     """Measure time and memory, in turns within one run: of inference, or of tuning."""
     keep_freed_memory()
+    is_file = model.endswith(".safetensors") or Path(model).is_file()
+    way = "--tuning" if tuning else "a converted network" if is_file else "MODEL"
+    for name in context.params:
+        if name not in _ALLOWED[way] and _is_given(context, name):
+            raise ConfigError(f"--{name.replace('_', '-')} has no meaning for {way}")
+    if is_file and tuning:
+        raise ConfigError("--tuning measures a MODEL: a converted network is not tuned again")
     if not tuning:
-        record = _inference(
-            model, mix, data, val_split, threads, bits, edge_bits, gate, checkpoint, pretrained, img_size, repeats, seed
+        if is_file:
+            subject = _subject_of_file(Path(model), mix, data, val_split, seed)
+        else:
+            subject = _subject_of_model(
+                model, mix, bits, edge_bits, gate or "rnn", checkpoint, pretrained, img_size, seed
+            )
+        record = {"model": model} | _measure(
+            subject, _THREADS if threads is None else threads, 50 if repeats is None else repeats
         )
         if as_json:
             typer.echo(json.dumps(record))
@@ -74,8 +110,6 @@ def bench(
 
             print_latency(record)
         return
-    if mix is not None or data is not None:
-        raise ConfigError("--mix and --data are for inference: leave them out, or --tuning")
     gate, repeats = gate or "probe", 10 if repeats is None else repeats
     check_budget(budget)
     mirrored = options.mirrors(gate, mirror, hflip=0.5)
@@ -83,16 +117,19 @@ def bench(
 
     from rich.console import Console
 
-    from dfs_cli.bench import bench_tuning
+    from dfs_cli.bench import bench_tuning, on_threads
     from dfs_cli.cli.progress import create_observer, stderr_console
     from dfs_cli.config import TuningConfig
     from dfs_cli.data.preprocessing import resolve_preprocessing
     from dfs_cli.models.zoo import check_convertible, load_model
 
     check_convertible(model)
-    settings: dict[str, Any] = {"batch_size": batch_size, "amp": amp, "device": device}
+    settings: dict[str, Any] = {"batch_size": batch_size, "amp": amp, "device": device, "seed": seed}
     module = load_model(model, pretrained, checkpoint)
-    with create_observer(stderr_console(), quiet=True) as observer:
+    with (
+        on_threads(threads) if threads is not None else nullcontext(),
+        create_observer(stderr_console(), quiet=True) as observer,
+    ):
         observer.stage("steps in turns", repeats + 2)
         record = {"model": model} | bench_tuning(
             module,
@@ -125,46 +162,49 @@ def bench(
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _inference(
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _subject_of_file(path: Path, mix: str | None, data: Path | None, val_split: str | None, seed: int) -> Subject:
+    from dfs_cli.latency.subject import subject_of_file
+
+    if val_split is not None and data is None:
+        raise ConfigError("--val-split names a part of --data: pass that too")
+    source = None if data is None else options.data_config(data, "", None, val_split, _COMPARED, False)
+    return subject_of_file(path, mix, source, seed)
+
+
+def _subject_of_model(
     model: str,
     mix: str | None,
-    data: Path | None,
-    val_split: str | None,
-    threads: int,
     bits: str | None,
     edge_bits: int | None,
-    gate: GateKind | None,
+    gate: GateKind,
     checkpoint: Path | None,
     pretrained: bool,
     img_size: int | None,
-    repeats: int | None,
     seed: int,
-) -> dict[str, Any]:
-    repeats = 50 if repeats is None else repeats
-    if not model.endswith(".safetensors"):
-        if data is not None:
-            raise ConfigError(f"--data is for the decisions of a converted network, which {model} is not: pass --mix")
-        dynamic = _dynamic_for(mix or DEFAULT_MIX, bits, edge_bits, gate or "rnn")
-    elif given := [name for name, value in (("bits", bits), ("edge-bits", edge_bits), ("gate", gate)) if value]:
-        raise ConfigError(f"--{given[0]} is for MODEL: {model} has its own")
-
-    from dfs_cli.cli.progress import create_observer, stderr_console
+) -> Subject:
     from dfs_cli.data.preprocessing import resolve_preprocessing
-    from dfs_cli.latency.measure import bench_inference
-    from dfs_cli.latency.subject import subject_of_file, subject_of_model
+    from dfs_cli.latency.subject import default_mix, subject_of_model
     from dfs_cli.models.zoo import check_convertible, load_model
 
-    if model.endswith(".safetensors"):
-        source = None if data is None else options.data_config(data, "", None, val_split, LARGE_BATCH, False)
-        subject = subject_of_file(Path(model), mix, source, seed)
-    else:
-        check_convertible(model)
-        module = load_model(model, pretrained, checkpoint)
-        size = resolve_preprocessing(module, img_size).input_size
-        subject = subject_of_model(module, dynamic, size, mix or DEFAULT_MIX, seed)
+    check_convertible(model)
+    dynamic = _dynamic_for(mix or DEFAULT_MIX, bits, edge_bits, gate)
+    module = load_model(model, pretrained, checkpoint)
+    size = resolve_preprocessing(module, img_size).input_size
+    return subject_of_model(module, dynamic, size, mix or default_mix(dynamic.bits), seed)
+
+
+def _measure(subject: Subject, threads: int, repeats: int) -> dict[str, Any]:
+    from dfs_cli.cli.progress import create_observer, stderr_console
+    from dfs_cli.latency.measure import bench_inference
+
     with create_observer(stderr_console(), quiet=True) as observer:
         observer.stage("rounds", None)
-        return {"model": model} | bench_inference(subject, threads, repeats, observer.advance)
+        return bench_inference(subject, threads, repeats, observer.advance)
 
 
 def _dynamic_for(mix: str, bits: str | None, edge_bits: int | None, gate: GateKind) -> DynamicConfig:

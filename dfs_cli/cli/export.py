@@ -17,21 +17,28 @@ def export(
     static: Annotated[
         bool,
         typer.Option(
-            "--static", help="The most common policy for every image: no gate, no control flow (OpenVINO, TensorRT)."
+            "--static", help="The most common policy for every image: no gate, no control flow (OpenVINO and others)."
         ),
     ] = False,
     data: options.DataDir = None,
     dataset: options.Dataset = "",
     val_split: options.ValSplit = None,
     num_samples: Annotated[
-        int, typer.Option("--num-samples", metavar="N", help="Compare graph and network on at most N images.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            "--num-samples",
+            metavar="N",
+            help="Compare graph and network on at most N images [default: 1000; 256 random ones].",
+        ),
+    ] = None,
     dataset_download: options.Download = False,
     workers: options.Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     force: options.Force = False,
 ) -> None:
     """Write a converted network as an ONNX graph that skips for real, and check it against the network."""
+    if num_samples is None and (data is not None or dataset):
+        num_samples = 1000
     data_config = options.data_config(data, dataset, None, val_split, num_samples, dataset_download)
 
     from dfs_cli import api
@@ -48,6 +55,8 @@ def export(
         return
     kind = "images" if comparison.labelled else "random images"
     typer.echo(f"{onnx}, {onnx.stat().st_size / 2**20:.1f} MiB, blocks hand on {comparison.features}")
+    if any(2 <= b <= 7 for b in converted.manifest.dynamic.bits):
+        typer.echo("options of 2 to 7 bits run on 8-bit kernels: they take as long as 8 bits")
     typer.echo(f"compared on {comparison.images} {kind}")
     typer.echo(f"same decisions {comparison.same_decisions:8.2%}, same answers {comparison.same_answers:.2%}")
     if comparison.labelled:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dfs_cli.artifact.files import check_writable, write_atomically
@@ -28,7 +29,7 @@ def write_onnx(
     labelled: bool,
     static: bool = False,
     force: bool = False,
-    on_batch: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Comparison:
     """Write ``network`` as an ONNX graph, atomically, once it has been compared with it.
 
@@ -45,6 +46,7 @@ def write_onnx(
     check_writable([path], force)
     policy = common_decisions(network, batches).tolist() if static else None
     content, comparison = make_graph(network, input_size, batches, labelled, policy, on_batch)
+    check_holds(comparison)
     write_atomically(path, content)
     return comparison
 
@@ -55,13 +57,13 @@ def make_graph(
     batches: Iterable[Batch],
     labelled: bool,
     policy: Sequence[int] | None = None,
-    on_batch: Callable[[int], None] = lambda images: None,
+    on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[bytes, Comparison]:
     """The fastest graph that does what ``network`` does, serialised: features are bytes where that makes no difference
-    beyond what is promised, else floating point.
+    beyond what is promised, else floating point, whether that keeps the promise or not.
 
     Raises:
-        ExportError: neither keeps the promise, or the graph is too large for ONNX.
+        ExportError: the graph is too large for ONNX.
     """
     samples = next((batch.images for batch in batches if len(batch.targets)), None)
     if samples is None:
@@ -76,7 +78,6 @@ def make_graph(
     if not comparison.holds and parts.scales is not None:
         parts.scales = None
         content, comparison = attempt()
-    check_holds(comparison)
     return content, replace(comparison, features=parts.features)
 
 
@@ -86,10 +87,10 @@ def serialise(parts: Parts, policy: Sequence[int] | None) -> bytes:
     Raises:
         ExportError: it is too large for ONNX.
     """
-    model = export_dynamic(parts) if policy is None else export_static(parts, policy)
     try:
+        model = export_dynamic(parts) if policy is None else export_static(parts, policy)
         content: bytes = model.SerializeToString()
-    except ValueError:
+    except (ValueError, EncodeError):  # which of them depends on the version of protobuf
         raise ExportError("the graph is larger than the 2 GiB that an ONNX file holds: give fewer --bits") from None
     return content
 

@@ -13,20 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.artifact.packing import packed_tensors
-from dfs_cli.bench import bytes_of, peak_bytes, size_of
+from dfs_cli.bench import bytes_of, on_threads, peak_bytes, size_of
 from dfs_cli.config import LARGE_BATCH
-from dfs_cli.data.images import Batch
 from dfs_cli.errors import ConfigError
 from dfs_cli.export.runtime import has_onnx
 from dfs_cli.latency.subject import Subject
 from dfs_cli.nn.gate import Gate
-from dfs_cli.process import added_memory, pinned_to
+from dfs_cli.process import added_memory
 from dfs_cli.surgery.folding import fold_norms
 
 DENSE_OF = {"pytorch-dfs": "pytorch-dense", "ort-dfs": "ort-fp32", "ort-int8-static": "ort-fp32"}
 
 _WARM_UP = 3
-_LARGE_EVERY = 8  # one large batch for so many single images: it takes so much longer
+_LARGE_EVERY = 4  # one large batch for so many single images: it takes so much longer
 # Seconds for which whoever's turn it is runs untimed: cores wake up, the threads of the one before, which go on waiting busily
 # for some 15 ms, come to rest, and the caches hold its own weights.
 _SETTLING = 0.03
@@ -93,26 +92,21 @@ def bench_inference(
 
     Args:
         threads: for PyTorch and for ONNX Runtime; the process keeps to as many cores.
-        repeats: rounds; in each, every contender for single images runs once, those for batches of 64 in every eighth.
+        repeats: rounds; in each, every contender for single images runs once, those for batches of 64 in every fourth.
 
     Returns:
         ``rows``, and how they were measured; times in milliseconds per run.
     """
-    if repeats < 1 or threads < 1:
-        raise ConfigError(f"repeats {repeats} and threads {threads}: both must be at least 1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with pinned_to(threads) as cores:
-            contenders, features = list_contenders(subject, threads)
-            steps, memory = [], []
-            for contender in contenders:
-                step, peak = _prepare(subject, contender)
-                steps.append(step)
-                memory.append(peak)
-            runs = _in_turns(subject, contenders, steps, repeats, on_round)
-    finally:
-        torch.set_num_threads(before)
+    if repeats < 1:
+        raise ConfigError(f"repeats {repeats} is below 1")
+    with on_threads(threads) as cores:
+        contenders, graph = list_contenders(subject, threads)
+        steps, memory = [], []
+        for contender in contenders:
+            step, peak = _prepare(subject, contender)
+            steps.append(step)
+            memory.append(peak)
+        runs = _in_turns(subject, contenders, steps, repeats, on_round)
     rows = [_row(*found) for found in zip(contenders, runs, memory, strict=True)]
     _compare(rows)
     return {
@@ -126,13 +120,14 @@ def bench_inference(
         "image_size": list(subject.images.shape[1:]),
         "images": len(subject.images),
         "decisions": subject.decisions,
-        "features": features,
+        "graph": graph,
     }
 
 
-def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], str | None]:
-    """Everything that can run here: without ONNX Runtime, PyTorch alone. With it, what blocks of the graph hand on, too."""
-    features = None
+def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], dict[str, Any] | None]:
+    """Everything that can run here: without ONNX Runtime, PyTorch alone. With it, what the graph is like, too: what blocks hand
+    on, and, where it was compared with the network, the comparison."""
+    graph = None
     dense, network = subject.dense.eval(), subject.network
     weights = bytes_of(dense.state_dict().values())
     size = subject.file_size
@@ -159,7 +154,7 @@ def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], st
 
         shape = (int(subject.images.shape[1]), int(subject.images.shape[2]), int(subject.images.shape[3]))
         plain = export_dense(dense, shape)
-        own, features = _own_graph(subject, shape)
+        own, graph = _own_graph(subject, shape)
         models = {
             "ort-fp32": (plain, 1.0),
             "ort-int8-static": (quantize_dense(plain, subject.images), subject.table.uniform_cost(8)),
@@ -174,20 +169,19 @@ def list_contenders(subject: Subject, threads: int) -> tuple[list[Contender], st
             Contender(name, 1, functools.partial(opened, model), len(model), share)
             for name, (model, share) in models.items()
         ]
-    return found, features
+    return found, graph
 
 
-def _own_graph(subject: Subject, shape: tuple[int, int, int]) -> tuple[bytes, str]:
-    """The dynamic network's graph as ``dfs export`` writes it; without its check where there is nothing to be right about."""
+def _own_graph(subject: Subject, shape: tuple[int, int, int]) -> tuple[bytes, dict[str, Any]]:
+    """The dynamic network's graph as ``dfs export`` writes it; forced decisions are no matter of comparison."""
     from dfs_cli.export.network import Parts
     from dfs_cli.export.write import SCALE_IMAGES, make_graph, serialise
 
-    if subject.is_tuned:
-        batch = Batch(subject.images, torch.zeros(len(subject.images), dtype=torch.long), ())
-        content, comparison = make_graph(subject.network, shape, [batch], labelled=False)
-        return content, comparison.features
+    if subject.known is not None:
+        content, comparison = make_graph(subject.network, shape, [subject.known], labelled=True)
+        return content, comparison.to_dict() | {"holds": comparison.holds}
     parts = Parts(subject.network, shape, subject.images[:SCALE_IMAGES].numpy())
-    return serialise(parts, None), parts.features
+    return serialise(parts, None), {"features": parts.features}
 
 
 def _images(subject: Subject, contender: Contender, turn: int) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.artifact.file import load_artifact
-from dfs_cli.config import DEFAULT_MIX, LARGE_BATCH, DataConfig, DynamicConfig, parse_mix
+from dfs_cli.config import LARGE_BATCH, DataConfig, DynamicConfig, parse_mix
 from dfs_cli.cost.table import CostTable
-from dfs_cli.data.images import UnreadableLog
+from dfs_cli.data.images import Batch, UnreadableLog
 from dfs_cli.data.loading import default_workers, load_all
 from dfs_cli.data.splits import open_validation
 from dfs_cli.errors import ConfigError
@@ -24,7 +24,7 @@ from dfs_cli.nn.probe import EVERYBODY_IS_SURE, ProbedResNet
 from dfs_cli.surgery.biases import round_biases
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
 
-_SCALE_IMAGES = 4
+_SCALE_IMAGES, _BYTE = 4, 8
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Subject:
         images: (N, C, H, W); runs go through them in turn.
         decisions: where decisions come from, for people.
         file_size: bytes of the dynamic network's file; None: as it would be written.
-        is_tuned: whether its answers mean anything.
+        known: images and their classes, on which its graph is compared with the network; None: its decisions are forced.
         policies: (N, L), forced option indices for the images of a batch where they differ; ``network`` itself decides for the
             first row.
     """
@@ -49,8 +49,15 @@ class Subject:
     images: Tensor
     decisions: str
     file_size: int | None = None
-    is_tuned: bool = True
+    known: Batch | None = None
     policies: Tensor | None = None
+
+
+def default_mix(options: Sequence[int]) -> str:
+    """Half of the blocks at the fewest bits, half at the most that integer kernels take."""
+    low = min(options)
+    high = max((b for b in options if low < b <= _BYTE), default=max(options))
+    return f"{low}:0.5,{high}:0.5"
 
 
 def draw_policies(mix: dict[int, float], options: Sequence[int], blocks: int, seed: int, images: int = 1) -> Tensor:
@@ -107,7 +114,7 @@ def subject_of_model(
     fit_scales(network, images[:_SCALE_IMAGES])
     network.settle()
     round_biases(network, input_size)
-    return _forced(Subject(model, network, table, images, "", is_tuned=False), mix, policies, seed)
+    return _forced(Subject(model, network, table, images, ""), mix, policies, seed)
 
 
 def _forced(subject: Subject, mix: str, policies: Tensor, seed: int) -> Subject:
@@ -132,7 +139,7 @@ def subject_of_file(path: Path, mix: str | None, data: DataConfig | None, seed: 
     dense = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args).eval()
     size, table, file_size = manifest.preprocessing.input_size, manifest.table, path.stat().st_size
     if data is None:
-        mix = mix or DEFAULT_MIX
+        mix = mix or default_mix(table.options)
         policies = draw_policies(parse_mix(mix), table.options, len(table.blocks), seed, LARGE_BATCH)
         subject = Subject(dense, network, table, _random_images(size, seed), "", file_size)
         return _forced(subject, mix, policies, seed)
@@ -140,8 +147,9 @@ def subject_of_file(path: Path, mix: str | None, data: DataConfig | None, seed: 
         raise ConfigError("--mix forces decisions, --data measures real ones: pass one of them")
     found = open_validation(data, manifest.preprocessing, manifest.class_names)
     log = UnreadableLog("validation", len(found))
-    batches, _ = load_all(found, LARGE_BATCH, default_workers(found), torch.device("cpu"), log)
-    return Subject(dense, network, table, torch.cat(batches), "real, on validation images", file_size)
+    batches, targets = load_all(found, LARGE_BATCH, default_workers(found), torch.device("cpu"), log)
+    known = Batch(torch.cat(batches), targets, ())
+    return Subject(dense, network, table, known.images[:LARGE_BATCH], "real, on validation images", file_size, known)
 
 
 def _random_images(input_size: tuple[int, int, int], seed: int) -> Tensor:

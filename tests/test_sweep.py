@@ -31,6 +31,7 @@ from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.pipeline import convert
 from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep, summarise, verdict_line, verdicts
 from dfs_cli.resolve import default_tuning
+from dfs_cli.surgery.biases import round_biases
 from dfs_cli.surgery.convert import plan_costs
 from dfs_cli.sweep import answers_folder, sweep
 from dfs_cli.tuning.sensitivity import measure_layer_damage
@@ -106,6 +107,12 @@ def test_layers_may_have_bitwidths_of_their_own(create: Callable[[], nn.Module])
         assert torch.equal(logits(3), at_8) and torch.equal(network.run_in_full(images), in_full)
         costs = table.with_layer_bits(dict.fromkeys(names, 8)).cost(torch.zeros(1, len(table.blocks), dtype=torch.long))
         assert float(costs) == pytest.approx(float(table.cost(torch.full((1, len(table.blocks)), 2))))
+        # Blocks that a mix leaves out may be run all the same, when something is measured.
+        set_layer_bits(network, {name: 0 if name.startswith(network.blocks[-1].name) else 8 for name in names})
+        assert torch.equal(logits(2), at_8)
+        round_biases(network, (3, 32, 32))
+        set_layer_bits(network, {})
+        at_8, in_full = logits(2), network.run_in_full(images)
         set_layer_bits(network, {names[0]: 4})
         first = network.backbone.get_submodule(names[0])
         assert isinstance(first, FractionalLayer) and first.precision.bits == 4

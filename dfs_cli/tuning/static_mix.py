@@ -61,7 +61,7 @@ def best_layer_mix(table: CostTable, damage: Tensor, skipping: Tensor, cost: flo
 
 def set_layer_bits(network: DynamicResNet, bits: Mapping[str, int]) -> None:
     """Give layers of the blocks, by their path in the backbone, bitwidths of their own, whatever is decided, for as long as
-    their block is not skipped. Layers that are not named follow their block.
+    their block is not skipped. Layers that are not named, or at 0 bits, follow their block.
 
     A normalisation follows the layer in front of it; without one, the layer behind.
     """
@@ -76,7 +76,7 @@ def set_layer_bits(network: DynamicResNet, bits: Mapping[str, int]) -> None:
                     module.precision = layer.precision
             elif isinstance(module, FractionalLayer) and module.precision is not network.edges:
                 layer = module
-                layer.precision = Precision(bits[name]) if name in bits else block.precision
+                layer.precision = Precision(bits[name]) if bits.get(name) else block.precision
                 for norm in waiting:
                     norm.precision = layer.precision
                 waiting.clear()

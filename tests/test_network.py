@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.pooling import MaxPool2d
 from dfs_cli.surgery.convert import fit_scales
 from dfs_cli.tuning.state import parameter_groups
 
@@ -337,10 +336,16 @@ def test_means_of_unchanged_features_are_known(monkeypatch: pytest.MonkeyPatch) 
     assert any(images is not None and 0 < len(images) < 12 for images in changed)
 
 
-@pytest.mark.parametrize("size", [7, 8, 31])
-def test_max_pooling_is_that_of_torch(size: int) -> None:
-    pool = nn.MaxPool2d(3, stride=2, padding=1)
-    x = torch.randn(3, 5, size, size + 1)
+@pytest.mark.parametrize("size", [31, 32])
+def test_the_stems_own_layout_does_not_show(size: int) -> None:
+    network = make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate="rnn"), (3, size, size))
+    images = torch.randn(3, 3, size, size)
+    expected = network.layout.stem(network.backbone, images)
     with torch.no_grad():
-        found = MaxPool2d.adopt(pool)(x)
-    assert torch.equal(found, pool(x)) and found.stride() == pool(x).stride()
+        assert network.pools
+        for found in (network._stem(images), torch.cat([network._stem(image[None]) for image in images])):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            assert found.stride() == expected.stride()
+        last = network._stem(images.to(memory_format=torch.channels_last))
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(last, expected, rtol=1e-5, atol=1e-6)

@@ -105,6 +105,7 @@ class DynamicResNet(nn.Module):
         self.add_module("gate", gate)
         self.register_buffer("prices", prices.double(), persistent=False)
         self.operating_point = 0.0
+        self.pools = any(isinstance(module, nn.MaxPool2d) for module in backbone.modules())
 
     def train(self, mode: bool = True) -> DynamicResNet:
         """As ``nn.Module.train``, except that normalisation keeps its statistics: a group may hold few images."""
@@ -166,10 +167,20 @@ class DynamicResNet(nn.Module):
         Returns:
             Logits (N, classes) and the features (N, C, H, W) before the head.
         """
-        x = self.layout.stem(self.backbone, images)
+        x = self._stem(images)
         for i, block in enumerate(self.blocks):
             x = self._route(block, x, *decide(i, x), explore)
         return self.layout.head(self.backbone, x), x
+
+    def _stem(self, images: Tensor) -> Tensor:
+        """The features that enter the first block, laid out in memory as ``images`` are.
+
+        On the CPU, max-pooling is several times faster where channels lie next to each other.
+        """
+        is_planar = images.device.type == "cpu" and images.is_contiguous() and not torch.is_grad_enabled()
+        if not self.pools or not is_planar:
+            return self.layout.stem(self.backbone, images)
+        return self.layout.stem(self.backbone, images.contiguous(memory_format=torch.channels_last)).contiguous()
 
     def full_precision(self) -> AbstractContextManager[None]:
         """A context within which what always runs does so in floating point."""

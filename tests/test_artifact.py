@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,13 @@ def test_damaged_and_foreign_files_are_refused(artifact: Path, tmp_path: Path) -
         load_artifact(tmp_path / "none.safetensors")
     with pytest.raises(ArtifactError, match="not a file"):
         load_artifact(tmp_path)
+
+
+def test_files_load_where_nothing_else_was_imported(artifact: Path) -> None:
+    code = (
+        f"from dfs_cli.artifact.file import load_artifact; load_artifact(__import__('pathlib').Path({str(artifact)!r}))"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

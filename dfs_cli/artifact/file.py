@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+import dfs_cli.models  # noqa: F401  # a file may be of one of our own, which it registers with timm
 from dfs_cli.artifact.files import check_writable, write_atomically
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.artifact.packing import load_packed, packed_tensors

@@ -43,7 +43,7 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 def _quieten_libraries() -> None:
     """Keep what libraries say to their developers out of the user's terminal."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read by torch's profiler
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by torch's profiler
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     for name in ("timm", "fvcore", "huggingface_hub"):

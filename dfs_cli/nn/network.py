@@ -173,10 +173,7 @@ class DynamicResNet(nn.Module):
         return self.layout.head(self.backbone, x), x
 
     def _stem(self, images: Tensor) -> Tensor:
-        """The features that enter the first block, laid out in memory as ``images`` are.
-
-        On the CPU, max-pooling is several times faster where channels lie next to each other.
-        """
+        """The first block's input, laid out as ``images`` are: where channels lie together, the CPU max-pools far faster."""
         is_planar = images.device.type == "cpu" and images.is_contiguous() and not torch.is_grad_enabled()
         if not self.pools or not is_planar:
             return self.layout.stem(self.backbone, images)

@@ -12,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.surgery.convert import fit_scales
+from dfs_cli.nn.pooling import MaxPool2d
+from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
+from dfs_cli.surgery.folding import fold_norms
 from dfs_cli.tuning.state import parameter_groups
 
 FLOAT_EDGES = DynamicConfig(edge_bits=FULL_BITS, gate="rnn")
@@ -336,16 +338,35 @@ def test_means_of_unchanged_features_are_known(monkeypatch: pytest.MonkeyPatch) 
     assert any(images is not None and 0 < len(images) < 12 for images in changed)
 
 
-@pytest.mark.parametrize("size", [31, 32])
-def test_the_stems_own_layout_does_not_show(size: int) -> None:
-    network = make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate="rnn"), (3, size, size))
-    images = torch.randn(3, 3, size, size)
-    expected = network.layout.stem(network.backbone, images)
+@pytest.mark.parametrize("size", [7, 8, 31])
+def test_max_pooling_is_that_of_torch(size: int) -> None:
+    pool = nn.MaxPool2d(3, stride=2, padding=1)
+    x = torch.randn(3, 5, size, size + 1)
     with torch.no_grad():
-        assert network.pools
-        for found in (network._stem(images), torch.cat([network._stem(image[None]) for image in images])):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-            assert found.stride() == expected.stride()
-        last = network._stem(images.to(memory_format=torch.channels_last))
-        assert last.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(last, expected, rtol=1e-5, atol=1e-6)
+        found = MaxPool2d.adopt(pool)(x)
+    assert torch.equal(found, pool(x)) and found.stride() == pool(x).stride()
+
+
+def test_only_stems_of_one_convolution_choose_their_layout() -> None:
+    for name, expected in (
+        ("resnet18", True),
+        ("resnet50", True),
+        ("resnetv2_50", False),
+        ("resnet50_gn", False),
+        ("resnet10t", False),
+    ):
+        model = timm_model(name)
+        network = to_dynamic(model, FLOAT_EDGES, plan_costs(model, FLOAT_EDGES, (3, 64, 64)))
+        assert network.pools_first == expected, name
+        assert fold_norms(network).pools_first == expected, name
+        images = torch.randn(3, 3, 64, 64)
+        with torch.no_grad():
+            wanted = network.layout.stem(network.backbone, images)
+            found = network._stem(images)
+            alone = torch.cat([network._stem(image[None]) for image in images])
+            last = network._stem(images.to(memory_format=torch.channels_last))
+        assert torch.equal(found, alone) and found.stride() == wanted.stride(), name
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(last, wanted, rtol=1e-5, atol=1e-5)
+        assert last.is_contiguous(memory_format=torch.channels_last), name
+    assert not make_dynamic(timm_model("resnet20_cifar")).pools_first

@@ -14,6 +14,7 @@ from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.nn.gate import Gate, RefineGate
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
+from dfs_cli.nn.pooling import pools_after_one_convolution
 from dfs_cli.nn.precision import Precision, Routing
 
 
@@ -105,7 +106,7 @@ class DynamicResNet(nn.Module):
         self.add_module("gate", gate)
         self.register_buffer("prices", prices.double(), persistent=False)
         self.operating_point = 0.0
-        self.pools = any(isinstance(module, nn.MaxPool2d) for module in backbone.modules())
+        self.pools_first = pools_after_one_convolution(backbone, [block.name for block in blocks])
 
     def train(self, mode: bool = True) -> DynamicResNet:
         """As ``nn.Module.train``, except that normalisation keeps its statistics: a group may hold few images."""
@@ -173,9 +174,9 @@ class DynamicResNet(nn.Module):
         return self.layout.head(self.backbone, x), x
 
     def _stem(self, images: Tensor) -> Tensor:
-        """The first block's input, laid out as ``images`` are: where channels lie together, the CPU max-pools far faster."""
+        """The first block's input, laid out as ``images`` are."""
         is_planar = images.device.type == "cpu" and images.is_contiguous() and not torch.is_grad_enabled()
-        if not self.pools or not is_planar:
+        if not self.pools_first or not is_planar:
             return self.layout.stem(self.backbone, images)
         return self.layout.stem(self.backbone, images.contiguous(memory_format=torch.channels_last)).contiguous()
 

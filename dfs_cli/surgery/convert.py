@@ -19,6 +19,7 @@ from dfs_cli.nn.gate import FeedForwardGate, Gate, RecurrentGate, RefineGate
 from dfs_cli.nn.layers import CONVOLUTIONS, FractionalConv2d, FractionalLayer, FractionalLinear
 from dfs_cli.nn.network import Block, DynamicResNet
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, match_statistics, moments
+from dfs_cli.nn.pooling import MaxPool2d
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.probe import ProbedResNet
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
@@ -142,6 +143,9 @@ def to_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable) -> Dyn
         for name, (norm, block) in _norms(backbone).items():
             adopted = FRACTIONAL_NORMS[type(norm)].adopt(norm, bitwidths, precisions[block])
             backbone.set_submodule(name, adopted)
+    for name, module in list(backbone.named_modules()):
+        if type(module) is nn.MaxPool2d:
+            backbone.set_submodule(name, MaxPool2d.adopt(module))
     blocks = [
         Block(path, module, FAMILIES[type(module)].skip, precision, width, _keeps_input(module))
         for (path, module), precision, width in zip(block_modules.items(), precisions, channels, strict=True)

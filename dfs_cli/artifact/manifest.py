@@ -10,7 +10,7 @@ from dfs_cli.config import DynamicConfig, Preprocessing
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ArtifactError, ConfigError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ _CODES = "weight_codes"
 def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
     """The network's tensors on the CPU, as a file holds them.
 
-    A weight that consists of codes of b bits is stored as those, b bits each: ``weight_codes`` in place of ``weight``. What
+    A weight that consists of integer codes is stored as those, packed: ``weight_codes`` in place of ``weight``. What
     normalisation does not need is left out, and what half precision can hold is stored in it. Nothing is lost.
     """
     tensors = {name: _narrowed(tensor.detach().cpu().contiguous()) for name, tensor in network.state_dict().items()}
@@ -60,18 +62,20 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes of ``bits`` bits, of any shape, as bytes: 8 / ``bits`` codes in each, the first in its lowest bits.
+    """Signed codes of ``bits`` bits, of any shape, as a zlib stream of their bytes: two's complement, one byte each up to 8
+    bits, else all low bytes and then all high ones.
 
-    Args:
-        codes: integers within ``code_range(bits, signed=True)``.
+    Codes near zero are the most frequent, so that Huffman's code for them (DEFLATE, RFC 1951) needs less than ``bits`` bits.
+    Nothing repeats: the search for repetitions is left out.
 
     Returns:
-        (ceil(codes * bits / 8),), uint8.
+        (bytes,), uint8.
     """
-    low, _ = code_range(bits, signed=True)
-    unsigned = (codes.flatten().to(torch.int32) - low).numpy().astype("<u4")
-    planes = np.unpackbits(unsigned[:, None].view(np.uint8), axis=1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+    width = _bytes_per_code(bits)
+    planes = codes.flatten().to(torch.int32).numpy().astype("<i4")[:, None].view(np.uint8)[:, :width].T
+    encoder = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY)
+    stream = encoder.compress(planes.tobytes()) + encoder.flush()
+    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
@@ -80,10 +84,25 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     Raises:
         ValueError: ``packed`` is not of as many codes.
     """
-    low, _ = code_range(bits, signed=True)
-    count = shape.numel()
-    if packed.dtype != torch.uint8 or packed.shape != (-(-count * bits // 8),):
-        raise ValueError(f"{tuple(packed.shape)} of {packed.dtype} is not {count} codes of {bits} bits")
-    planes = np.unpackbits(packed.numpy(), count=count * bits, bitorder="little").reshape(count, bits)
-    unsigned = np.packbits(np.pad(planes, ((0, 0), (0, 32 - bits))), axis=1, bitorder="little").view("<u4")
-    return (torch.from_numpy(unsigned.astype(np.int64)) + low).float().reshape(shape)
+    width, count = _bytes_per_code(bits), shape.numel()
+    strangers = ValueError(f"{tuple(packed.shape)} of {packed.dtype} is not {count} codes of {bits} bits")
+    if packed.dtype != torch.uint8:
+        raise strangers
+    decoder = zlib.decompressobj()
+    try:
+        # One byte more than there should be: a stream may claim to hold any amount.
+        content = decoder.decompress(packed.numpy().tobytes(), width * count + 1)
+    except zlib.error:
+        raise strangers from None
+    if len(content) != width * count or not decoder.eof or decoder.unused_data:
+        raise strangers
+    planes = np.frombuffer(content, np.uint8).reshape(width, count)
+    codes = torch.from_numpy(np.ascontiguousarray(planes.T).view(f"<i{width}").astype(np.float32))
+    low, high = code_range(bits, signed=True)
+    if not torch.equal(codes, codes.clamp(low, high)):
+        raise strangers
+    return codes.reshape(shape)
+
+
+def _bytes_per_code(bits: int) -> int:
+    return 1 if bits <= 8 else 2

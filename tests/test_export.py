@@ -195,13 +195,41 @@ def test_a_sure_image_gets_the_first_answer() -> None:
 def test_a_static_graph_has_no_control_flow(mirror: bool) -> None:
     network = dynamic(tiny_resnet(), "probe", mirror=mirror)
     policy = [1, 2, 0, 1, 2, 2, 2, 1, 2, 0]
-    model = export_static(Parts(network, SIZE), policy)
+    model = export_static(Parts(network, SIZE, portable=True), policy)
     assert not list(subgraphs(model.graph))
     expected = network.run(images(1), torch.tensor([policy])).logits.detach().numpy()
     np.testing.assert_allclose(run(model, images(1)[0])[LOGITS], expected, atol=0.02)
     once = network.run(images(1), torch.tensor([[*policy[:5], *[-1] * 5]])).logits.detach().numpy()
-    found = run(export_static(Parts(network, SIZE), [*policy[:5], *[-1] * 5]), images(1)[0])[LOGITS]
+    found = run(export_static(Parts(network, SIZE, portable=True), [*policy[:5], *[-1] * 5]), images(1)[0])[LOGITS]
     np.testing.assert_allclose(found, once, atol=0.02)
+
+
+TENSORRT_TAKES = {
+    "Add", "AveragePool", "BatchNormalization", "Clip", "Conv", "DequantizeLinear", "Flatten", "Gemm", "GlobalAveragePool",
+    "Identity", "MaxPool", "Mul", "Pad", "QuantizeLinear", "ReduceMean", "Relu", "Reshape", "Sigmoid", "Slice", "Sub",
+}  # fmt: skip
+"""Of the operators of its importer's list (docs/operators.md of onnx-tensorrt), those that a ResNet may need."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("option", [1, 3])
+def test_a_static_graph_has_signed_bytes_whose_zero_is_zero(name: str, option: int) -> None:
+    network = dynamic(MODELS[name](), bits=(0, 4, 7, 8))
+    policy = [option] * len(network.blocks)
+    model = export_static(Parts(network, SIZE, portable=True), policy)
+    graph = model.graph
+    assert {node.op_type for node in graph.node} <= TENSORRT_TAKES
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    quantizers = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert sum(node.op_type == "QuantizeLinear" for node in quantizers) >= 2 * len(network.blocks)
+    for node in quantizers:
+        scale, zero = (values[name] for name in node.input[1:])
+        assert zero.dtype == np.int8 and not zero.any() and scale.dtype == np.float32 and (scale > 0).all()
+    assert {v.dtype for v in values.values()} <= {np.dtype(t) for t in (np.float32, np.int8, np.int64)}
+    expected = network.run(images(8), torch.tensor([policy] * 8)).logits.detach().numpy()
+    differences = [np.abs(run(model, i)[LOGITS][0] - e).max() for i, e in zip(images(8), expected, strict=True)]
+    # Where a value lies between two codes, the last digit of a floating point number decides.
+    assert np.median(differences) < 1e-5 and max(differences) < 0.05 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

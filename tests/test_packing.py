@@ -64,7 +64,9 @@ def test_packing_loses_nothing_and_needs_no_more_than_the_bits(bits: int) -> Non
         assert len(pack(bell, bits)) < 0.95 * len(bell) * bits / 8
 
 
-@pytest.mark.parametrize("damage", ["a byte less", "a byte more", "no stream", "fewer codes", "more codes", "wider codes"])
+@pytest.mark.parametrize(
+    "damage", ["a byte less", "a byte more", "no stream", "fewer codes", "more codes", "wider codes"]
+)
 def test_a_stream_of_anything_else_is_refused(damage: str) -> None:
     codes = torch.tensor([-7.0, 0.0, 7.0, 1.0])
     packed = pack(codes, 4)

@@ -7,6 +7,7 @@ read by nothing but quantizers of unsigned codes needs no ReLU: they clip at zer
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from onnx import numpy_helper
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import DOMAIN, QuantizedLayer, Traced
 from dfs_cli.export.pixels import merge_pixels, on_merged_pixels
-from dfs_cli.nn.quantization import LARGEST_BYTE, code_range, nearest_integer_bias
+from dfs_cli.nn.quantization import LARGEST_BYTE, Convolution, code_range, nearest_integer_bias
 
 _BYTE, _MIDDLE = 8, 128
 # Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
@@ -199,7 +200,8 @@ class Lowering:
             self.codes[key] = codes
         return self.codes[key]
 
-    def _convolve(self, op: str, layer: QuantizedLayer, inputs: list[str]) -> str:
+    def _convolve(self, op: str, layer: QuantizedLayer, inputs: list[str], pads: Sequence[int] | None = None) -> str:
+        """Add a convolution; ``pads`` are the layer's where none are given."""
         geometry = layer.geometry
         assert geometry is not None
         return self.graph.add(
@@ -207,10 +209,15 @@ class Lowering:
             inputs,
             kernel_shape=list(layer.codes.shape[2:]),
             strides=list(geometry.stride),
-            pads=geometry.padding * (4 // len(geometry.padding)),
+            pads=pads_of(geometry) if pads is None else pads,
             dilations=list(geometry.dilation),
             group=geometry.groups,
         )
+
+
+def pads_of(geometry: Convolution) -> tuple[int, ...]:
+    """Before and after, (top, left, bottom, right)."""
+    return geometry.padding * (4 // len(geometry.padding))
 
 
 def _zero(layer: QuantizedLayer) -> int:

@@ -18,6 +18,7 @@ from dfs_cli.export.gates import GateWriter, Pooled, look_up_bits, write_doubt, 
 from dfs_cli.export.graph import Graph, Test
 from dfs_cli.export.layers import OPSET, Traced, trace
 from dfs_cli.export.lower import Lowering
+from dfs_cli.export.portable import PortableLowering
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.probe import ProbedResNet
 
@@ -37,12 +38,18 @@ class Parts:
         input_size: (C, H, W) of the images.
         samples: images (N, C, H, W) to set the scales from with which blocks hand on bytes, where they can; see
             :mod:`dfs_cli.export.bytes`. None: floating point.
+        portable: for runtimes that take signed bytes only, see :mod:`dfs_cli.export.portable`; without ``samples``.
     """
 
     def __init__(
-        self, network: DynamicResNet, input_size: tuple[int, int, int], samples: np.ndarray | None = None
+        self,
+        network: DynamicResNet,
+        input_size: tuple[int, int, int],
+        samples: np.ndarray | None = None,
+        portable: bool = False,
     ) -> None:
         self.network, self.input_size = network, input_size
+        self.lowering = PortableLowering if portable else Lowering
         self.stem, x = trace(network.backbone, network.layout.stem, torch.zeros(1, *input_size))
         self.inputs: list[Tensor] = []
         for block in network.blocks:
@@ -69,7 +76,7 @@ class Parts:
         if isinstance(key, tuple) and self.keeps_input(*key):
             return x
         if self.scales is None:
-            return Lowering(graph, self.part(key), x).run()
+            return self.lowering(graph, self.part(key), x).run()
         return ByteLowering(graph, self.part(key), x, self.scales.ranges.get(key, {}), *self.scales.edges(key)).run()
 
     def pool(self, graph: Graph, block: int, x: str) -> Pooled:

@@ -60,7 +60,8 @@ def make_graph(
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[bytes, Comparison]:
     """The fastest graph that does what ``network`` does, serialised: features are bytes where that makes no difference
-    beyond what is promised, else floating point, whether that keeps the promise or not.
+    beyond what is promised, else floating point, whether that keeps the promise or not. With a ``policy`` for all images it
+    is one that other runtimes take, too.
 
     Raises:
         ExportError: the graph is too large for ONNX.
@@ -68,7 +69,8 @@ def make_graph(
     samples = next((batch.images for batch in batches if len(batch.targets)), None)
     if samples is None:
         raise DataError("there is no image to compare the graph on")
-    parts = Parts(network, input_size, samples[:SCALE_IMAGES].numpy())
+    portable = policy is not None
+    parts = Parts(network, input_size, None if portable else samples[:SCALE_IMAGES].numpy(), portable)
 
     def attempt() -> tuple[bytes, Comparison]:
         content = serialise(parts, policy)

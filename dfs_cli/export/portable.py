@@ -1,0 +1,55 @@
+"""Quantized layers as runtimes with one kind of integer want them: signed bytes, and zero stands for zero.
+
+TensorRT's importer takes quantize and dequantize nodes of int8 whose zero points are 0, weights with a scale per channel,
+biases in floating point, and no integer convolutions; others take that, too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dfs_cli.export.layers import QuantizedLayer
+from dfs_cli.export.lower import Affine, Lowering, fold, pads_of
+from dfs_cli.nn.quantization import LARGEST_BYTE
+
+_SHIFT = LARGEST_BYTE + 1
+
+
+class PortableLowering(Lowering):
+    """Quantized layers as floating point ones between int8 quantize and dequantize nodes.
+
+    Unsigned codes of 8 bits are lowered by 128. Borders are then padded before, as zero is no zero any more.
+    """
+
+    def _on_codes(self, affine: Affine) -> str:
+        return self._to_floats(affine)
+
+    def _to_floats(self, affine: Affine) -> str:
+        layer, x, factor, shift, _ = affine
+        graph = self.graph
+        # Some runtimes round the bias to an integer after all: codes that leave it finer units.
+        codes, scale, _ = fold(layer, factor, shift)
+        if _is_lowered(layer):
+            shift = shift + _SHIFT * layer.step * scale * codes.reshape(len(codes), -1).sum(axis=1)
+        inputs = [self._codes(x, layer), self._dequantized(codes, scale, np.int8), graph.constant(shift, np.float32)]
+        if layer.geometry is None:
+            return graph.add("Gemm", inputs, transB=1)
+        return self._convolve("Conv", layer, inputs, pads=[0] * 4 if _is_lowered(layer) else None)
+
+    def _codes(self, x: str, layer: QuantizedLayer) -> str:
+        """The traced value ``x`` rounded to the layer's codes, as floating point numbers again."""
+        graph = self.graph
+        limits = [graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
+        y = graph.add("Clip", [self.name(x), *limits])
+        if _is_lowered(layer):
+            if layer.geometry is not None and any(layer.geometry.padding):
+                top, left, bottom, right = pads_of(layer.geometry)
+                borders = [0, 0, top, left, 0, 0, bottom, right]
+                y = graph.add("Pad", [y, graph.constant(borders, np.int64)])
+            y = graph.add("Sub", [y, graph.constant(_SHIFT * layer.step, np.float32)])
+        parameters = [graph.constant(layer.step, np.float32), graph.constant(0, np.int8)]
+        return graph.add("DequantizeLinear", [graph.add("QuantizeLinear", [y, *parameters]), *parameters])
+
+
+def _is_lowered(layer: QuantizedLayer) -> bool:
+    return layer.high > LARGEST_BYTE

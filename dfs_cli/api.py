@@ -130,6 +130,7 @@ def export_onnx(
     data: DataConfig | Images | None = None,
     *,
     static: bool = False,
+    tensorrt: bool = False,
     force: bool = False,
     workers: int | None = None,
     observer: Observer | None = None,
@@ -140,6 +141,7 @@ def export_onnx(
         data: whose validation split they are compared on. Without a folder or reader the embedded digits, for their model, else
             random images, ``num_samples`` of them (256).
         static: the most common policy on that split, without gate and control flow.
+        tensorrt: as ``static``, of what TensorRT's importer takes; slower in ONNX Runtime.
 
     Raises:
         MissingDependencyError: onnx or onnxruntime is not installed.
@@ -154,8 +156,8 @@ def export_onnx(
     size = manifest.preprocessing.input_size
     is_given = data is not None and (isinstance(data, Images) or data.data_dir is not None or data.dataset)
     if not is_given and manifest.architecture != DIGITS_MODEL:
-        if static:
-            raise DataError("--static needs images to find the most common policy on: pass --data DIR")
+        if static or tensorrt:
+            raise DataError("a static graph needs images to find the most common policy on: pass --data DIR")
         wanted = data.num_samples if isinstance(data, DataConfig) else None
         batches: Any = random_batches(size, wanted or _RANDOM_IMAGES)
         labelled, log = False, None
@@ -174,7 +176,7 @@ def export_onnx(
             log.add(batch.unreadable)
         observer.advance(len(batch.targets) + len(batch.unreadable))
 
-    return write_onnx(Path(path), network, size, batches, labelled, static, force, note)
+    return write_onnx(Path(path), network, size, batches, labelled, static, tensorrt, force, note)
 
 
 def recalibrate(

@@ -195,12 +195,12 @@ def test_a_sure_image_gets_the_first_answer() -> None:
 def test_a_static_graph_has_no_control_flow(mirror: bool) -> None:
     network = dynamic(tiny_resnet(), "probe", mirror=mirror)
     policy = [1, 2, 0, 1, 2, 2, 2, 1, 2, 0]
-    model = export_static(Parts(network, SIZE, portable=True), policy)
+    model = export_static(Parts(network, SIZE), policy)
     assert not list(subgraphs(model.graph))
     expected = network.run(images(1), torch.tensor([policy])).logits.detach().numpy()
     np.testing.assert_allclose(run(model, images(1)[0])[LOGITS], expected, atol=0.02)
     once = network.run(images(1), torch.tensor([[*policy[:5], *[-1] * 5]])).logits.detach().numpy()
-    found = run(export_static(Parts(network, SIZE, portable=True), [*policy[:5], *[-1] * 5]), images(1)[0])[LOGITS]
+    found = run(export_static(Parts(network, SIZE), [*policy[:5], *[-1] * 5]), images(1)[0])[LOGITS]
     np.testing.assert_allclose(found, once, atol=0.02)
 
 
@@ -213,7 +213,7 @@ TENSORRT_TAKES = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("option", [1, 3])
-def test_a_static_graph_has_signed_bytes_whose_zero_is_zero(name: str, option: int) -> None:
+def test_a_graph_for_tensorrt_has_signed_bytes_whose_zero_is_zero(name: str, option: int) -> None:
     network = dynamic(MODELS[name](), bits=(0, 4, 7, 8))
     policy = [option] * len(network.blocks)
     model = export_static(Parts(network, SIZE, portable=True), policy)
@@ -345,6 +345,13 @@ def test_export_command(artifact: Path, tmp_path: Path) -> None:
     )
     assert static.exit_code == 0, static.stderr
     assert not list(subgraphs(onnx.load(out).graph))
+    signed = CliRunner().invoke(
+        app, ["export", str(artifact), "--onnx", str(out), "--num-samples", "50", "--tensorrt", "--force", "--json"]
+    )
+    assert signed.exit_code == 0, signed.stderr
+    assert json.loads(signed.stdout)["static"] and json.loads(signed.stdout)["tensorrt"]
+    graph = onnx.load(out).graph
+    assert not list(subgraphs(graph)) and TensorProto.UINT8 not in {tensor.data_type for tensor in graph.initializer}
 
 
 def test_without_the_packages_it_says_what_to_install(

@@ -20,6 +20,13 @@ def export(
             "--static", help="The most common policy for every image: no gate, no control flow (OpenVINO and others)."
         ),
     ] = False,
+    tensorrt: Annotated[
+        bool,
+        typer.Option(
+            "--tensorrt",
+            help="As --static, of what TensorRT's importer takes; in ONNX Runtime it is several times slower.",
+        ),
+    ] = False,
     data: options.DataDir = None,
     dataset: options.Dataset = "",
     val_split: options.ValSplit = None,
@@ -47,10 +54,22 @@ def export(
     with create_observer(stderr_console(), quiet=True) as observer:
         converted = api.load(file, "cpu")
         comparison = api.export_onnx(
-            converted, onnx, data_config, static=static, force=force, workers=workers, observer=observer
+            converted,
+            onnx,
+            data_config,
+            static=static,
+            tensorrt=tensorrt,
+            force=force,
+            workers=workers,
+            observer=observer,
         )
     if as_json:
-        record = {"onnx": str(onnx), "static": static, "bytes": onnx.stat().st_size} | comparison.to_dict()
+        record = {
+            "onnx": str(onnx),
+            "static": static or tensorrt,
+            "tensorrt": tensorrt,
+            "bytes": onnx.stat().st_size,
+        } | comparison.to_dict()
         typer.echo(json.dumps(record))
         return
     kind = "images" if comparison.labelled else "random images"

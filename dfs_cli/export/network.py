@@ -38,7 +38,7 @@ class Parts:
         input_size: (C, H, W) of the images.
         samples: images (N, C, H, W) to set the scales from with which blocks hand on bytes, where they can; see
             :mod:`dfs_cli.export.bytes`. None: floating point.
-        portable: for runtimes that take signed bytes only, see :mod:`dfs_cli.export.portable`; without ``samples``.
+        portable: for runtimes whose importers take less, see :mod:`dfs_cli.export.portable`; without ``samples``.
     """
 
     def __init__(

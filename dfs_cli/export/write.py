@@ -28,6 +28,7 @@ def write_onnx(
     batches: Iterable[Batch],
     labelled: bool,
     static: bool = False,
+    portable: bool = False,
     force: bool = False,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Comparison:
@@ -38,14 +39,15 @@ def write_onnx(
         batches: give the same images whenever they are iterated.
         labelled: whether their targets mean anything.
         static: the most common policy on ``batches``, without gate and control flow.
+        portable: as ``static``, of what other runtimes' importers take, see :mod:`dfs_cli.export.portable`.
 
     Raises:
         OutputError: the file exists (unless ``force``) or cannot be written.
         ExportError: the graph decides or answers otherwise than the network, or is too large for ONNX; nothing is written.
     """
     check_writable([path], force)
-    policy = common_decisions(network, batches).tolist() if static else None
-    content, comparison = make_graph(network, input_size, batches, labelled, policy, on_batch)
+    policy = common_decisions(network, batches).tolist() if static or portable else None
+    content, comparison = make_graph(network, input_size, batches, labelled, policy, portable, on_batch)
     check_holds(comparison)
     write_atomically(path, content)
     return comparison
@@ -57,11 +59,11 @@ def make_graph(
     batches: Iterable[Batch],
     labelled: bool,
     policy: Sequence[int] | None = None,
+    portable: bool = False,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[bytes, Comparison]:
     """The fastest graph that does what ``network`` does, serialised: features are bytes where that makes no difference
-    beyond what is promised, else floating point, whether that keeps the promise or not. With a ``policy`` for all images it
-    is one that other runtimes take, too.
+    beyond what is promised, else floating point, whether that keeps the promise or not.
 
     Raises:
         ExportError: the graph is too large for ONNX.
@@ -69,7 +71,6 @@ def make_graph(
     samples = next((batch.images for batch in batches if len(batch.targets)), None)
     if samples is None:
         raise DataError("there is no image to compare the graph on")
-    portable = policy is not None
     parts = Parts(network, input_size, None if portable else samples[:SCALE_IMAGES].numpy(), portable)
 
     def attempt() -> tuple[bytes, Comparison]:

@@ -66,6 +66,8 @@ def default_preset(budget: float, gate: GateKind) -> str:
 
 DEFAULT_MIX = "0:0.5,8:0.5"
 """Of the blocks of a network whose options nobody named."""
+COMPARED_IMAGES = 1000
+"""Real images on which a graph is compared with its network where nobody says how many."""
 LARGE_BATCH = 64
 """What ``dfs bench`` measures: decisions where none are real, and images per batch besides single ones."""
 

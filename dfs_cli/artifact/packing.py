@@ -11,7 +11,7 @@ from torch import Tensor
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import NEUTRAL, FractionalBatchNorm
-from dfs_cli.nn.quantization import code_range
+from dfs_cli.nn.quantization import BYTE_BITS, code_range
 
 _CODES = "weight_codes"
 
@@ -105,4 +105,4 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
 
 
 def _bytes_per_code(bits: int) -> int:
-    return 1 if bits <= 8 else 2
+    return 1 if bits <= BYTE_BITS else 2

@@ -12,6 +12,7 @@ import typer
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.config import (
+    COMPARED_IMAGES,
     DEFAULT_EDGE_BITS,
     DEFAULT_MIX,
     PRESET_EDGE_BITS,
@@ -24,7 +25,6 @@ from dfs_cli.config import (
 from dfs_cli.errors import ConfigError
 
 _THREADS = 2
-_COMPARED = 1000  # real images, on which the graph is compared with the network, as dfs export does
 
 if TYPE_CHECKING:
     from dfs_cli.latency.subject import Subject
@@ -172,7 +172,7 @@ def _subject_of_file(path: Path, mix: str | None, data: Path | None, val_split: 
 
     if val_split is not None and data is None:
         raise ConfigError("--val-split names a part of --data: pass that too")
-    source = None if data is None else options.data_config(data, "", None, val_split, _COMPARED, False)
+    source = None if data is None else options.data_config(data, "", None, val_split, COMPARED_IMAGES, False)
     return subject_of_file(path, mix, source, seed)
 
 

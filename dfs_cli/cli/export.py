@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dfs_cli.cli import options
+from dfs_cli.config import COMPARED_IMAGES
 
 
 def export(
@@ -35,7 +36,7 @@ def export(
         typer.Option(
             "--num-samples",
             metavar="N",
-            help="Compare graph and network on at most N images [default: 1000; 256 random ones].",
+            help=f"Compare graph and network on at most N images [default: {COMPARED_IMAGES}; 256 random ones].",
         ),
     ] = None,
     dataset_download: options.Download = False,
@@ -45,7 +46,7 @@ def export(
 ) -> None:
     """Write a converted network as an ONNX graph that skips for real, and check it against the network."""
     if num_samples is None and (data is not None or dataset):
-        num_samples = 1000
+        num_samples = COMPARED_IMAGES
     data_config = options.data_config(data, dataset, None, val_split, num_samples, dataset_download)
 
     from dfs_cli import api

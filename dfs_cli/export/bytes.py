@@ -19,11 +19,12 @@ from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import DOMAIN, OPSET, QuantizedLayer, Traced
 from dfs_cli.export.lower import Affine, Lowering
 from dfs_cli.export.runtime import open_session
+from dfs_cli.nn.quantization import BYTE_BITS
 
 if TYPE_CHECKING:
     from dfs_cli.export.network import Parts
 
-_BYTE, _CODES = 8, 255
+_CODES = 255
 _TO_FIRST, _TO_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 
 Key = str | tuple[int, int]
@@ -53,7 +54,7 @@ def measure_scales(parts: Parts, images: np.ndarray) -> ByteScales | None:
     """Scales from ``images`` (N, C, H, W); None where the network does not fit: an option of more than 8 bits, or blocks
     whose output is negative in places."""
     network = parts.network
-    if max(*network.config.bits, network.config.edge_bits) > _BYTE:
+    if max(*network.config.bits, network.config.edge_bits) > BYTE_BITS:
         return None
     ranges: dict[Key, Ranges] = {}
     ranges["stem"], samples = _observe(parts.part("stem"), images)
@@ -165,7 +166,7 @@ class ByteLowering(Lowering):
         return replace(layer, step=self.enters) if self._takes_codes(node.input[0], layer) else layer  # type: ignore[arg-type]
 
     def _takes_codes(self, x: str, layer: QuantizedLayer) -> bool:
-        return self.enters is not None and x == self.source and layer.bits == _BYTE and layer.low == 0
+        return self.enters is not None and x == self.source and layer.bits == BYTE_BITS and layer.low == 0
 
     def _codes(self, x: str, layer: QuantizedLayer) -> str:
         return self._planar() if self._takes_codes(x, layer) else super()._codes(x, layer)

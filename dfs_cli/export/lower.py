@@ -18,9 +18,9 @@ from onnx import numpy_helper
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.layers import DOMAIN, QuantizedLayer, Traced
 from dfs_cli.export.pixels import merge_pixels, on_merged_pixels
-from dfs_cli.nn.quantization import LARGEST_BYTE, Convolution, code_range, nearest_integer_bias
+from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution, code_range, nearest_integer_bias
 
-_BYTE, _MIDDLE = 8, 128
+MIDDLE = LARGEST_BYTE + 1
 # Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
 _LARGEST_BIAS = 2.0**23
 
@@ -101,7 +101,7 @@ class Lowering:
 
     def _only_unsigned_codes_of(self, name: str) -> bool:
         return name != self.result and all(
-            reader.domain == DOMAIN and self._layer_of(reader).low == 0 and self._layer_of(reader).bits <= _BYTE
+            reader.domain == DOMAIN and self._layer_of(reader).low == 0 and self._layer_of(reader).bits <= BYTE_BITS
             for reader in self.readers[name]
         )
 
@@ -118,8 +118,8 @@ class Lowering:
             factor = weight / np.sqrt(variance + epsilon)
             shift = (shift - mean) * factor + bias
             output = norm.output[0]
-        build = self._on_floats if layer.bits > _BYTE else self._to_floats
-        if layer.bits <= _BYTE and self._feeds_codes(output) and layer.geometry:
+        build = self._on_floats if layer.bits > BYTE_BITS else self._to_floats
+        if layer.bits <= BYTE_BITS and self._feeds_codes(output) and layer.geometry:
             build = self._on_codes
         self.names[output] = build(Affine(layer, node.input[0], factor, shift, output))
 
@@ -129,7 +129,7 @@ class Lowering:
         if len(readers) == 1 and readers[0].op_type == "Relu":
             return self._only_unsigned_codes_of(readers[0].output[0])
         return name != self.result and all(
-            reader.domain == DOMAIN and self._layer_of(reader).bits <= _BYTE for reader in readers
+            reader.domain == DOMAIN and self._layer_of(reader).bits <= BYTE_BITS for reader in readers
         )
 
     def _on_floats(self, affine: Affine) -> str:
@@ -172,8 +172,8 @@ class Lowering:
             y = graph.add("MatMulInteger", [given, graph.constant(layer.codes.T, np.int8), zero])
         else:
             # Unsigned weights have far faster kernels here.
-            weight = graph.constant(layer.codes + _MIDDLE, np.uint8)
-            y = self._convolve("ConvInteger", layer, [given, weight, zero, graph.constant(_MIDDLE, np.uint8)])
+            weight = graph.constant(layer.codes + MIDDLE, np.uint8)
+            y = self._convolve("ConvInteger", layer, [given, weight, zero, graph.constant(MIDDLE, np.uint8)])
         shape = [1, -1, *[1] * (layer.codes.ndim - 2)]
         y = graph.add(
             "Mul", [graph.add("Cast", [y], to=onnx.TensorProto.FLOAT), graph.constant(scale.reshape(shape), np.float32)]
@@ -222,7 +222,7 @@ def pads_of(geometry: Convolution) -> tuple[int, ...]:
 
 def _zero(layer: QuantizedLayer) -> int:
     """The byte that stands for zero in the layer's input."""
-    return 0 if layer.low == 0 else _MIDDLE
+    return 0 if layer.low == 0 else MIDDLE
 
 
 def fold(layer: QuantizedLayer, factor: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

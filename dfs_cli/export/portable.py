@@ -9,10 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from dfs_cli.export.layers import QuantizedLayer
-from dfs_cli.export.lower import Affine, Lowering, fold, pads_of
+from dfs_cli.export.lower import MIDDLE, Affine, Lowering, fold, pads_of
 from dfs_cli.nn.quantization import LARGEST_BYTE
-
-_SHIFT = LARGEST_BYTE + 1
 
 
 class PortableLowering(Lowering):
@@ -30,7 +28,7 @@ class PortableLowering(Lowering):
         # Some runtimes round the bias to an integer after all: codes that leave it finer units.
         codes, scale, _ = fold(layer, factor, shift)
         if _is_lowered(layer):
-            shift = shift + _SHIFT * layer.step * scale * codes.reshape(len(codes), -1).sum(axis=1)
+            shift = shift + MIDDLE * layer.step * scale * codes.reshape(len(codes), -1).sum(axis=1)
         inputs = [self._codes(x, layer), self._dequantized(codes, scale, np.int8), graph.constant(shift, np.float32)]
         if layer.geometry is None:
             return graph.add("Gemm", inputs, transB=1)
@@ -46,7 +44,7 @@ class PortableLowering(Lowering):
                 top, left, bottom, right = pads_of(layer.geometry)
                 borders = [0, 0, top, left, 0, 0, bottom, right]
                 y = graph.add("Pad", [y, graph.constant(borders, np.int64)])
-            y = graph.add("Sub", [y, graph.constant(_SHIFT * layer.step, np.float32)])
+            y = graph.add("Sub", [y, graph.constant(MIDDLE * layer.step, np.float32)])
         parameters = [graph.constant(layer.step, np.float32), graph.constant(0, np.int8)]
         return graph.add("DequantizeLinear", [graph.add("QuantizeLinear", [y, *parameters]), *parameters])
 

@@ -21,10 +21,11 @@ from dfs_cli.errors import ConfigError
 from dfs_cli.nn.gate import FeedForwardGate
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.probe import EVERYBODY_IS_SURE, ProbedResNet
+from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.surgery.biases import round_biases
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
 
-_SCALE_IMAGES, _BYTE = 4, 8
+_SCALE_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Subject:
 def default_mix(options: Sequence[int]) -> str:
     """Half of the blocks at the fewest bits, half at the most that integer kernels take."""
     low = min(options)
-    high = max((b for b in options if low < b <= _BYTE), default=max(options))
+    high = max((b for b in options if low < b <= BYTE_BITS), default=max(options))
     return f"{low}:0.5,{high}:0.5"
 
 

@@ -98,6 +98,9 @@ def best_step(x: Tensor, bits: int, signed: bool, candidates: int = 24) -> Tenso
     return best
 
 
+BYTE_BITS = 8
+"""Bitwidths up to this one run on bytes."""
+
 LARGEST_BYTE = 127
 """The largest code of an 8-bit weight."""
 

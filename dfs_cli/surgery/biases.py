@@ -17,9 +17,7 @@ from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.layers import FractionalConv2d
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import norm_tensors
-from dfs_cli.nn.quantization import LARGEST_BYTE, code_range, nearest_integer_bias
-
-_BYTE = 8
+from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, code_range, nearest_integer_bias
 
 
 @torch.no_grad()
@@ -41,7 +39,7 @@ def round_biases(network: DynamicResNet, input_size: tuple[int, int, int]) -> No
         if found is None or found[0] is not inputs[0]:
             return
         bits = found[1].precision.bits
-        if bits <= _BYTE and (id(norm), bits) not in done:
+        if bits <= BYTE_BITS and (id(norm), bits) not in done:
             done.add((id(norm), bits))
             _round(found[1], cast(nn.BatchNorm2d, norm), bits)
 

@@ -46,6 +46,14 @@ def tiny_resnet(block: type[nn.Module] = BasicBlock, seed: int = 0) -> nn.Module
     return randomise(model, seed)
 
 
+def se_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    attention = {"attn_layer": "se"}
+    model = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24), block_args=attention)
+    model.pretrained_cfg = {"architecture": "tiny", "input_size": (3, 32, 32)}
+    return randomise(model)
+
+
 def preactivated_resnet() -> nn.Module:
     torch.manual_seed(0)
     model = ResNetV2(

@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_dynamic, preactivated_resnet, randomise, spread_gate, tiny_resnet
+from conftest import make_dynamic, preactivated_resnet, se_resnet, spread_gate, tiny_resnet
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from typer.testing import CliRunner
 
@@ -33,12 +33,6 @@ from dfs_cli.nn.quantization import Convolution
 from dfs_cli.surgery.biases import round_biases
 
 SIZE = (3, 32, 32)
-
-
-def se_resnet() -> nn.Module:
-    torch.manual_seed(0)
-    attention = {"attn_layer": "se"}
-    return randomise(ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24), block_args=attention))
 
 
 MODELS = {

@@ -72,7 +72,7 @@ def test_skipping_equals_a_zeroed_residual_branch(tiny: nn.Module) -> None:
             last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
             nn.init.zeros_(last.bias)
     x = torch.randn(4, 3, 32, 32)
-    with torch.no_grad(), network.full_precision():
+    with torch.no_grad(), network.edges.at(FULL_BITS):
         found = network.run(x, decisions_of(network, 4, 0)).logits
         torch.testing.assert_close(found, zeroed(x))
 

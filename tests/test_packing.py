@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from conftest import make_dynamic, randomise, tiny_resnet
+from conftest import make_dynamic, randomise, se_resnet, tiny_resnet
 from safetensors.torch import save
 from timm.layers import StdConv2d
 from timm.models.resnetv2 import ResNetV2
@@ -110,6 +110,19 @@ def test_settling_moves_hardly_a_weight_across_a_narrower_threshold() -> None:
     assert all(changed[b] < 0.1 * nearest[b] for b in changed), (changed, nearest, weights)
 
 
+@pytest.mark.parametrize("bits", [(0, 8), (0, 8, 32)])
+def test_attention_is_stored_in_half_precision_unless_floating_point_is_an_option(bits: tuple[int, ...]) -> None:
+    network = random_network(bits, create=se_resnet)
+    before = {n: m.weight.clone() for n, m in network.named_modules() if n.endswith(("se.fc1", "se.fc2"))}
+    network.settle()
+    stored = packed_tensors(network)
+    assert len(before) == 8
+    for name, weight in before.items():
+        kept = network.get_submodule(name).weight
+        assert stored[f"{name}.weight"].dtype == (torch.float32 if 32 in bits else torch.float16)
+        torch.testing.assert_close(kept, weight, rtol=0 if 32 in bits else 1e-3, atol=0)
+
+
 def test_floating_point_options_keep_their_weights() -> None:
     network = random_network((0, 8, 32))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -130,6 +143,7 @@ def test_floating_point_options_keep_their_weights() -> None:
         ((3, 5), 6, tiny_resnet),
         ((0, 12), 32, tiny_resnet),
         ((0, 4), 8, standardised_resnet),
+        ((0, 4), 8, se_resnet),
     ],
 )
 def test_what_is_stored_gives_identical_logits(

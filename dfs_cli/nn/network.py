@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -180,10 +180,6 @@ class DynamicResNet(nn.Module):
             return self.layout.stem(self.backbone, images)
         return self.layout.stem(self.backbone, images.contiguous(memory_format=torch.channels_last)).contiguous()
 
-    def full_precision(self) -> AbstractContextManager[None]:
-        """A context within which what always runs does so in floating point."""
-        return self.edges.at(FULL_BITS)
-
     @property
     def price(self) -> float:
         """What the gate's scores are charged per unit of cost."""
@@ -193,21 +189,24 @@ class DynamicResNet(nn.Module):
     def price(self, value: float) -> None:
         self.operating_point = value
 
+    @torch.no_grad()
     def settle(self) -> None:
         """Give up what no option needs, once tuning is done, so that a file need not hold it.
 
         Weights become what the widest bitwidth can tell apart, unless floating point is an option; then normalisation keeps
-        only what the bitwidths use. Narrower bitwidths quantize the rounded weights.
+        only what the bitwidths use, attention what half precision can hold. Narrower bitwidths quantize the rounded weights.
         """
         if isinstance(self.gate, Gate):
             self.gate.settle()
         keeps_floats = FULL_BITS in self.config.bits
         for module in self.backbone.modules():
-            if isinstance(module, FractionalLayer) and module.bitwidths:
-                if module.precision is self.edges or not keeps_floats:
+            if isinstance(module, FractionalLayer):
+                if module.bitwidths and (module.precision is self.edges or not keeps_floats):
                     module.set_weight_codes()
             elif isinstance(module, FractionalBatchNorm) and not keeps_floats:
                 module.fold_statistics()
+            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) and not keeps_floats:
+                module.weight.copy_(module.weight.half())
 
     def fit_gate(self, images: Tensor) -> None:
         """Scale the gate's input to zero mean and unit deviation over ``images`` (N, C, H, W), run in full precision."""

@@ -206,10 +206,11 @@ TENSORRT_TAKES = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("option", [1, 3])
-def test_a_graph_for_tensorrt_has_signed_bytes_whose_zero_is_zero(name: str, option: int) -> None:
-    network = dynamic(MODELS[name](), bits=(0, 4, 7, 8))
-    policy = [option] * len(network.blocks)
+@pytest.mark.parametrize(("option", "gate"), [(1, "rnn"), (3, "rnn"), (3, "probe")])
+def test_a_graph_for_tensorrt_has_signed_bytes_whose_zero_is_zero(name: str, option: int, gate: str) -> None:
+    is_probed = gate == "probe"
+    network = dynamic(MODELS[name](), gate, bits=(0, 4, 7, 8), mirror=is_probed)
+    policy = [option] * len(network.blocks) * (1 + is_probed)
     model = export_static(Parts(network, SIZE, portable=True), policy)
     graph = model.graph
     assert {node.op_type for node in graph.node} <= TENSORRT_TAKES

@@ -65,8 +65,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Signed codes of ``bits`` bits, of any shape, as a zlib stream of their bytes: two's complement, one byte each up to 8
     bits, else all low bytes and then all high ones.
 
-    Codes near zero are the most frequent, so that Huffman's code for them (DEFLATE, RFC 1951) needs less than ``bits`` bits.
-    Nothing repeats: the search for repetitions is left out.
+    Codes near zero are the most frequent, so that up to 8 bits Huffman's code for them (DEFLATE, RFC 1951) needs less than
+    ``bits`` bits. Nothing repeats: the search for repetitions is left out.
 
     Returns:
         (bytes,), uint8.
@@ -86,7 +86,7 @@ def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:
     """
     width, count = _bytes_per_code(bits), shape.numel()
     strangers = ValueError(f"{tuple(packed.shape)} of {packed.dtype} is not {count} codes of {bits} bits")
-    if packed.dtype != torch.uint8:
+    if packed.dtype != torch.uint8 or packed.dim() != 1:
         raise strangers
     decoder = zlib.decompressobj()
     try:

@@ -135,15 +135,20 @@ class Lowering:
     def _on_floats(self, affine: Affine) -> str:
         """More bits than a byte has: floating point, with the input clipped where the codes would be."""
         layer, x, factor, shift, _ = affine
-        limits = [self.graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
         weight = layer.codes * (layer.scale * factor).reshape(-1, *[1] * (layer.codes.ndim - 1))
-        inputs = [self.graph.add("Clip", [self.name(x), *limits]), self.graph.constant(weight, np.float32)]
-        inputs.append(self.graph.constant(shift, np.float32))
-        return (
-            self.graph.add("Gemm", inputs, transB=1)
-            if layer.geometry is None
-            else self._convolve("Conv", layer, inputs)
-        )
+        weight = self.graph.constant(weight, np.float32)
+        return self._apply(layer, [self._clipped(x, layer), weight, self.graph.constant(shift, np.float32)])
+
+    def _clipped(self, x: str, layer: QuantizedLayer) -> str:
+        """The traced value ``x`` within the range of the layer's codes, in floating point."""
+        limits = [self.graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
+        return self.graph.add("Clip", [self.name(x), *limits])
+
+    def _apply(self, layer: QuantizedLayer, inputs: list[str], pads: Sequence[int] | None = None) -> str:
+        """The layer in floating point; ``inputs`` are its input, weight and bias."""
+        if layer.geometry is None:
+            return self.graph.add("Gemm", inputs, transB=1)
+        return self._convolve("Conv", layer, inputs, pads)
 
     def _on_codes(self, affine: Affine) -> str:
         """From codes to codes: runtimes make one integer kernel of it, with the quantizer that reads the result."""

@@ -30,15 +30,12 @@ class PortableLowering(Lowering):
         if _is_lowered(layer):
             shift = shift + MIDDLE * layer.step * scale * codes.reshape(len(codes), -1).sum(axis=1)
         inputs = [self._codes(x, layer), self._dequantized(codes, scale, np.int8), graph.constant(shift, np.float32)]
-        if layer.geometry is None:
-            return graph.add("Gemm", inputs, transB=1)
-        return self._convolve("Conv", layer, inputs, pads=[0] * 4 if _is_lowered(layer) else None)
+        return self._apply(layer, inputs, pads=[0] * 4 if _is_lowered(layer) else None)
 
     def _codes(self, x: str, layer: QuantizedLayer) -> str:
         """The traced value ``x`` rounded to the layer's codes, as floating point numbers again."""
         graph = self.graph
-        limits = [graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
-        y = graph.add("Clip", [self.name(x), *limits])
+        y = self._clipped(x, layer)
         if _is_lowered(layer):
             if layer.geometry is not None and any(layer.geometry.padding):
                 top, left, bottom, right = pads_of(layer.geometry)

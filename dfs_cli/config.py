@@ -166,7 +166,8 @@ class TuningConfig(_Settings):
         seed: of everything random.
         warmup: share of the steps in which only the gate is trained.
         ramp: share of the steps over which the target cost falls from full execution to the budget.
-        distillation: weight of the distillation loss against the original network.
+        distillation: weight of the distillation loss against the original network; of images that the second pass sees mirrored
+            the original sees both views.
         temperature: softmax temperature of the distillation (Hinton et al., 2015).
         hflip: probability of a horizontal flip in training.
         min_crop: smallest share of the image's area that a random training crop keeps.

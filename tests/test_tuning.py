@@ -17,7 +17,16 @@ from dfs_cli.errors import ConfigError, DivergedError
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery.convert import plan_costs
 from dfs_cli.tuning.calibration import calibrate
-from dfs_cli.tuning.loop import Goal, StepRecord, resolve_epochs, seed_everything, target_at, tune
+from dfs_cli.tuning.loop import (
+    Goal,
+    StepRecord,
+    _taught_images,
+    _teacher_logits,
+    resolve_epochs,
+    seed_everything,
+    target_at,
+    tune,
+)
 from dfs_cli.tuning.losses import cost_excess, distillation_loss
 from dfs_cli.tuning.sensitivity import measure_damage, prefer_harmless_options
 from dfs_cli.tuning.state import TuningState, start_state
@@ -229,3 +238,25 @@ def test_calibration_meets_the_budget(gate: str, share: float) -> None:
     with torch.no_grad():
         cost = table.cost(network.run(others).decisions).mean().item()
     assert 0.9 * budget <= cost <= 1.01 * budget
+
+
+def test_the_teacher_sees_both_views_of_images_that_enter_a_mirrored_second_pass() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(10, 3, 4, 4)
+
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return x[:, :, :, 0].flatten(1)  # what is on the left
+
+    seen: list[int] = []
+    logits = _teacher_logits(teacher, images, 4)  # type: ignore[arg-type]
+    left, right = images[:, :, :, 0].flatten(1), images[:, :, :, 3].flatten(1)
+    torch.testing.assert_close(logits[:4], (left[:4] + right[:4]) / 2)
+    assert torch.equal(logits[4:], left[4:])
+    assert torch.equal(_teacher_logits(teacher, images, 0), left)  # type: ignore[arg-type]
+    assert seen == [14, 10]
+    unsure = torch.tensor([7, 1, 4])
+    for mirrored, taught in ((0, 10), (3, 7)):
+        chosen = _taught_images(20, unsure, mirrored)
+        assert chosen[:3].tolist() == unsure.tolist()
+        assert len(chosen) == taught == len(chosen.unique())

@@ -162,9 +162,11 @@ def tuning_step(
             output = network.run(images, explore=_EXPLORE, share=goal.share)
         else:
             output = network.run(images, explore=_EXPLORE)
-        taught = _taught_images(len(images), output.unsure) if config.distillation else None
-        with torch.no_grad():
-            teacher_logits = None if taught is None else teacher(images[taught]).float()
+        taught = teacher_logits = None
+        if config.distillation:
+            mirrored = len(output.unsure) if output.unsure is not None and network.config.mirror else 0
+            taught = _taught_images(len(images), output.unsure, mirrored)
+            teacher_logits = _teacher_logits(teacher, images[taught], mirrored)
     logits, first, unsure = output.logits.float(), output.first, output.unsure
     cost = table.cost(output.decisions)
     loss = _task_loss(logits if first is None else first.float(), targets, teacher_logits, taught, config)
@@ -197,14 +199,29 @@ def tuning_step(
     return StepRecord(state.step, state.total_steps, "", value, accuracy, shown, goal.cost, network.price, lr)
 
 
-def _taught_images(images: int, unsure: Tensor | None) -> Tensor:
-    """Half of a batch: the images that entered the second pass, then others at random. The teacher costs a forward pass."""
+def _taught_images(images: int, unsure: Tensor | None, mirrored: int) -> Tensor:
+    """Half of a batch, less the number of images that the teacher sees twice, ``mirrored``: the teacher costs a forward pass.
+
+    First those that entered the second pass, then others at random.
+    """
     order = torch.randperm(images)
     if unsure is None or not len(unsure):
         return order[: (images + 1) // 2]
     unsure = unsure.cpu()
     others = order[~torch.isin(order, unsure)]
-    return torch.cat([unsure, others[: max(0, (images + 1) // 2 - len(unsure))]])
+    return torch.cat([unsure, others[: max(0, (images + 1) // 2 - mirrored - len(unsure))]])
+
+
+@torch.no_grad()
+def _teacher_logits(teacher: nn.Module, images: Tensor, mirrored: int) -> Tensor:
+    """What the teacher says of ``images`` (N, C, H, W): (N, classes).
+
+    Of the first ``mirrored`` ones the mean over the image and its mirror image, which the two passes see: what answers from two
+    views should not be taught by one.
+    """
+    logits: Tensor = teacher(torch.cat([images, images[:mirrored].flip(-1)]) if mirrored else images).float()
+    logits, others = logits.split([len(images), mirrored])
+    return torch.cat([(logits[:mirrored] + others) / 2, logits[mirrored:]])
 
 
 def _task_loss(

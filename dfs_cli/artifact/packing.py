@@ -63,7 +63,7 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Signed codes of ``bits`` bits, of any shape, as a zlib stream of their bytes: two's complement, one byte each up to 8
-    bits, else all low bytes and then all high ones.
+    bits, else all low bytes and then all high ones, with a Huffman code for either.
 
     Codes near zero are the most frequent, so that up to 8 bits Huffman's code for them (DEFLATE, RFC 1951) needs less than
     ``bits`` bits. Nothing repeats: the search for repetitions is left out.
@@ -74,8 +74,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     width = _bytes_per_code(bits)
     planes = codes.flatten().to(torch.int32).numpy().astype("<i4")[:, None].view(np.uint8)[:, :width].T
     encoder = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY)
-    stream = encoder.compress(planes.tobytes()) + encoder.flush()
-    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+    stream = bytearray()
+    for plane in planes:
+        stream += encoder.compress(plane.tobytes()) + encoder.flush(zlib.Z_BLOCK)
+    return torch.frombuffer(stream + encoder.flush(), dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, shape: torch.Size) -> Tensor:

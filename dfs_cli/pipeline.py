@@ -37,6 +37,7 @@ from dfs_cli.resolve import (
 )
 from dfs_cli.surgery.biases import round_biases
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic, verify_conversion
+from dfs_cli.surgery.settling import settle
 from dfs_cli.tuning.calibration import calibrate
 from dfs_cli.tuning.loop import Goal, StepRecord, seed_everything, tune
 from dfs_cli.tuning.plan import plan_passes
@@ -276,7 +277,7 @@ class Run:
             self.train_log,
             self.observer.step,
         )
-        self.network.settle()
+        settle(self.network)
         round_biases(self.network, self.preprocessing.input_size)
 
     def calibrate(self) -> None:

@@ -123,8 +123,8 @@ def test_a_consistent_forgery_still_runs_no_code(artifact: Path, tmp_path: Path)
 
 
 def test_other_format_versions_are_refused(artifact: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="format version 5"):
-        read_manifest(rewrite(artifact, tmp_path / "x.safetensors", format_version=5))
+    with pytest.raises(ArtifactError, match="format version 6"):
+        read_manifest(rewrite(artifact, tmp_path / "x.safetensors", format_version=6))
     with pytest.raises(ArtifactError, match="damaged"):
         read_manifest(rewrite(artifact, tmp_path / "x.safetensors", dynamic={"bits": [1, 2]}))
 

@@ -10,7 +10,7 @@ from dfs_cli.config import DynamicConfig, Preprocessing
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ArtifactError, ConfigError
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class Manifest:
                 "validation": self.validation.to_dict() if self.validation else None,
             },
             sort_keys=True,
+            separators=(",", ":"),
         )
 
     @classmethod

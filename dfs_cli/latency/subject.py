@@ -24,6 +24,7 @@ from dfs_cli.nn.probe import EVERYBODY_IS_SURE, ProbedResNet
 from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.surgery.biases import round_biases
 from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
+from dfs_cli.surgery.settling import settle
 
 _SCALE_IMAGES = 4
 
@@ -113,7 +114,7 @@ def subject_of_model(
     images = _random_images(input_size, seed)
     network = to_dynamic(model, dynamic, table)
     fit_scales(network, images[:_SCALE_IMAGES])
-    network.settle()
+    settle(network)
     round_biases(network, input_size)
     return _forced(Subject(model, network, table, images, ""), mix, policies, seed)
 

@@ -105,14 +105,6 @@ class Gate(nn.Module):
         layer.weight.div_(deviation)
         layer.bias.sub_(layer.weight @ pooled.mean(dim=0))
 
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Round the embeddings' weights, by far the largest part of a gate, to half precision, so that a file need not hold
-        more."""
-        for layer in self.embed:
-            weight = cast(Tensor, layer.weight)
-            weight.copy_(weight.half())
-
     @abstractmethod
     def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]: ...
 

@@ -189,25 +189,6 @@ class DynamicResNet(nn.Module):
     def price(self, value: float) -> None:
         self.operating_point = value
 
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Give up what no option needs, once tuning is done, so that a file need not hold it.
-
-        Weights become what the widest bitwidth can tell apart, unless floating point is an option; then normalisation keeps
-        only what the bitwidths use, attention what half precision can hold. Narrower bitwidths quantize the rounded weights.
-        """
-        if isinstance(self.gate, Gate):
-            self.gate.settle()
-        keeps_floats = FULL_BITS in self.config.bits
-        for module in self.backbone.modules():
-            if isinstance(module, FractionalLayer):
-                if module.bitwidths and (module.precision is self.edges or not keeps_floats):
-                    module.set_weight_codes()
-            elif isinstance(module, FractionalBatchNorm) and not keeps_floats:
-                module.fold_statistics()
-            elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)) and not keeps_floats:
-                module.weight.copy_(module.weight.half())
-
     def fit_gate(self, images: Tensor) -> None:
         """Scale the gate's input to zero mean and unit deviation over ``images`` (N, C, H, W), run in full precision."""
         handles = []

@@ -24,7 +24,15 @@ else:
 
 N = TypeVar("N", bound="FractionalBatchNorm")
 
-NEUTRAL = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0, "bit_mean": 0.0, "bit_var": 1.0}
+NEUTRAL = {
+    "weight": 1.0,
+    "bias": 0.0,
+    "running_mean": 0.0,
+    "running_var": 1.0,
+    "num_batches_tracked": 0,
+    "bit_mean": 0.0,
+    "bit_var": 1.0,
+}
 """What the tensors that :meth:`FractionalBatchNorm.fold_statistics` makes useless are set to."""
 
 

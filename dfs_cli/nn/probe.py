@@ -83,10 +83,6 @@ class ProbedResNet(DynamicResNet):
     def price(self, value: float) -> None:
         self.stored_price.fill_(value)
 
-    def settle(self) -> None:
-        super().settle()
-        self.tuned_price.copy_(self.stored_price)
-
     def run(
         self, images: Tensor, decisions: Tensor | None = None, explore: float = 0.0, share: float | None = None
     ) -> Output:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+_SMALLEST_STEP = 2.0**-100  # of a channel of zeros
+
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
     """The lowest and highest integer code of a ``bits``-bit quantizer; signed ranges are symmetric around zero."""
@@ -103,6 +105,17 @@ BYTE_BITS = 8
 
 LARGEST_BYTE = 127
 """The largest code of an 8-bit weight."""
+
+
+def byte_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest 8-bit codes to ``weight``, (C_out, ...), and the step size of each output channel, (C_out, 1, ...).
+
+    The largest weight of a channel is the largest code, and its step size has no more digits than bfloat16: of
+    ``codes * steps`` they are found again, exactly.
+    """
+    largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
+    steps = (largest / LARGEST_BYTE).clamp_min(_SMALLEST_STEP).bfloat16().to(weight.dtype)
+    return quantize_codes(weight, steps, -LARGEST_BYTE, LARGEST_BYTE), steps
 
 
 def nearest_integer_bias(bias: Tensor, limit: int) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,7 @@ def lower(operation):  # type: ignore[no-untyped-def]
     return run
 
 
+@torch.no_grad()
 def network_waits(gate: str) -> dict[str, int]:
     """Waits of one batch and of one image, once they proved to be answered as on the CPU."""
     network = make_dynamic(tiny_resnet(Bottleneck), DynamicConfig(gate=gate)).eval().requires_grad_(False)  # type: ignore[arg-type]

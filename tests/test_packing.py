@@ -168,6 +168,25 @@ def test_attention_is_stored_as_bytes_unless_floating_point_is_an_option(bits: t
             torch.testing.assert_close(kept, weight, rtol=0, atol=0.006 * float(weight.detach().abs().max()))
 
 
+def test_edges_in_floating_point_keep_their_weights() -> None:
+    network = random_network((0, 12), 32)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    settle(network)
+    edges = [n for n, m in network.named_modules() if isinstance(m, FractionalLayer) and m.precision is network.edges]
+    assert edges and all(torch.equal(before[f"{n}.weight"], network.state_dict()[f"{n}.weight"]) for n in edges)
+
+
+def test_what_is_stored_does_not_depend_on_the_order_of_layers() -> None:
+    network = random_network((0, 2, 8))
+    settle(network)
+    stored = packed_tensors(network)
+    block = network.blocks[0].module
+    first = block.conv1
+    del block.conv1
+    block.conv1 = first  # the last one now
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in packed_tensors(network).items())
+
+
 def test_floating_point_options_keep_their_weights() -> None:
     network = random_network((0, 8, 32))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -187,6 +206,7 @@ def test_floating_point_options_keep_their_weights() -> None:
         ((0, 2, 8), 8, tiny_resnet),
         ((3, 5), 6, tiny_resnet),
         ((0, 12), 32, tiny_resnet),
+        ((0, 32), 32, tiny_resnet),
         ((0, 4), 8, standardised_resnet),
         ((0, 4), 8, se_resnet),
     ],
@@ -197,8 +217,10 @@ def test_what_is_stored_gives_identical_logits(
     network = random_network(bits, edge_bits, create)
     settle(network)
     stored = packed_tensors(network)
-    assert "weight_codes.16" in stored if max(bits) > 8 else "weight_codes.8" in stored
-    assert edge_bits == 32 or not any(name.endswith("conv1.weight") for name in stored)
+    coded = {name for name in network.state_dict() if name.endswith("weight")} - set(stored)
+    for name, module in network.named_modules():
+        if isinstance(module, FractionalLayer):
+            assert (f"{name}.weight" in coded) == (0 < max(module.bitwidths, default=0) < 32)
     model, config = create(), network.config
     again = to_dynamic(model, config, plan_costs(model, config, (3, 32, 32)))
     load_packed(again, stored)
@@ -219,6 +241,7 @@ def test_loading_is_strict() -> None:
     for changed in (
         {n: t for n, t in stored.items() if n != name},
         {n: t for n, t in stored.items() if n != "bit_bias"},
+        stored | {"backbone.conv1.0.log_weight_steps": torch.zeros(1, 8)},
         stored | {"bit_bias": stored["bit_bias"][:-1]},
         stored | {"stranger": torch.zeros(1)},
         stored | {name: stored[name][:-1]},
@@ -228,6 +251,16 @@ def test_loading_is_strict() -> None:
     ):
         with pytest.raises((RuntimeError, ValueError, TypeError)):
             load_packed(random_network((0, 2, 8)), changed)
+
+
+def test_step_sizes_of_attention_are_not_spread_over_channels() -> None:
+    network = random_network((0, 8), create=se_resnet)
+    settle(network)
+    stored = packed_tensors(network)
+    name = next(n for n in stored if n.endswith(".weight_steps"))
+    load_packed(random_network((0, 8), create=se_resnet), stored)
+    with pytest.raises(ValueError, match="other step sizes"):
+        load_packed(random_network((0, 8), create=se_resnet), stored | {name: stored[name][:1]})
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Weights as integer codes, packed: what a file holds in place of floating point numbers that say no more."""
+"""What a file holds in place of a network's tensors: weights as integer codes, what layers have per bitwidth, packed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.layers import FloatLayer, FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import NEUTRAL, FractionalBatchNorm
 from dfs_cli.nn.quantization import BYTE_BITS, byte_codes, code_range
@@ -18,38 +18,41 @@ _BYTES, _PAIRS = "weight_codes.8", "weight_codes.16"
 _STEPS = "weight_steps"
 _PER_BITWIDTH = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
 _NOTHING = torch.empty(0)
-_Weighted = FractionalLayer | nn.Conv1d | nn.Conv2d | nn.Linear
+_Weighted = FractionalLayer | FloatLayer
 
 
 def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
     """The network's tensors on the CPU, as a file holds them; nothing is lost.
 
-    Weights that consist of integer codes are stored as those, of all layers in one tensor: ``weight_codes.8`` (up to 8 bits) or
-    ``weight_codes.16``; ``weight_steps`` stands with them where the layer has no step sizes of its own. What layers have per
-    bitwidth is one tensor of each kind as well: in a small network the names alone would take as much room. These tensors are
-    packed (:func:`pack`). What says nothing is left out, and what half precision can hold is stored in it.
+    Weights that consist of integer codes are stored as those, of all layers in one tensor: ``weight_codes.8`` (up to 8 bits)
+    or ``weight_codes.16``. What layers have per bitwidth is one tensor of each kind as well: in a small network the names
+    alone would take as much room. These tensors are packed (:func:`pack`), the layers in the order of their names. Layers
+    without step sizes of their own have ``weight_steps``. What says nothing is left out, and what half precision can hold is
+    stored in it.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    codes: dict[str, list[Tensor]] = {_BYTES: [], _PAIRS: []}
     for name, module in network.named_modules():
         for key, value in _neutral_values(module).items():
             if bool((tensors[f"{name}.{key}"] == value).all()):
                 del tensors[f"{name}.{key}"]
-    for name, module in _weighted(network):
-        if isinstance(module, FractionalLayer):
-            found = module.weight_codes()
-        else:
-            found, steps = byte_codes(module.weight.detach())
-            if torch.equal(found * steps, module.weight):
-                tensors[f"{name}.{_STEPS}"] = steps.cpu().bfloat16()
-            else:
-                found = None
-        if found is not None:
+    joined: dict[str, list[Tensor]] = {kind: [tensors.pop(n) for n in _names(network, kind)] for kind in _PER_BITWIDTH}
+    for name, layer in _weighted(network):
+        codes, steps = _codes(layer)
+        if codes is not None:
             del tensors[f"{name}.weight"]
-            codes[_kind_of_codes(module)].append(found.cpu())
-    of_all = codes | {kind: [tensors.pop(name) for name in _names(network, kind)] for kind in _PER_BITWIDTH}
-    joined = {kind: pack(parts, _TYPES[kind]) for kind, parts in of_all.items() if parts}
-    return joined | {name: _narrowed(tensor) for name, tensor in tensors.items()}
+            joined.setdefault(_kind_of_codes(layer), []).append(codes.cpu())
+        if steps is not None:
+            tensors[f"{name}.{_STEPS}"] = steps.cpu().bfloat16()
+    packed = {kind: pack(parts, _TYPES[kind]) for kind, parts in joined.items() if parts}
+    return packed | {name: _narrowed(tensor) for name, tensor in tensors.items()}
+
+
+def _codes(layer: _Weighted) -> tuple[Tensor | None, Tensor | None]:
+    """The integer codes of the layer's weight, where it consists of them alone, and the step sizes that it does not have."""
+    if isinstance(layer, FractionalLayer):
+        return layer.weight_codes(), None
+    codes, steps = byte_codes(layer.weight.detach())
+    return (codes, steps) if torch.equal(codes * steps, layer.weight) else (None, None)
 
 
 def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
@@ -57,7 +60,7 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
 
     Raises:
         RuntimeError: names or shapes differ.
-        ValueError: there are more or fewer codes, or of more bits.
+        ValueError: what is packed is of more or fewer numbers, or codes have more bits than their layer.
     """
     tensors = dict(tensors)
     for name, module in network.named_modules():
@@ -65,32 +68,37 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
             tensors.setdefault(f"{name}.{key}", torch.full_like(getattr(module, key), value))
     state = network.state_dict()
     for kind in _PER_BITWIDTH:
-        names = _names(network, kind)
-        parts = unpack(tensors.pop(kind, _NOTHING), _TYPES[kind], [state[n].shape for n in names]) if names else []
-        tensors |= dict(zip(names, parts, strict=True))
-    coded = [(name, module) for name, module in _weighted(network) if f"{name}.weight" not in tensors]
+        if names := _names(network, kind):
+            if strangers := tensors.keys() & set(names):
+                raise ValueError(f"{min(strangers)} is there twice")
+            parts = unpack(tensors.pop(kind, _NOTHING), _TYPES[kind], [state[name].shape for name in names])
+            tensors |= dict(zip(names, parts, strict=True))
+    coded = [(name, layer) for name, layer in _weighted(network) if f"{name}.weight" not in tensors]
     codes: dict[_Weighted, Tensor] = {}
     for kind in (_BYTES, _PAIRS):
-        modules = [module for _, module in coded if _kind_of_codes(module) == kind]
-        if modules:
-            parts = unpack(tensors.pop(kind, _NOTHING), _TYPES[kind], [module.weight.shape for module in modules])
-            codes |= dict(zip(modules, parts, strict=True))
-    for name, module in coded:
-        low, high = code_range(_bits_of_codes(module), signed=True)
-        if bool((codes[module].clamp(low, high) != codes[module]).any()):
-            raise ValueError(f"the codes of {name} have more than {_bits_of_codes(module)} bits")
-        steps = 1.0 if isinstance(module, FractionalLayer) else tensors.pop(f"{name}.{_STEPS}", _NOTHING).float()
-        tensors[f"{name}.weight"] = codes[module] * steps
+        if layers := [layer for _, layer in coded if _kind_of_codes(layer) == kind]:
+            parts = unpack(tensors.pop(kind, _NOTHING), _TYPES[kind], [layer.weight.shape for layer in layers])
+            codes |= dict(zip(layers, parts, strict=True))
+    for name, layer in coded:
+        low, high = code_range(_bits_of_codes(layer), signed=True)
+        if not torch.equal(codes[layer], codes[layer].clamp(low, high)):
+            raise ValueError(f"the codes of {name} have more than {_bits_of_codes(layer)} bits")
+        tensors[f"{name}.weight"] = codes[layer]
+        if not isinstance(layer, FractionalLayer):
+            steps = tensors.pop(f"{name}.{_STEPS}", _NOTHING)
+            if steps.shape != (len(layer.weight),) + (1,) * (layer.weight.dim() - 1):
+                raise ValueError(f"{name} has other step sizes: {tuple(steps.shape)}")
+            tensors[f"{name}.weight"] = codes[layer] * steps.float()
     network.load_state_dict(tensors, strict=True)
-    for _, module in coded:
-        if isinstance(module, FractionalLayer):
-            module.set_weight_codes(codes[module])
+    for _, layer in coded:
+        if isinstance(layer, FractionalLayer):
+            layer.set_weight_codes(codes[layer])
 
 
 def _weighted(network: DynamicResNet) -> Iterator[tuple[str, _Weighted]]:
-    """The layers whose weights may consist of integer codes, and their names, in order."""
-    for name, module in network.named_modules():
-        if isinstance(module, (FractionalLayer, nn.Conv1d, nn.Conv2d, nn.Linear)):
+    """The layers whose weights may consist of integer codes, and their names, in the order of these."""
+    for name, module in sorted(network.named_modules(), key=lambda named: named[0]):
+        if isinstance(module, FloatLayer):
             yield name, module
 
 
@@ -103,8 +111,8 @@ def _kind_of_codes(layer: _Weighted) -> str:
 
 
 def _names(network: DynamicResNet, kind: str) -> list[str]:
-    """The tensors of ``network`` of a kind, in the order of the layers."""
-    return [name for name in network.state_dict() if name.endswith(f".{kind}")]
+    """The tensors of ``network`` of a kind, in the order of their names."""
+    return sorted(name for name in network.state_dict() if name.endswith(f".{kind}"))
 
 
 def _neutral_values(module: nn.Module) -> dict[str, float]:
@@ -132,10 +140,10 @@ def pack(tensors: Sequence[Tensor], kind: str) -> Tensor:
     Returns:
         (bytes,), uint8.
     """
-    numbers = torch.cat([tensor.flatten() for tensor in tensors]).numpy().astype(kind)
+    numbers = np.concatenate([tensor.flatten().numpy().astype(kind) for tensor in tensors])
     encoder = zlib.compressobj(memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
     stream = bytearray()
-    for plane in numbers.view(np.uint8).reshape(len(numbers), -1).T:
+    for plane in numbers.view(np.uint8).reshape(len(numbers), numbers.itemsize).T:
         stream += encoder.compress(plane.tobytes()) + encoder.flush(zlib.Z_BLOCK)
     return torch.frombuffer(stream + encoder.flush(), dtype=torch.uint8)
 
@@ -160,5 +168,5 @@ def unpack(packed: Tensor, kind: str, shapes: Sequence[torch.Size]) -> list[Tens
     if len(content) != width * count or not decoder.eof or decoder.unused_data:
         raise strangers
     numbers = np.frombuffer(np.frombuffer(content, np.uint8).reshape(width, count).T.tobytes(), kind)
-    parts = torch.from_numpy(numbers.astype(np.float32)).split(sizes)
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+    parts = np.split(numbers, np.cumsum(sizes)[:-1])
+    return [torch.from_numpy(part.astype(np.float32)).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -222,6 +222,9 @@ class FractionalLayer(_Layer):
         return cached
 
 
+FloatLayer = nn.Conv1d | nn.Conv2d | nn.Linear
+"""What attention, which is not quantized, consists of; fractional layers are of these classes, too."""
+
 CONVOLUTIONS: tuple[type[nn.Conv2d], ...] = (nn.Conv2d, StdConv2d)
 """The classes of convolution that :class:`FractionalConv2d` stands in for."""
 

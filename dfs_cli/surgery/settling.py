@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from dfs_cli.config import FULL_BITS
-from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.layers import FloatLayer, FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.probe import ProbedResNet
@@ -17,9 +16,9 @@ from dfs_cli.nn.quantization import byte_codes
 def settle(network: DynamicResNet) -> None:
     """Round the tuned ``network``, in place, to what its bitwidths can tell apart.
 
-    The gate becomes what half precision can hold, the always quantized edges integer codes of their bitwidth. Unless floating
-    point is an option, so do all weights: codes of the widest bitwidth, which narrower bitwidths quantize further. Attention
-    becomes 8-bit codes (it is computed in floating point as before), and normalisation keeps only what the bitwidths use.
+    The gate's parameters become what half precision can hold, weights that only ever are quantized integer codes of their
+    widest bitwidth, which narrower ones quantize further. Unless floating point is an option, attention becomes 8-bit codes (it
+    is computed in floating point as before), and normalisation keeps only what the bitwidths use.
     """
     if isinstance(network, ProbedResNet):
         network.tuned_price.copy_(network.stored_price)
@@ -27,13 +26,11 @@ def settle(network: DynamicResNet) -> None:
         parameter.copy_(parameter.half())
     keeps_floats = FULL_BITS in network.config.bits
     for module in network.backbone.modules():
-        if keeps_floats:
-            if isinstance(module, FractionalLayer) and module.precision is network.edges and module.bitwidths:
+        if isinstance(module, FractionalLayer):
+            if module.bitwidths and (module.precision is network.edges or not keeps_floats):
                 module.set_weight_codes()
-        elif isinstance(module, FractionalLayer) and module.bitwidths:
-            module.set_weight_codes()
-        elif isinstance(module, FractionalBatchNorm):
+        elif isinstance(module, FractionalBatchNorm) and not keeps_floats:
             module.fold_statistics()
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+        elif isinstance(module, FloatLayer) and not keeps_floats:
             codes, steps = byte_codes(module.weight)
             module.weight.copy_(codes * steps)

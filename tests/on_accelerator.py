@@ -1,8 +1,9 @@
 """A program: evaluates networks on an accelerator that computes on the CPU, and prints what they waited for as JSON.
 
 PyTorch lets Python stand in for a device. Its tensors say that they are elsewhere and hold their values here; an operation that
-mixes devices is an error, as it is on a GPU, and operations that a GPU's results must be waited for are counted. What is
-registered for that holds for the whole process, so that this is a program of its own.
+mixes devices is an error, as it is on a GPU, and what a GPU must be waited for is counted: reading its results, and copies to
+or from it, but for those to it that need not be waited for (``non_blocking``). What is registered for that holds for the whole
+process, so that this is a program of its own.
 """
 
 import json
@@ -26,7 +27,6 @@ from dfs_cli.config import DynamicConfig
 DEVICE = torch.device("privateuseone", 0)
 READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "bincount"}
 INDEXING = {"index", "index_put_", "_index_put_impl_"}
-TAKES_BOTH = {"copy_", "_to_copy"} | INDEXING
 AMP_OPERATIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 
 
@@ -64,10 +64,16 @@ def run(func, args, kwargs):  # type: ignore[no-untyped-def]
     to_there = bool(there) if asked is None else torch.device(asked).type == DEVICE.type
     if name == "copy_":
         to_there = isinstance(args[0], There)
-    if there and name not in TAKES_BOTH and any(not isinstance(x, There) and x.dim() for x in tensors):
+    here = [x for x in tensors if not isinstance(x, There) and x.dim()]
+    indices = [x for x in args[1] if x is not None] if name in INDEXING else []
+    if there and name != "copy_" and any(all(x is not i for i in indices) for x in here):
         raise RuntimeError(f"{name} mixes devices")
-    masks = name in INDEXING and any(x is not None and x.dtype == torch.bool for x in args[1])
-    if there and (name in READS or masks or not to_there):
+    if any(isinstance(i, There) for i in indices) and not isinstance(args[0], There):
+        raise RuntimeError(f"{name} takes indices from elsewhere")
+    reads = name in READS or not to_there or any(i.dtype == torch.bool for i in indices)
+    # An index of the CPU is copied first; an element of it, or a number, goes with the call.
+    sends = here and to_there and not kwargs.get("non_blocking") and not (name == "copy_" and len(args) > 2 and args[2])
+    if (there and reads) or sends:
         waits[name] += 1
     if not there and not to_there:
         return func(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from dfs_cli.nn.quantization import BYTE_BITS, byte_codes, code_range
 _BYTES, _PAIRS = "weight_codes.8", "weight_codes.16"
 _STEPS = "weight_steps"
 _PER_BITWIDTH = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
+_TYPES = {_BYTES: "<i1", _PAIRS: "<i2"} | dict.fromkeys(_PER_BITWIDTH, "<f4")
 _NOTHING = torch.empty(0)
 _Weighted = FractionalLayer | FloatLayer
 
@@ -35,7 +36,7 @@ def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
         for key, value in _neutral_values(module).items():
             if bool((tensors[f"{name}.{key}"] == value).all()):
                 del tensors[f"{name}.{key}"]
-    joined: dict[str, list[Tensor]] = {kind: [tensors.pop(n) for n in _names(network, kind)] for kind in _PER_BITWIDTH}
+    joined: dict[str, list[Tensor]] = {kind: [tensors.pop(n) for n in _names(tensors, kind)] for kind in _PER_BITWIDTH}
     for name, layer in _weighted(network):
         codes, steps = _codes(layer)
         if codes is not None:
@@ -68,7 +69,7 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
             tensors.setdefault(f"{name}.{key}", torch.full_like(getattr(module, key), value))
     state = network.state_dict()
     for kind in _PER_BITWIDTH:
-        if names := _names(network, kind):
+        if names := _names(state, kind):
             if strangers := tensors.keys() & set(names):
                 raise ValueError(f"{min(strangers)} is there twice")
             parts = unpack(tensors.pop(kind, _NOTHING), _TYPES[kind], [state[name].shape for name in names])
@@ -110,9 +111,9 @@ def _kind_of_codes(layer: _Weighted) -> str:
     return _BYTES if _bits_of_codes(layer) <= BYTE_BITS else _PAIRS
 
 
-def _names(network: DynamicResNet, kind: str) -> list[str]:
-    """The tensors of ``network`` of a kind, in the order of their names."""
-    return sorted(name for name in network.state_dict() if name.endswith(f".{kind}"))
+def _names(tensors: Iterable[str], kind: str) -> list[str]:
+    """Those of the names ``tensors`` that are of a kind, sorted."""
+    return sorted(name for name in tensors if name.endswith(f".{kind}"))
 
 
 def _neutral_values(module: nn.Module) -> dict[str, float]:
@@ -125,9 +126,6 @@ def _neutral_values(module: nn.Module) -> dict[str, float]:
 def _narrowed(tensor: Tensor) -> Tensor:
     half = tensor.half()
     return half if tensor.dtype == torch.float32 and torch.equal(half.float(), tensor) else tensor
-
-
-_TYPES = {_BYTES: "<i1", _PAIRS: "<i2"} | dict.fromkeys(_PER_BITWIDTH, "<f4")
 
 
 def pack(tensors: Sequence[Tensor], kind: str) -> Tensor:

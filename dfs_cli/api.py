@@ -1,36 +1,40 @@
-"""The library: convert, plan, load, save, evaluate, recalibrate, profile, cost_report."""
+"""The library's face: what a program does with networks, from conversion to export."""
 
 from __future__ import annotations
 
 import copy
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dfs_cli.artifact.file import load_artifact, save_artifact
-from dfs_cli.artifact.manifest import Evaluation
-from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig, check_budget
-from dfs_cli.cost.operating_point import LOWEST_SHARE
+from dfs_cli.artifact.artifact import load_artifact, save_artifact
+from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.comparison.sweep import sweep
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SweepConfig, TuningConfig
+from dfs_cli.conversion.convert import convert
+from dfs_cli.conversion.converted import Converted
+from dfs_cli.conversion.defaults import default_data, default_tuning, resolve_device
+from dfs_cli.conversion.recalibrate import recalibrate
+from dfs_cli.conversion.stages import EVAL_BATCH
+from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
-from dfs_cli.data.loading import default_workers, eval_loader, load_all
+from dfs_cli.data.loading import default_workers, eval_loader
 from dfs_cli.data.preprocessing import resolve_preprocessing
-from dfs_cli.data.splits import open_splits, open_validation
-from dfs_cli.errors import ConfigError, DataError
+from dfs_cli.data.splits import Splits, open_validation
+from dfs_cli.errors import ConfigError, DataError, DfsError
 from dfs_cli.evaluation.evaluate import evaluate_network
 from dfs_cli.export.runtime import require_onnx
 from dfs_cli.models.cifar import DIGITS_MODEL
-from dfs_cli.models.zoo import load_outline
-from dfs_cli.nn.probe import ProbedResNet
-from dfs_cli.pipeline import EVAL_BATCH, Converted, Observer, convert
+from dfs_cli.models.zoo import load_model, load_outline
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.observer import Observer
+from dfs_cli.records import Evaluation, Source
 from dfs_cli.report import cost as report
-from dfs_cli.resolve import default_data, default_tuning, describe_source, resolve_device, unfamiliar
-from dfs_cli.surgery.convert import plan_costs
-from dfs_cli.tuning.calibration import calibrate
+from dfs_cli.surgery.plan import plan_costs
 
 if TYPE_CHECKING:
     from dfs_cli.export.check import Comparison
@@ -39,20 +43,33 @@ _RANDOM_IMAGES = 256
 
 __all__ = [
     "Converted",
+    "CostTable",
+    "DataConfig",
+    "Decisions",
+    "DfsError",
+    "DynamicConfig",
+    "DynamicResNet",
+    "Evaluation",
+    "Images",
+    "Manifest",
     "Observer",
+    "Preprocessing",
+    "Source",
+    "Splits",
+    "SweepConfig",
+    "TuningConfig",
     "convert",
     "cost_report",
-    "default_data",
     "default_tuning",
-    "describe_source",
     "evaluate",
     "export_onnx",
     "load",
+    "load_model",
     "plan",
     "profile",
     "recalibrate",
-    "resolve_device",
     "save",
+    "sweep",
 ]
 
 
@@ -61,8 +78,19 @@ def plan(
 ) -> CostTable:
     """The cost of every option of every block, without weights, data or tuning.
 
+    Args:
+        model: a timm model, or the name of one.
+        dynamic: options and gate; None: the probe gate with 0 to 8 bits.
+        preprocessing: whose image size counts; None: the model's own.
+
     Raises:
         UnsupportedModelError: the model is unknown or cannot be converted.
+
+    Example:
+        >>> import dfs_cli
+        >>> table = dfs_cli.plan("resnet18")
+        >>> len(table.blocks), round(table.dense_macs / 1e9, 2), round(table.dearest, 3)
+        (8, 1.81, 0.126)
     """
     module = load_outline(model) if isinstance(model, str) else model
     preprocessing = preprocessing or resolve_preprocessing(module)
@@ -70,10 +98,18 @@ def plan(
 
 
 def load(path: str | os.PathLike[str], device: str = "cpu") -> Converted:
-    """A converted network from its file.
+    """A converted network from its file. Nothing in the file is executed.
 
     Raises:
         ArtifactError: the file is missing, damaged, changed, or not one of dfs.
+        ConfigError: the device is not there.
+
+    Example:
+        >>> import dfs_cli
+        >>> dfs_cli.load("nothing.safetensors")
+        Traceback (most recent call last):
+        ...
+        dfs_cli.errors.ArtifactError: nothing.safetensors does not exist
     """
     return Converted(*load_artifact(Path(path), resolve_device(device)))
 
@@ -83,6 +119,16 @@ def save(converted: Converted, path: str | os.PathLike[str], force: bool = False
 
     Raises:
         OutputError: the file exists and ``force`` is not given, or cannot be written.
+        ArtifactError: loaded back, the file gives other logits or decisions; nothing is kept then.
+
+    Example:
+        >>> import dfs_cli, pathlib, tempfile
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> converted = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dfs_cli.save(converted, pathlib.Path(folder) / "model.safetensors")
+        ...     dfs_cli.load(pathlib.Path(folder) / "model.safetensors").manifest == converted.manifest
+        True
     """
     save_artifact(Path(path), converted.network, converted.manifest, force)
 
@@ -101,11 +147,23 @@ def evaluate(
 
     Args:
         data: None: the embedded digits, for their model.
+        batch_size: images per batch; decisions do not depend on it.
+        workers: processes that load images; None: two at most, none for the embedded digits.
         amp: compute in bfloat16 where automatic mixed precision does; decisions may differ.
         channels_last: keep images and features with their channels next to each other in memory.
+        observer: told about progress.
 
     Raises:
+        ConfigError: the batch size is below 1.
         DataError: images are missing, unreadable, or of other classes.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> converted = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning)
+        >>> evaluation = dfs_cli.evaluate(converted)
+        >>> evaluation.images, evaluation.cost == converted.manifest.validation.cost
+        (450, True)
     """
     observer = observer or Observer()
     network, manifest = converted
@@ -113,7 +171,7 @@ def evaluate(
         raise ConfigError(f"batch-size {batch_size} is below 1")
     if not isinstance(data, Images):
         data = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.class_names)
-    device = network.prices.device
+    device = network.device
     workers = default_workers(data) if workers is None else workers
     observer.stage("evaluating", len(data))
     loader = eval_loader(data, batch_size, workers, device.type == "cuda")
@@ -142,19 +200,31 @@ def export_onnx(
             random images, ``num_samples`` of them (256).
         static: the most common policy on that split, without gate and control flow.
         tensorrt: as ``static``, of what TensorRT's importer takes; slower in ONNX Runtime.
+        force: overwrite the file.
+        workers: processes that load images; None: two at most, none for the embedded digits.
+        observer: told about progress.
 
     Raises:
         MissingDependencyError: onnx or onnxruntime is not installed.
         OutputError: the file exists and ``force`` is not given, or cannot be written.
         ExportError: the graph decides or answers otherwise than the network; nothing is written then.
         DataError: images are missing, too many of them unreadable, or they are of other classes.
+
+    Example:
+        >>> import dfs_cli, pathlib, tempfile
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> converted = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     comparison = dfs_cli.export_onnx(converted, pathlib.Path(folder) / "model.onnx")
+        >>> comparison.images, comparison.holds
+        (450, True)
     """
     require_onnx()
     from dfs_cli.export.write import random_batches, write_onnx
 
     observer, manifest = observer or Observer(), converted.manifest
     size = manifest.preprocessing.input_size
-    is_given = data is not None and (isinstance(data, Images) or data.data_dir is not None or data.dataset)
+    is_given = isinstance(data, Images) or (data is not None and data.names_data)
     if not is_given and manifest.architecture != DIGITS_MODEL:
         if static or tensorrt:
             raise DataError("a static graph needs images to find the most common policy on: pass --data DIR")
@@ -169,7 +239,7 @@ def export_onnx(
         labelled, log = True, UnreadableLog("validation", len(data))
         batches = eval_loader(data, EVAL_BATCH, default_workers(data) if workers is None else workers)
     network = copy.deepcopy(converted.network).cpu().eval()
-    observer.stage("comparing", None)  # once with bytes, and once more where they do not do
+    observer.stage("comparing", None)  # once with 8-bit features, and once more where they do not do
 
     def note(batch: Batch) -> None:
         if log is not None:
@@ -179,71 +249,18 @@ def export_onnx(
     return write_onnx(Path(path), network, size, batches, labelled, static, tensorrt, force, note)
 
 
-def recalibrate(
-    converted: Converted,
-    budget: float,
-    data: DataConfig | Images | None = None,
-    *,
-    workers: int | None = None,
-    observer: Observer | None = None,
-) -> Converted:
-    """Move a tuned network to another budget, without tuning, by its operating point.
-
-    Args:
-        converted: left unchanged.
-        budget: within the network's range: with the probe gate from the first pass alone to a second one in full for all.
-        data: where the training images are: the operating point is set on those that the conversion held out of them.
-            Or held-out images themselves. None: the embedded digits, for their model.
-        workers: processes that load images; None: two at most, none for the embedded digits.
-        observer: told about progress.
-
-    Returns:
-        A network at the new budget, not evaluated yet.
-
-    Raises:
-        ConfigError: the budget cannot be reached; the message names the range.
-        DataError: images are missing, unreadable, or of other classes.
-    """
-    check_budget(budget)
-    manifest, network = converted.manifest, copy.deepcopy(converted.network)
-    low, high = manifest.table.cheapest, manifest.table.dearest
-    if isinstance(network, ProbedResNet):
-        first = network.policy[None].cpu()
-        low = float(manifest.table.cost(first))
-        high = low + float(manifest.table.pass_cost(torch.full_like(first, len(manifest.table.options) - 1)))
-    if not low <= budget or not LOWEST_SHARE * budget <= high:
-        raise ConfigError(f"budget {budget:g} is outside what this network can be moved to: {low:.4f} to {high:.4f}")
-    made_with = manifest.configuration
-    if not isinstance(data, Images):
-        data = default_data(manifest.architecture, data)
-        if stored := made_with.get("data"):
-            data = replace(
-                data, train_split=data.train_split or stored["train_split"], num_samples=stored["num_samples"]
-            )
-        splits = open_splits(data, manifest.preprocessing, made_with["tuning"]["seed"])
-        if manifest.class_names and splits.class_names != manifest.class_names:
-            raise DataError("the data has other classes than the network was converted with")
-        data = splits.calibration
-    if isinstance(network, ProbedResNet):
-        data = unfamiliar(data, manifest.preprocessing, TuningConfig.from_dict(made_with["tuning"]))
-    images = len(data)
-    log = UnreadableLog("held-out", images)
-    observer, workers = observer or Observer(), default_workers(data) if workers is None else workers
-    observer.stage("loading held-out images", images)
-    batches, _ = load_all(data, EVAL_BATCH, workers, network.prices.device, log, observer.advance)
-    observer.stage("calibrating", None)
-    validation_images = made_with.get("images", {}).get("validation", images)
-    point = calibrate(network, manifest.table, batches, budget, validation_images, observer.calibrated)
-    if point.cost < LOWEST_SHARE * budget:
-        raise ConfigError(f"budget {budget:g} cannot be spent: with these options the network costs {point.cost:.4f}")
-    return Converted(network, replace(manifest, budget=budget, operating_point=point.value, validation=None))
-
-
 def profile(converted: Converted, evaluation: Evaluation | None = None) -> list[report.LayerRow]:
     """Per-layer bitwidth histograms: of ``evaluation``, or those that the conversion measured.
 
     Raises:
         ConfigError: neither exists.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> rows = dfs_cli.profile(dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning))
+        >>> rows[0]["name"], rows[0]["histogram"]
+        ('conv1', {8: 1.0})
     """
     evaluation = evaluation or converted.manifest.validation
     if evaluation is None:
@@ -252,5 +269,16 @@ def profile(converted: Converted, evaluation: Evaluation | None = None) -> list[
 
 
 def cost_report(converted: Converted) -> dict[str, Any]:
-    """The cost report, ready for JSON; see :func:`dfs_cli.report.cost.cost_report`."""
+    """The cost report, ready for JSON; see :func:`dfs_cli.report.cost.cost_report`.
+
+    Raises:
+        ConfigError: the network was never evaluated.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> report = dfs_cli.cost_report(dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning))
+        >>> report["cost_all_8_bit"], report["keeps_budget"]
+        (0.0625, True)
+    """
     return report.cost_report(converted.manifest)

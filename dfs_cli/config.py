@@ -1,16 +1,22 @@
-"""Frozen, validated settings that go to and from JSON."""
+"""Frozen settings, validated by pydantic, that go to and from JSON. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import dataclass_transform
 
 from dfs_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 FULL_BITS = 32
 """The bitwidth that stands for running in floating point."""
@@ -18,66 +24,117 @@ FULL_BITS = 32
 QUANTIZED_BITS = range(2, 17)
 """Bitwidths that a quantizer can have."""
 
-PRESETS: dict[str, tuple[int, ...]] = {
-    "hardware": (0, 4, 8, 16, 32),
-    "paper": (0, 8, 10, 12, 14, 16, 32),
-    "skipnet": (0, 32),
-    "lowbit": (0, 2, 3, 4, 5, 6, 8),
-}
-"""Named option lists. ``paper`` is that of DFS (Shen et al., 2020), ``skipnet`` that of SkipNet (Wang et al., 2018)."""
-
-LOWBIT_BUDGET = 0.06
-"""The largest budget per pass that ``lowbit`` is the default for: a pass at 8 bits costs 0.0625. Above it ``hardware`` is."""
-
-DEFAULT_EDGE_BITS = 8
-PRESET_EDGE_BITS = {"paper": FULL_BITS, "skipnet": FULL_BITS}
-
-GateKind = Literal["probe", "rnn", "ff"]
+GateKind = Literal["probe", "rnn", "ff", "static"]
+"""What decides; see :mod:`dfs_cli.control`."""
 DeviceKind = Literal["auto", "cpu", "cuda"]
 Baseline = Literal["uniform", "mixed", "skipnet", "cascade"]
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 """What a sweep can compare dynamic networks with."""
 
-
-class _Settings:
-    """JSON conversion shared by the frozen settings below."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Raises ConfigError where a key is unknown or missing, or a value is out of range."""
-        names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if unknown := sorted(set(values) - names):
-            raise ConfigError(f"unknown setting {unknown[0]!r} for {cls.__name__}")
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except TypeError as error:
-            raise ConfigError(f"{cls.__name__}: {error}") from None
-
-
-def default_preset(budget: float, gate: GateKind) -> str:
-    """The option list for a budget: bitwidths far from what it pays for only fight over the weights."""
-    passes = 2 if gate == "probe" else 1
-    return "lowbit" if budget <= passes * LOWBIT_BUDGET else "hardware"
-
+RECIPE_STEPS = 350
+"""Tuning steps of the recipe."""
+LONGEST_EPOCH = 1.5
+"""An epoch of more than so many times the recipe's steps is not run to its end unless that is asked for."""
 
 DEFAULT_MIX = "0:0.5,8:0.5"
-"""Of the blocks of a network whose options nobody named."""
+"""Shares of the blocks by bitwidth in ``dfs bench`` where decisions are not real and nobody named them."""
 COMPARED_IMAGES = 1000
 """Real images on which a graph is compared with its network where nobody says how many."""
 LARGE_BATCH = 64
-"""What ``dfs bench`` measures: decisions where none are real, and images per batch besides single ones."""
+"""Images per batch that ``dfs bench`` measures, besides single ones."""
 
 
-def parse_bits(text: str) -> tuple[int, ...]:
-    """The option list that ``text`` names: a preset, or bitwidths separated by commas."""
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The first problem that pydantic found, in one line: where, what was given, and what was expected."""
+    found = error.errors()[0]
+    reason = found.get("ctx", {}).get("error")
+    if isinstance(reason, Exception):
+        return str(reason)
+    place = ".".join(str(part) for part in found["loc"]) or error.title
+    return f"{place} {repr(found['input'])[:60]}: {found['msg'][:1].lower()}{found['msg'][1:]}"
+
+
+class Json:
+    """To and from JSON, for the dataclasses below and for records."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values: dict[str, Any] = pydantic.TypeAdapter(type(self)).dump_python(self, mode="json")
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The object that :meth:`to_dict` described.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or a value is of another type or out of range.
+        """
+        try:
+            return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"{cls.__name__}: {first_problem(error)}") from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some values changed, validated as any."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def validated(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose values must be of the declared types and ranges, or ConfigError is raised in one line."""
+    made: Any = pydantic_dataclass(
+        cls, frozen=True, config=pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    )
+    create = made.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        try:
+            create(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise ConfigError(first_problem(error)) from None
+
+    # Nested values are validated by pydantic itself, which does not come this way: it then names the place.
+    __init__.__wrapped__ = create  # type: ignore[attr-defined]
+    made.__init__ = __init__
+    return made  # type: ignore[no-any-return]
+
+
+@validated
+class Preset(Json):
+    """A named choice of options, with all that belongs to it.
+
+    Args:
+        bits: bitwidth options of a block.
+        fixed_bits: bitwidth of what always runs.
+        source: where it comes from.
+    """
+
+    bits: tuple[int, ...]
+    fixed_bits: int = 8
+    source: str = ""
+
+
+PRESETS: dict[str, Preset] = {
+    "lowbit": Preset((0, 2, 3, 4, 5, 6, 8)),
+    "hardware": Preset((0, 4, 8, 16, 32)),
+    "static": Preset((0, 2, 3, 4, 5, 6, 8, 16, 32)),
+    "paper": Preset((0, 8, 10, 12, 14, 16, 32), FULL_BITS, "DFS (Shen et al., 2020)"),
+    "skipnet": Preset((0, FULL_BITS), FULL_BITS, "SkipNet (Wang et al., 2018)"),
+}
+"""Named option lists."""
+
+
+def parse_bits(text: str) -> Preset:
+    """What ``text`` names: a preset, or bitwidths separated by commas.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if text in PRESETS:
         return PRESETS[text]
     try:
-        return tuple(int(part) for part in text.split(","))
+        return Preset(tuple(int(part) for part in text.split(",")))
     except ValueError:
         raise ConfigError(
             f"--bits {text!r}: expected bitwidths separated by commas, as 0,4,8,32, or one of {', '.join(PRESETS)}"
@@ -106,64 +163,64 @@ def check_budget(budget: float) -> None:
         raise ConfigError(f"budget {budget:g} is not in (0, 1]: it is a fraction of the dense 32-bit network's cost")
 
 
-def check_bitwidth(bits: int) -> None:
-    """Raises ConfigError unless ``bits`` is 2..16 or 32."""
+def _check_bitwidth(bits: int) -> int:
     if bits not in QUANTIZED_BITS and bits != FULL_BITS:
         raise ConfigError(f"bitwidth {bits} is not supported: use 2..16 or 32")
+    return bits
 
 
-@dataclass(frozen=True)
-class DynamicConfig(_Settings):
+@validated
+class DynamicConfig(Json):
     """What the converted network is made of.
 
     Args:
         bits: bitwidth options of a block (K of them); 0 skips it, 32 runs it in floating point. Kept in ascending order.
-        edge_bits: bitwidth of what always runs: stem, shortcut convolutions and classifier.
-        gate: ``probe``, a cheap first pass that decides who needs a second; ``rnn``, the recurrent gate of DFS
-            (Shen et al., 2020); or ``ff``, a feed-forward gate per block.
+        fixed_bits: bitwidth of the fixed layers, which always run: stem, shortcut convolutions and classifier.
+        gate: ``probe``, a cheap first pass that decides which images take a second; ``rnn``, the recurrent gate of DFS
+            (Shen et al., 2020); ``ff``, a feed-forward gate per block; or ``static``, the same bitwidths for all images.
         embedding: width of the gate's input.
         hidden: width of the gate's hidden state.
         mirror: with the probe gate, show the second pass the mirrored image.
+
+    Raises:
+        ConfigError: a value is of another type or out of range, or two contradict each other.
     """
 
-    bits: tuple[int, ...] = PRESETS["hardware"]
-    edge_bits: int = DEFAULT_EDGE_BITS
+    bits: tuple[int, ...] = PRESETS["lowbit"].bits
+    fixed_bits: int = PRESETS["lowbit"].fixed_bits
     gate: GateKind = "probe"
-    embedding: int = 10
-    hidden: int = 10
+    embedding: Annotated[int, Field(ge=1)] = 10
+    hidden: Annotated[int, Field(ge=1)] = 10
     mirror: bool = False
 
     def __post_init__(self) -> None:
         for bits in self.bits:
             if bits != 0:
-                check_bitwidth(bits)
+                _check_bitwidth(bits)
         if len(set(self.bits)) != len(self.bits):
             raise ConfigError(f"bits {','.join(map(str, self.bits))}: a bitwidth is repeated")
-        if len(self.bits) < 2:
+        if self.bits in ((), (0,)) or (len(self.bits) < 2 and self.gate != "static"):
             raise ConfigError("bits: at least two options are needed for a choice")
         object.__setattr__(self, "bits", tuple(sorted(self.bits)))
-        check_bitwidth(self.edge_bits)
-        if self.gate not in get_args(GateKind):
-            raise ConfigError(f"gate {self.gate!r} is not one of {', '.join(get_args(GateKind))}")
+        _check_bitwidth(self.fixed_bits)
         if self.mirror and self.gate != "probe":
             raise ConfigError(f"mirror is for the second pass of the probe gate, not for {self.gate}")
-        if self.embedding < 1 or self.hidden < 1:
-            raise ConfigError("the gate's embedding and hidden widths must be at least 1")
 
 
-@dataclass(frozen=True)
-class TuningConfig(_Settings):
+@validated
+class TuningConfig(Json):
     """How the converted network is tuned.
 
     Args:
-        epochs: passes over the training images; None: as many as give ``MIN_STEPS`` steps.
+        epochs: passes over the training images; see :meth:`total_steps` for what happens where nothing is given.
+        steps: tuning steps, in place of epochs.
         batch_size: images per step.
         lr: learning rate of the quantizers' step sizes; the gate's and the backbone's follow from it.
         freeze_backbone: train gates and quantizers only.
         amp: run the forward pass under automatic mixed precision (bfloat16).
         device: ``auto`` takes CUDA where it is available.
         workers: processes that load images; None: none for embedded data, else up to two.
-        seed: of everything random.
+        seed: random seed.
         warmup: share of the steps in which only the gate is trained.
         ramp: share of the steps over which the target cost falls from full execution to the budget.
         distillation: weight of the distillation loss against the original network; of images that the second pass sees mirrored
@@ -171,78 +228,79 @@ class TuningConfig(_Settings):
         temperature: softmax temperature of the distillation (Hinton et al., 2015).
         hflip: probability of a horizontal flip in training.
         min_crop: smallest share of the image's area that a random training crop keeps.
+
+    Raises:
+        ConfigError: a value is of another type or out of range, or both epochs and steps are given.
     """
 
-    epochs: int | None = None
-    batch_size: int = 128
-    lr: float = 1e-3
+    epochs: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    lr: Annotated[float, Field(gt=0)] = 1e-3
     freeze_backbone: bool = False
     amp: bool = False
     device: DeviceKind = "auto"
-    workers: int | None = None
-    seed: int = 0
-    warmup: float = 0.15
-    ramp: float = 0.3
-    distillation: float = 1.0
-    temperature: float = 2.0
-    hflip: float = 0.5
-    min_crop: float = 0.9
-
-    MIN_STEPS = 350
+    workers: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.15
+    ramp: Annotated[float, Field(ge=0, le=1)] = 0.3
+    distillation: Annotated[float, Field(ge=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    min_crop: Annotated[float, Field(gt=0, le=1)] = 0.9
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name.replace('_', '-')} {value} is below {low}")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed {self.seed} is not in [0, 2**32)")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ConfigError(f"lr {self.lr:g} is not a positive number")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"device {self.device!r} is not one of auto, cpu, cuda")
-        for name in ("warmup", "ramp", "hflip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} {getattr(self, name):g} is not in [0, 1]")
-        if not 0 < self.min_crop <= 1:
-            raise ConfigError(f"min-crop {self.min_crop:g} is not in (0, 1]")
-        if self.distillation < 0 or self.temperature <= 0:
-            raise ConfigError("distillation must not be negative and temperature must be positive")
+        if self.epochs is not None and self.steps is not None:
+            raise ConfigError("epochs and steps are two ways to say how long to tune: give one of them")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Tuning steps in all: as many as were asked for, or else whole epochs that give the recipe's steps at least; where one
+        epoch alone is more than 1.5 times the recipe's steps, exactly these."""
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is not None:
+            return self.epochs * steps_per_epoch
+        if steps_per_epoch > LONGEST_EPOCH * RECIPE_STEPS:
+            return RECIPE_STEPS
+        return -(-RECIPE_STEPS // steps_per_epoch) * steps_per_epoch
 
 
-@dataclass(frozen=True)
-class Preprocessing(_Settings):
+Budget = Annotated[float, Field(gt=0, le=1)]
+
+ImageSize = tuple[
+    Annotated[int, Field(ge=1, le=2**16)], Annotated[int, Field(ge=1, le=2**16)], Annotated[int, Field(ge=1, le=2**16)]
+]
+
+
+@validated
+class Preprocessing(Json):
     """How an image becomes the network's input, in timm's terms.
 
     Args:
         input_size: (C, H, W) at evaluation.
         train_size: (C, H, W) in training.
         interpolation, crop_pct, crop_mode, mean, std: as in ``timm.data.resolve_data_config``.
+
+    Raises:
+        ConfigError: a value is of another type or out of range.
     """
 
-    input_size: tuple[int, int, int]
-    train_size: tuple[int, int, int]
+    input_size: ImageSize
+    train_size: ImageSize
     interpolation: str
-    crop_pct: float
+    crop_pct: Annotated[float, Field(gt=0)]
     crop_mode: str
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
 
     def __post_init__(self) -> None:
-        for size in (self.input_size, self.train_size):
-            if len(size) != 3 or min(size) < 1:
-                raise ConfigError(f"image size {size} is not (channels, height, width)")
-        if not self.crop_pct > 0:
-            raise ConfigError(f"crop-pct {self.crop_pct:g} is not positive")
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.input_size[0]:
                 raise ConfigError(f"{name} has {len(getattr(self, name))} values for {self.input_size[0]} channels")
-        if min(self.std) <= 0:
-            raise ConfigError("std must be positive")
 
 
-@dataclass(frozen=True)
-class DataConfig(_Settings):
+@validated
+class DataConfig(Json):
     """Where images come from.
 
     Args:
@@ -251,22 +309,26 @@ class DataConfig(_Settings):
         train_split, val_split: split names; None: the usual names are tried.
         num_samples: at most so many images of each split, drawn once by the seed.
         download: let the reader download the dataset where it supports that.
+
+    Raises:
+        ConfigError: a value is of another type or out of range.
     """
 
     data_dir: str | None = None
     dataset: str = ""
     train_split: str | None = None
     val_split: str | None = None
-    num_samples: int | None = None
+    num_samples: Annotated[int, Field(ge=1)] | None = None
     download: bool = False
 
-    def __post_init__(self) -> None:
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ConfigError(f"num-samples {self.num_samples} is below 1")
+    @property
+    def names_data(self) -> bool:
+        """Whether a folder or a reader is given."""
+        return self.data_dir is not None or bool(self.dataset)
 
 
-@dataclass(frozen=True)
-class SweepConfig:
+@validated
+class SweepConfig(Json):
     """What a sweep compares.
 
     Args:
@@ -274,20 +336,51 @@ class SweepConfig:
         baselines: some of ``uniform``, ``mixed``, ``skipnet``, ``cascade``.
         seeds: how many repetitions, from the tuning settings' seed on.
         dynamic: options and gate of the dynamic network for a budget; where there is none, those that a conversion uses.
+        spend: reach for the budget itself, as ``dfs convert --spend``.
+
+    Raises:
+        ConfigError: a value is of another type or out of range.
     """
 
-    budgets: tuple[float, ...]
+    budgets: Annotated[tuple[float, ...], Field(min_length=1)]
     baselines: tuple[Baseline, ...] = BASELINES
-    seeds: int = 1
-    dynamic: dict[float, DynamicConfig] = field(default_factory=dict)
+    seeds: Annotated[int, Field(ge=1)] = 1
+    dynamic: dict[float, DynamicConfig] = dataclasses.field(default_factory=dict)
+    spend: bool = False
 
     def __post_init__(self) -> None:
-        if not self.budgets:
-            raise ConfigError("a sweep needs at least one budget")
         if len(set(self.budgets)) != len(self.budgets):
             raise ConfigError("a budget is given twice")
-        if self.seeds < 1:
-            raise ConfigError(f"seeds {self.seeds} is below 1")
-        for name in self.baselines:
-            if name not in BASELINES:
-                raise ConfigError(f"baseline {name!r} is not one of {', '.join(BASELINES)}")
+
+
+@validated
+class Configuration(Json):
+    """The resolved settings of a conversion.
+
+    Args:
+        model: architecture.
+        budget: what was asked for.
+        spend: whether the budget itself was to be reached.
+        dynamic, tuning, preprocessing: settings, nothing left open.
+        data: None: splits that the caller opened.
+        device: where it ran.
+        steps: tuning steps.
+        images: how many of them are in each split.
+        versions: of libraries.
+        threads: of PyTorch.
+        unreadable_training_images: names of images that were left out.
+    """
+
+    model: str
+    budget: Budget
+    spend: bool
+    dynamic: DynamicConfig
+    tuning: TuningConfig
+    data: DataConfig | None
+    preprocessing: Preprocessing
+    device: str
+    steps: Annotated[int, Field(ge=0)]
+    images: dict[str, Annotated[int, Field(ge=0)]]
+    versions: dict[str, str]
+    threads: Annotated[int, Field(ge=0)]
+    unreadable_training_images: tuple[str, ...] = ()

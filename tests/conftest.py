@@ -1,4 +1,4 @@
-"""Small networks and small real data, shared by the tests."""
+"""Fixtures: small networks and small real data."""
 
 from __future__ import annotations
 
@@ -10,80 +10,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import timm
-import torch
-from PIL import Image
-from timm.layers import BatchNormAct2d, create_conv2d
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from timm.models.resnetv2 import ResNetV2
+from common import tiny_resnet
+from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import dfs_cli
-import dfs_cli.models  # registers the CIFAR ResNets
-from dfs_cli.config import DynamicConfig
-from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give a fresh model weights and statistics under which every block matters (timm zeroes each last scale)."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
-            nn.init.uniform_(module.weight, 0.5, 1.0, generator=generator)
-            nn.init.normal_(module.bias, std=0.2, generator=generator)
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1, generator=generator)
-            nn.init.uniform_(module.running_var, 0.5, 1.5, generator=generator)
-    return model.eval()
-
-
-def tiny_resnet(block: type[nn.Module] = BasicBlock, seed: int = 0) -> nn.Module:
-    """A timm ResNet of five blocks for 32x32 images."""
-    torch.manual_seed(seed)
-    model = ResNet(block, (2, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24), stem_type="deep", stem_width=8)
-    model.pretrained_cfg = {"architecture": "tiny", "input_size": (3, 32, 32)}
-    return randomise(model, seed)
-
-
-def se_resnet() -> nn.Module:
-    torch.manual_seed(0)
-    attention = {"attn_layer": "se"}
-    model = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24), block_args=attention)
-    model.pretrained_cfg = {"architecture": "tiny", "input_size": (3, 32, 32)}
-    return randomise(model)
-
-
-def preactivated_resnet() -> nn.Module:
-    torch.manual_seed(0)
-    model = ResNetV2(
-        (1, 1, 2, 1), channels=(32, 32, 64, 64), num_classes=5, stem_chs=16, stem_type="", preact=True,
-        conv_layer=create_conv2d, norm_layer=BatchNormAct2d,
-    )  # fmt: skip
-    return randomise(model)
-
-
-def make_dynamic(
-    model: nn.Module, config: DynamicConfig | None = None, size: tuple[int, int, int] = (3, 32, 32), seed: int = 0
-) -> DynamicResNet:
-    """A calibrated dynamic network whose gate answers differently for different images."""
-    config = config or DynamicConfig(gate="rnn")
-    torch.manual_seed(seed)
-    network = to_dynamic(model, config, plan_costs(model, config, size))
-    sample = torch.randn(16, *size)
-    fit_scales(network, sample)
-    network.fit_gate(sample)
-    return network
-
-
-def spread_gate(network: DynamicResNet, scale: float = 4.0, seed: int = 0) -> None:
-    """Make the gate's answer depend strongly on the image."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in network.gate.named_parameters():
-        if name.startswith("head") and name.endswith("weight"):
-            nn.init.normal_(parameter, std=scale, generator=generator)
-        elif name == "preference":
-            nn.init.zeros_(parameter)
 
 
 @pytest.fixture(params=[BasicBlock, Bottleneck], ids=["BasicBlock", "Bottleneck"])
@@ -129,13 +60,3 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tuning = dfs_cli.TuningConfig(epochs=2, batch_size=64, hflip=0.0, workers=0)
     dfs_cli.save(dfs_cli.convert("resnet20_digits", 0.2, tuning=tuning), path)
     return path
-
-
-def solid_image(path: Path, colour: int = 128) -> None:
-    Image.new("L", (8, 8), colour).save(path)
-
-
-def timm_model(name: str) -> nn.Module:
-    """A timm model with random weights under which every block matters."""
-    torch.manual_seed(0)
-    return randomise(timm.create_model(name, pretrained=False))

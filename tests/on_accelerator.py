@@ -13,7 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from conftest import make_dynamic, spread_gate, tiny_resnet
+from common import make_dynamic, spread_gate, tiny_resnet
 from safetensors import safe_open
 from timm.models.resnet import Bottleneck
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing

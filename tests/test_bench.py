@@ -11,13 +11,13 @@ import torch
 from conftest import MakeFolder, make_dynamic, tiny_resnet
 from typer.testing import CliRunner
 
-from dfs_cli.bench import peak_bytes
+from dfs_cli.bench.inference import ObservedGate
+from dfs_cli.bench.process import pinned_to
+from dfs_cli.bench.tuning import peak_bytes
+from dfs_cli.bench.workload import default_mix, draw_policies, force
 from dfs_cli.cli.app import app
 from dfs_cli.config import DEFAULT_MIX, DynamicConfig, GateKind, parse_mix
 from dfs_cli.latency import measure
-from dfs_cli.latency.measure import ObservedGate
-from dfs_cli.latency.subject import default_mix, draw_policies, force
-from dfs_cli.process import pinned_to
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from conftest import MakeFolder
 from typer.testing import CliRunner, Result
 
 import dfs_cli
-from dfs_cli.artifact.file import read_manifest
+from dfs_cli.artifact.artifact import read_manifest
 from dfs_cli.cli.app import app
 from dfs_cli.report.cost import layer_rows
 

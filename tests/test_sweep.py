@@ -11,31 +11,31 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_dynamic, preactivated_resnet, tiny_resnet
+from dfs_cli.surgery.convert import plan_costs
 from rich.console import Console
 from timm.models.resnet import BasicBlock
 from torch import nn
 from typer.testing import CliRunner
 
 from dfs_cli.cli.app import app
+from dfs_cli.comparison.cascade import StaticNetwork, best_cascade, confident_answers
+from dfs_cli.comparison.sweep import answers_folder, sweep
 from dfs_cli.config import DataConfig, DynamicConfig, SweepConfig
+from dfs_cli.control.static import best_layer_mix, best_static_mix, set_layer_bits
+from dfs_cli.conversion.convert import convert
+from dfs_cli.conversion.defaults import default_tuning
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.errors import ConfigError, OutputError
-from dfs_cli.evaluation.cascade import StaticNetwork, best_cascade, confident_answers
 from dfs_cli.evaluation.dynamics import (
     choice_entropy,
     distinct_policies,
     most_common_policy,
     variance_between_images,
 )
+from dfs_cli.freeze.biases import round_biases
 from dfs_cli.nn.layers import FractionalLayer
-from dfs_cli.pipeline import convert
 from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep, summarise, verdict_line, verdicts
-from dfs_cli.resolve import default_tuning
-from dfs_cli.surgery.biases import round_biases
-from dfs_cli.surgery.convert import plan_costs
-from dfs_cli.sweep import answers_folder, sweep
 from dfs_cli.tuning.sensitivity import measure_layer_damage
-from dfs_cli.tuning.static_mix import best_layer_mix, best_static_mix, set_layer_bits
 
 TWO_BLOCKS = CostTable((0, 8, 32), ("a", "b"), (LayerCost("a", 100, 0), LayerCost("b", 300, 1)), (0, 0), {})
 

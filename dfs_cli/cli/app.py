@@ -7,14 +7,16 @@ from typing import Annotated
 import typer
 
 from dfs_cli import __version__
-from dfs_cli.cli import bench, convert, evaluate, export, list_models, profile, sweep
+from dfs_cli.cli import bench, bench_tuning, convert, evaluate, export, list_models, profile, sweep
 from dfs_cli.cli.errors import one_line_errors
+from dfs_cli.cli.options import expand
 
 app = typer.Typer(
     name="dfs",
     help="Make pretrained timm ResNets input-adaptive: every image pays only for the bits it needs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -34,10 +36,14 @@ def _main(
     """Make pretrained timm ResNets input-adaptive: every image pays only for the bits it needs."""
 
 
-app.command("convert")(one_line_errors(convert.convert))
-app.command("eval")(one_line_errors(evaluate.evaluate))
-app.command("profile")(one_line_errors(profile.profile))
-app.command("sweep")(one_line_errors(sweep.sweep))
-app.command("export")(one_line_errors(export.export))
-app.command("bench")(one_line_errors(bench.bench))
-app.command("list")(one_line_errors(list_models.list_models))
+for name, command, examples in (
+    ("convert", convert.convert, convert.EXAMPLES),
+    ("eval", evaluate.evaluate, evaluate.EXAMPLES),
+    ("profile", profile.profile, profile.EXAMPLES),
+    ("sweep", sweep.sweep, sweep.EXAMPLES),
+    ("export", export.export, export.EXAMPLES),
+    ("bench", bench.bench, bench.EXAMPLES),
+    ("bench-tuning", bench_tuning.bench_tuning, bench_tuning.EXAMPLES),
+    ("list", list_models.list_models, list_models.EXAMPLES),
+):
+    app.command(name, epilog=examples)(one_line_errors(expand(command)))

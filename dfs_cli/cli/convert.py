@@ -10,131 +10,122 @@ import typer
 
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
+from dfs_cli.cli.output import Output
 from dfs_cli.config import check_budget
 from dfs_cli.errors import BudgetMissedError, ConfigError
 
+EXAMPLES = """
+Examples:
+
+  dfs convert resnet20_digits --budget 0.03
+
+  dfs convert resnet50 --budget 0.03 --data imagenet/
+
+  dfs convert resnet18 --gate static --budget 0.02 --data photos/ --num-classes 50 --checkpoint mine.safetensors
+"""
+
 
 def convert(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A timm architecture, as resnet50 or resnet50.a1_in1k; see dfs list.")
-    ],
+    model: options.ModelName,
     budget: Annotated[
         float,
-        typer.Option("--budget", "-b", help="Target cost, gate included, as a fraction of the dense 32-bit network's."),
+        typer.Option(
+            "--budget",
+            "-b",
+            help="What an image may cost in the mean, gate included, as a fraction of the dense 32-bit network's cost.",
+        ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to write.")] = Path(
-        "model.safetensors"
-    ),
-    bits: options.Bits = None,
-    edge_bits: options.EdgeBits = None,
-    gate: options.Gate = "probe",
-    mirror: options.Mirror = None,
-    checkpoint: options.Checkpoint = None,
-    pretrained: options.Pretrained = True,
-    num_classes: options.NumClasses = None,
-    in_chans: options.InChans = None,
-    data: options.DataDir = None,
-    dataset: options.Dataset = "",
-    train_split: options.TrainSplit = None,
-    val_split: options.ValSplit = None,
-    num_samples: options.NumSamples = None,
-    dataset_download: options.Download = False,
-    img_size: options.ImgSize = None,
-    crop_pct: options.CropPct = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    epochs: options.Epochs = None,
-    batch_size: options.TrainBatchSize = None,
-    lr: options.LearningRate = None,
-    freeze_backbone: Annotated[bool, typer.Option("--freeze-backbone", help="Tune gates and quantizers only.")] = False,
-    hflip: options.HFlip = None,
-    min_crop: options.MinCrop = None,
-    amp: options.Amp = False,
-    device: options.DeviceOption = "auto",
-    workers: options.Workers = None,
-    seed: options.Seed = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and its costs; train and write nothing.")
-    ] = False,
+    weights: options.ModelOptions,
+    images: options.DataOptions,
+    preprocessing: options.PreprocessingOptions,
+    network: options.NetworkOptions,
+    tuning: options.TuningOptions,
+    sink: Output,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write.", rich_help_panel=options.OUTPUT),
+    ] = Path("model.safetensors"),
     force: options.Force = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the plan and its costs; train and write nothing.", rich_help_panel=options.OUTPUT
+        ),
+    ] = False,
 ) -> None:
     """Convert a pretrained ResNet to a budget, tune it, and write it with a cost report."""
     check_budget(budget)
-    dynamic = options.dynamic_config(bits, edge_bits, gate, budget, mirror=False)
-    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "hflip": hflip, "min_crop": min_crop}
-    given |= {"workers": workers, "amp": amp, "freeze_backbone": freeze_backbone, "device": device, "seed": seed}
-    statistics = {"mean": options.numbers("--mean", mean), "std": options.numbers("--std", std)}
-    data_config = options.data_config(data, dataset, train_split, val_split, num_samples, dataset_download)
+    data = images.config()
     if not output.name:
         raise ConfigError(f"--output {str(output)!r} is not a file name")
     reports = (output.with_suffix(".report.json"), output.with_suffix(".report.md"))
 
-    # Everything above needs no torch, so that a misspelt option answers at once.
-    import dataclasses
-
     from dfs_cli import api
-    from dfs_cli.artifact.files import check_writable, write_atomically
-    from dfs_cli.cli.progress import create_observer, stderr_console
-    from dfs_cli.cost.operating_point import HIGHEST_SHARE, LOWEST_SHARE
-    from dfs_cli.data.preprocessing import resolve_preprocessing
-    from dfs_cli.models.zoo import check_convertible, load_model, load_outline
+    from dfs_cli.atomic import check_writable, write_atomically
+    from dfs_cli.conversion.defaults import default_data, describe_source
+    from dfs_cli.models.zoo import check_convertible
     from dfs_cli.report.markdown import render_markdown
-    from dfs_cli.report.terminal import print_plan
+    from dfs_cli.report.terminal import print_conversion
 
     keep_freed_memory()
     check_convertible(model)
     if not dry_run:
         check_writable((output, *reports), force)
-        data_config = api.default_data(model.partition(".")[0], data_config)
-    tuning = options.tuned(api.default_tuning(data_config), **given)
-    dynamic = dataclasses.replace(dynamic, mirror=options.mirrors(gate, mirror, tuning.hflip))
-    api.resolve_device(tuning.device)
+        data = default_data(model.partition(".")[0], data)
+    settings = tuning.config(api.default_tuning(data))
+    dynamic = network.config(budget, settings)
     if dry_run:
-        module = load_outline(model, checkpoint, num_classes, in_chans)
-    else:
-        module = load_model(model, pretrained, checkpoint, num_classes, in_chans, seed)
-    preprocessing = resolve_preprocessing(module, img_size, crop_pct, **statistics)
-    console = stderr_console()
-    if dry_run:
-        from rich.console import Console
-
-        table = api.plan(module, dynamic, preprocessing)
-        print_plan(Console(), model, table, budget)
-        table.check_budget(budget)
+        _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, sink)
         return
-    weights = str(checkpoint) if checkpoint else None if pretrained else "random"
-    with create_observer(console) as observer:
+    api.resolve_device(settings.device)
+    module = weights.load(model, settings.seed)
+    with sink.observer(logs=True, settings=True) as observer:
         converted = api.convert(
             module,
             budget,
-            data_config,
+            data,
             dynamic=dynamic,
-            tuning=tuning,
-            preprocessing=preprocessing,
-            source=api.describe_source(module, weights),
+            tuning=settings,
+            preprocessing=preprocessing.resolve(module),
+            source=describe_source(module, weights.weights),
+            spend=network.spend,
             observer=observer,
         )
     api.save(converted, output, force)
     report = api.cost_report(converted)
     write_atomically(reports[0], json.dumps(report, indent=1) + "\n")
     write_atomically(reports[1], render_markdown(report))
-    _print_summary(console, report, (output, *reports))
+    sink.result(report, lambda console: print_conversion(console, report))
+    sink.say(f"wrote {', '.join(map(str, (output, *reports)))}")
     if not converted.keeps_budget:
         raise BudgetMissedError(
-            f"the budget was missed: cost {report['cost']:.4f} on the validation split is outside "
-            f"[{LOWEST_SHARE * budget:.4f}, {HIGHEST_SHARE * budget:.4f}]; {output} was written as it is"
+            f"the budget was missed: cost {report['cost']:.4f} on the validation split, {_promise(budget, network.spend)}; "
+            f"{output} was written as it is"
         )
 
 
-def _print_summary(console: Any, report: dict[str, Any], paths: tuple[Path, ...]) -> None:
-    unreadable = report["unreadable_images"] + report["configuration"]["unreadable_training_images"]
-    lines = [
-        f"top-1   {report['top1_before']:.2f} % -> {report['top1_after']:.2f} % on {report['images']} images",
-        f"cost    {report['cost']:.4f} of dense 32-bit, budget {report['budget']:g} "
-        f"(everything statically at 8 bits: {report['cost_all_8_bit']:.4f})",
-        f"wrote   {', '.join(map(str, paths))}",
-    ]
-    if unreadable:
-        lines.insert(2, f"skipped {len(unreadable)} unreadable images: {', '.join(unreadable[:10])}")
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+def _promise(budget: float, spend: bool) -> str:
+    from dfs_cli.cost.operating_point import HIGHEST_SHARE, LOWEST_SHARE
+
+    least = f"{LOWEST_SHARE * budget:.4f} to " if spend else "at most "
+    return f"{least}{HIGHEST_SHARE * budget:.4f} is promised"
+
+
+def _print_plan(
+    model: str,
+    budget: float,
+    weights: options.ModelOptions,
+    preprocessing: options.PreprocessingOptions,
+    dynamic: Any,
+    spend: bool,
+    sink: Output,
+) -> None:
+    """Costs of the options, and what can be reached, without training."""
+    from dfs_cli import api
+    from dfs_cli.report.cost import plan_record
+    from dfs_cli.report.terminal import print_plan
+
+    module = weights.outline(model)
+    table = api.plan(module, dynamic, preprocessing.resolve(module))
+    sink.result(plan_record(model, table, budget), lambda console: print_plan(console, model, table, budget))
+    table.check_budget(budget, spend)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 from pathlib import Path
@@ -12,92 +11,98 @@ from typing import Annotated, Any
 import typer
 
 from dfs_cli.cli import options
+from dfs_cli.cli.output import Output
 from dfs_cli.errors import BudgetMissedError, ConfigError
+
+EXAMPLES = """
+Examples:
+
+  dfs eval model.safetensors --data imagenet/
+
+  dfs eval model.safetensors --data imagenet/ --budget 0.02 --output cheaper.safetensors
+"""
 
 
 def evaluate(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What dfs convert wrote.")],
+    file: options.FileName,
+    images: options.EvalDataOptions,
+    sink: Output,
     budget: Annotated[
         float | None,
         typer.Option(
             "--budget", "-b", help="Move the network to another budget first, on its held-out training images."
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="With --budget: write the network moved to it."),
-    ] = None,
-    data: options.DataDir = None,
-    dataset: options.Dataset = "",
-    val_split: options.ValSplit = None,
-    num_samples: options.NumSamples = None,
-    dataset_download: options.Download = False,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", help="Images per batch; decisions do not depend on it.")
-    ] = 256,
+    spend: options.Spend = False,
+    batch_size: options.EvalBatchSize = 256,
     amp: options.Amp = False,
     channels_last: options.ChannelsLast = False,
     device: options.DeviceOption = "auto",
     workers: options.Workers = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="With --budget: write the network moved to it.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     results_file: Annotated[
-        Path | None, typer.Option("--results-file", metavar="FILE", help="Write the figures: JSON for .json, else CSV.")
+        Path | None,
+        typer.Option(
+            "--results-file",
+            metavar="FILE",
+            help="Write the figures: JSON for .json, else CSV.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
     force: options.Force = False,
 ) -> None:
     """Evaluate a converted network: accuracy, cost, and what it chose."""
-    if output is not None and budget is None:
-        raise ConfigError("--output writes the network that --budget moves: pass --budget too")
-    if output is not None and (amp or num_samples is not None):
+    if budget is None and (output is not None or spend):
+        raise ConfigError(f"{'--output' if output else '--spend'} goes with --budget: pass --budget too")
+    if output is not None and (amp or images.num_samples is not None):
         raise ConfigError(
             "--output records figures of the whole split without --amp: pass neither --amp nor --num-samples"
         )
-    data_config = options.data_config(data, dataset, None, val_split, num_samples, dataset_download)
-
-    from rich.console import Console
+    data = images.config()
 
     from dfs_cli import api
-    from dfs_cli.artifact.files import check_writable, write_atomically
-    from dfs_cli.cli.progress import create_observer, stderr_console
-    from dfs_cli.cost.operating_point import HIGHEST_SHARE, LOWEST_SHARE
+    from dfs_cli.atomic import check_writable, write_atomically
     from dfs_cli.report.cost import evaluation_record
     from dfs_cli.report.terminal import print_evaluation
 
     check_writable([path for path in (results_file, output) if path is not None], force)
     converted = api.load(file, device)
-    console = stderr_console()
-    with create_observer(console, quiet=True) as observer:
+    with sink.observer() as observer:
         if budget is not None:
-            converted = api.recalibrate(converted, budget, data_config, workers=workers, observer=observer)
+            converted = api.recalibrate(converted, budget, data, spend=spend, workers=workers, observer=observer)
         evaluation = api.evaluate(
             converted,
-            data_config,
+            data,
             batch_size=batch_size,
             workers=workers,
             amp=amp,
             channels_last=channels_last,
             observer=observer,
         )
-    evaluated = api.Converted(converted.network, dataclasses.replace(converted.manifest, validation=evaluation))
+    evaluated = converted._replace(manifest=converted.manifest.replace(validation=evaluation))
     if output is not None:
         api.save(evaluated, output, force)
     parameters = sum(p.numel() for p in converted.network.parameters())
-    record = evaluation_record(converted.manifest, evaluation, round(parameters / 1e6, 2))
+    record = evaluation_record(evaluated.manifest, evaluation, round(parameters / 1e6, 2))
     if results_file is not None:
         write_atomically(
             results_file, _to_csv(record) if results_file.suffix != ".json" else json.dumps(record, indent=1)
         )
     if evaluation.unreadable:
         names = ", ".join(evaluation.unreadable[:10])
-        console.print(f"skipped {len(evaluation.unreadable)} unreadable images: {names}", highlight=False, markup=False)
-    if as_json:
-        typer.echo(json.dumps(record))
-    else:
-        print_evaluation(Console(), record)
+        sink.say(f"left out {len(evaluation.unreadable)} unreadable images: {names}")
+    sink.result(record, lambda console: print_evaluation(console, record))
     if budget is not None and not evaluated.keeps_budget:
-        raise BudgetMissedError(
-            f"the budget was missed: cost {evaluation.cost:.4f} is outside {LOWEST_SHARE} to {HIGHEST_SHARE} of {budget:g}"
-        )
+        raise BudgetMissedError(f"the budget was missed: cost {evaluation.cost:.4f} where {budget:g} was asked for")
 
 
 def _to_csv(record: dict[str, Any]) -> str:

@@ -1,142 +1,309 @@
-"""Options that several commands share, under the names that timm's scripts use."""
+"""Options that several commands share, under the names that timm's scripts use, as typed records.
+
+A record is a dataclass whose fields are options. A command takes a record as one parameter; :func:`expand` makes the options of it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from dfs_cli.config import (
-    DEFAULT_EDGE_BITS,
-    PRESET_EDGE_BITS,
-    DataConfig,
-    DeviceKind,
-    DynamicConfig,
-    GateKind,
-    TuningConfig,
-    default_preset,
-    parse_bits,
-)
+from dfs_cli.config import DataConfig, DeviceKind, DynamicConfig, GateKind, TuningConfig, parse_bits
 from dfs_cli.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dfs_cli.config import Preprocessing
+
+R = TypeVar("R")
+
+MODEL, DATA, PREPROCESSING = "Model", "Data", "Preprocessing"
+NETWORK, TUNING, OUTPUT, MACHINE = "Options and gate", "Tuning", "Output", "Machine"
+
+
+def _option(*names: str, panel: str, help: str, **settings: Any) -> Any:  # noqa: A002  # typer's name
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A timm architecture, as resnet50 or resnet50.a1_in1k; see dfs list.")
+]
+FileName = Annotated[Path, typer.Argument(metavar="FILE", help="What dfs convert wrote.")]
+Checkpoint = Annotated[
+    Path | None, _option("--checkpoint", metavar="FILE", panel=MODEL, help="Weights: .safetensors, .pth, .pt or .tar.")
+]
+Pretrained = Annotated[bool, _option("--pretrained/--no-pretrained", panel=MODEL, help="Start from timm's weights.")]
+NumClasses = Annotated[
+    int | None, _option("--num-classes", panel=MODEL, help="Give the model a new, random classifier of N classes.")
+]
+InChans = Annotated[int | None, _option("--in-chans", panel=MODEL, help="Input channels (default: the model's).")]
 DataDir = Annotated[
     Path | None,
-    typer.Option(
-        "--data", "--data-dir", metavar="DIR", help="Images: class folders in train/ and val/ (or validation/, test/)."
+    _option(
+        "--data", "--data-dir", metavar="DIR", panel=DATA,
+        help="Images: class folders in train/ and val/ (or validation/, test/).",
     ),
-]
+]  # fmt: skip
 Dataset = Annotated[
     str,
-    typer.Option(
-        "--dataset", metavar="NAME", help="A dataset reader of timm, as torch/cifar10; with --data as its root."
+    _option(
+        "--dataset", metavar="NAME", panel=DATA, help="A dataset reader of timm, as torch/cifar10; --data is its root."
     ),
 ]
-ValSplit = Annotated[str | None, typer.Option("--val-split", metavar="NAME", help="Name of the validation split.")]
+TrainSplit = Annotated[
+    str | None, _option("--train-split", metavar="NAME", panel=DATA, help="Name of the training split.")
+]
+ValSplit = Annotated[
+    str | None, _option("--val-split", metavar="NAME", panel=DATA, help="Name of the validation split.")
+]
 NumSamples = Annotated[
-    int | None, typer.Option("--num-samples", metavar="N", help="Use at most N images of each split.")
+    int | None, _option("--num-samples", metavar="N", panel=DATA, help="Use at most N images of each split.")
 ]
 Download = Annotated[
-    bool, typer.Option("--dataset-download", help="Let the reader of --dataset download it, where it can.")
+    bool, _option("--dataset-download", panel=DATA, help="Let the reader of --dataset download it, where it can.")
 ]
-Workers = Annotated[int | None, typer.Option("--workers", "-j", metavar="N", help="Processes that load images.")]
-DeviceOption = Annotated[DeviceKind, typer.Option("--device", help="Where to compute.")]
-Amp = Annotated[bool, typer.Option("--amp", help="Automatic mixed precision (bfloat16).")]
-ChannelsLast = Annotated[bool, typer.Option("--channels-last", help="Channels-last memory layout.")]
-Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth, .pt or .tar.")
+ImgSize = Annotated[int | None, _option("--img-size", panel=PREPROCESSING, help="Image size (default: the model's).")]
+CropPct = Annotated[
+    float | None, _option("--crop-pct", panel=PREPROCESSING, help="Centre crop (default: the model's).")
 ]
-Pretrained = Annotated[bool, typer.Option(help="Start from timm's weights.")]
-NumClasses = Annotated[
-    int | None, typer.Option("--num-classes", help="Give the model a new, random classifier of N classes.")
+Mean = Annotated[str | None, _option("--mean", metavar="M,M,M", panel=PREPROCESSING, help="Mean per channel.")]
+Std = Annotated[
+    str | None, _option("--std", metavar="S,S,S", panel=PREPROCESSING, help="Standard deviation per channel.")
 ]
-InChans = Annotated[int | None, typer.Option("--in-chans", help="Input channels [default: the model's].")]
-TrainSplit = Annotated[str | None, typer.Option("--train-split", metavar="NAME", help="Name of the training split.")]
-ImgSize = Annotated[int | None, typer.Option("--img-size", help="Image size [default: the model's].")]
-CropPct = Annotated[float | None, typer.Option("--crop-pct", help="Centre crop [default: the model's].")]
-Mean = Annotated[str | None, typer.Option("--mean", metavar="M,M,M", help="Mean per channel.")]
-Std = Annotated[str | None, typer.Option("--std", metavar="S,S,S", help="Standard deviation per channel.")]
 Bits = Annotated[
     str | None,
-    typer.Option(
-        "--bits",
-        help="Options of a block, as 0,4,8,32, or hardware, paper, skipnet, lowbit "
-        "[default: hardware, for budgets up to 0.12 (rnn, ff: 0.06) lowbit].",
+    _option(
+        "--bits", panel=NETWORK,
+        help="Options of a block, as 0,4,8,32, or lowbit, hardware, static, paper, skipnet (default: lowbit; with --spend "
+        "as many bits as the budget pays for).",
     ),
-]
-EdgeBits = Annotated[
+]  # fmt: skip
+FixedBits = Annotated[
     int | None,
-    typer.Option("--edge-bits", help="Bitwidth of stem, shortcuts and classifier [default: 8; paper, skipnet: 32]."),
+    _option(
+        "--fixed-bits",
+        panel=NETWORK,
+        help="Bitwidth of stem, shortcuts and classifier (default: 8; paper, skipnet: 32).",
+    ),
 ]
 Gate = Annotated[
     GateKind,
-    typer.Option("--gate", help="A cheap first pass that decides who needs a second; recurrent; or feed-forward."),
-]
+    _option(
+        "--gate", panel=NETWORK,
+        help="A cheap first pass that decides which images take a second; a recurrent or a feed-forward gate before every "
+        "block; or the best static mix of bitwidths.",
+    ),
+]  # fmt: skip
 Mirror = Annotated[
     bool | None,
-    typer.Option(
-        "--mirror/--no-mirror", help="Show the probe's second pass the mirrored image [default: if --hflip is not 0]."
+    _option(
+        "--mirror/--no-mirror", panel=NETWORK,
+        help="Show the probe's second pass the mirrored image (default: if --hflip is not 0).",
     ),
+]  # fmt: skip
+Spend = Annotated[
+    bool, _option("--spend", panel=NETWORK, help="Reach for the budget itself, even where less does as well.")
 ]
-Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the data [default: for 350 steps].")]
-TrainBatchSize = Annotated[int | None, typer.Option("--batch-size", help="Images per step [default: 128; digits 64].")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate of the step sizes [default: 0.001].")]
-HFlip = Annotated[float | None, typer.Option("--hflip", help="Flip probability [default: 0.5; digits 0].")]
-MinCrop = Annotated[float | None, typer.Option("--min-crop", help="Smallest area of a training crop [default: 0.9].")]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
-Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite existing output files.")]
+Epochs = Annotated[
+    int | None,
+    _option(
+        "--epochs", panel=TUNING,
+        help="Passes over the data (default: for 350 steps at least, but no epoch of more than 525).",
+    ),
+]  # fmt: skip
+Steps = Annotated[int | None, _option("--steps", metavar="N", panel=TUNING, help="Tuning steps, in place of epochs.")]
+TrainBatchSize = Annotated[
+    int | None, _option("--batch-size", panel=TUNING, help="Images per step (default: 128; digits 64).")
+]
+LearningRate = Annotated[
+    float | None, _option("--lr", panel=TUNING, help="Learning rate of the step sizes (default: 0.001).")
+]
+FreezeBackbone = Annotated[bool, _option("--freeze-backbone", panel=TUNING, help="Tune gates and quantizers only.")]
+HFlip = Annotated[float | None, _option("--hflip", panel=TUNING, help="Flip probability (default: 0.5; digits 0).")]
+MinCrop = Annotated[
+    float | None, _option("--min-crop", panel=TUNING, help="Smallest area of a training crop (default: 0.9).")
+]
+Seed = Annotated[int, _option("--seed", panel=TUNING, help="Random seed.")]
+EvalBatchSize = Annotated[
+    int, _option("--batch-size", panel=MACHINE, help="Images per batch; decisions do not depend on it.")
+]
+Amp = Annotated[bool, _option("--amp", panel=MACHINE, help="Automatic mixed precision (bfloat16).")]
+ChannelsLast = Annotated[bool, _option("--channels-last", panel=MACHINE, help="Channels-last memory layout.")]
+DeviceOption = Annotated[DeviceKind, _option("--device", panel=MACHINE, help="Where to compute.")]
+Workers = Annotated[
+    int | None, _option("--workers", "-j", metavar="N", panel=MACHINE, help="Processes that load images.")
+]
+Force = Annotated[bool, _option("--force", "-f", panel=OUTPUT, help="Overwrite existing output files.")]
+JsonOutput = Annotated[
+    bool, _option("--json", panel=OUTPUT, help="Print one JSON object on stdout, and nothing else there.")
+]
+Quiet = Annotated[bool, _option("--quiet", "-q", panel=OUTPUT, help="No progress, no text.")]
 
 
-def data_config(
-    data: Path | None,
-    dataset: str,
-    train_split: str | None,
-    val_split: str | None,
-    num_samples: int | None,
-    download: bool,
-) -> DataConfig:
-    """The data settings that the options above give."""
-    return DataConfig(
-        data_dir=None if data is None else str(data),
-        dataset=dataset,
-        train_split=train_split,
-        val_split=val_split,
-        num_samples=num_samples,
-        download=download,
-    )
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which weights a model starts from."""
+
+    checkpoint: Checkpoint = None
+    pretrained: Pretrained = True
+    num_classes: NumClasses = None
+    in_chans: InChans = None
+
+    def load(self, name: str, seed: int) -> nn.Module:
+        """The model."""
+        from dfs_cli.models.zoo import load_model
+
+        return load_model(name, self.pretrained, self.checkpoint, self.num_classes, self.in_chans, seed)
+
+    def outline(self, name: str) -> nn.Module:
+        """The model without meaningful weights, for counting."""
+        from dfs_cli.models.zoo import load_outline
+
+        return load_outline(name, self.checkpoint, self.num_classes, self.in_chans)
+
+    @property
+    def weights(self) -> str | None:
+        """What to record about the weights; None: they are timm's."""
+        return str(self.checkpoint) if self.checkpoint else None if self.pretrained else "random"
 
 
-def dynamic_config(
-    bits: str | None, edge_bits: int | None, gate: GateKind, budget: float, mirror: bool
-) -> DynamicConfig:
-    """Options and gate that the options above give for a budget."""
-    preset = bits or default_preset(budget, gate)
-    return DynamicConfig(
-        bits=parse_bits(preset),
-        edge_bits=PRESET_EDGE_BITS.get(preset, DEFAULT_EDGE_BITS) if edge_bits is None else edge_bits,
-        gate=gate,
-        mirror=mirror,
-    )
+@dataclasses.dataclass(frozen=True)
+class EvalDataOptions:
+    """Where the images of a validation split come from."""
+
+    data: DataDir = None
+    dataset: Dataset = ""
+    val_split: ValSplit = None
+    num_samples: NumSamples = None
+    dataset_download: Download = False
+
+    def config(self) -> DataConfig:
+        """The settings."""
+        return DataConfig(
+            data_dir=None if self.data is None else str(self.data),
+            dataset=self.dataset,
+            train_split=getattr(self, "train_split", None),
+            val_split=self.val_split,
+            num_samples=self.num_samples,
+            download=self.dataset_download,
+        )
 
 
-def mirrors(gate: GateKind, mirror: bool | None, hflip: float) -> bool:
-    """Whether the second pass sees the mirrored image."""
-    if gate != "probe" and mirror is not None:
-        raise ConfigError(f"--mirror is for the second pass of --gate probe, not for {gate}")
-    return gate == "probe" and (hflip > 0 if mirror is None else mirror)
+@dataclasses.dataclass(frozen=True)
+class DataOptions(EvalDataOptions):
+    """Where the images of a conversion come from."""
+
+    train_split: TrainSplit = None
 
 
-def tuned(defaults: TuningConfig, **given: Any) -> TuningConfig:
-    """``defaults`` with what was given in its place; None: not given."""
-    return dataclasses.replace(defaults, **{name: value for name, value in given.items() if value is not None})
+@dataclasses.dataclass(frozen=True)
+class PreprocessingOptions:
+    """How images become the network's input."""
+
+    img_size: ImgSize = None
+    crop_pct: CropPct = None
+    mean: Mean = None
+    std: Std = None
+
+    def __post_init__(self) -> None:
+        self.statistics()
+
+    def statistics(self) -> dict[str, tuple[float, ...] | None]:
+        """Mean and deviation per channel, where they are given."""
+        return {"mean": numbers("--mean", self.mean), "std": numbers("--std", self.std)}
+
+    def resolve(self, model: nn.Module) -> Preprocessing:
+        """The settings, the model's own where nothing is given."""
+        from dfs_cli.data.preprocessing import resolve_preprocessing
+
+        return resolve_preprocessing(model, self.img_size, self.crop_pct, **self.statistics())
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkOptions:
+    """What the converted network is made of."""
+
+    bits: Bits = None
+    fixed_bits: FixedBits = None
+    gate: Gate = "probe"
+    mirror: Mirror = None
+    spend: Spend = False
+
+    def config(self, budget: float, tuning: TuningConfig) -> DynamicConfig:
+        """The settings for a budget, with nothing left open."""
+        from dfs_cli.conversion.defaults import default_dynamic
+
+        options = None if self.bits is None else parse_bits(self.bits)
+        return default_dynamic(budget, tuning, self.gate, options, self.fixed_bits, self.mirror, self.spend)
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningOptions:
+    """How a network is tuned, and where."""
+
+    epochs: Epochs = None
+    steps: Steps = None
+    batch_size: TrainBatchSize = None
+    lr: LearningRate = None
+    freeze_backbone: FreezeBackbone = False
+    hflip: HFlip = None
+    min_crop: MinCrop = None
+    seed: Seed = 0
+    amp: Amp = False
+    device: DeviceOption = "auto"
+    workers: Workers = None
+
+    def config(self, defaults: TuningConfig) -> TuningConfig:
+        """``defaults`` with what was given in its place."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return defaults.replace(**given)
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    """Numbers separated by commas or spaces."""
+    """Numbers separated by commas or spaces.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if text is None:
         return None
     try:
         return tuple(float(part) for part in text.replace(",", " ").split())
     except ValueError:
         raise ConfigError(f"{option} {text!r}: expected numbers separated by commas") from None
+
+
+def expand(command: Callable[..., R]) -> Callable[..., R]:
+    """The command with the fields of its records as parameters of its own, for typer."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    records: dict[str, tuple[type, list[str]]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if not dataclasses.is_dataclass(kind := hints[name]):
+            parameters.append(parameter.replace(annotation=kind, kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        of_fields = typing.get_type_hints(kind, include_extras=True)
+        fields = dataclasses.fields(kind)
+        records[name] = typing.cast(type, kind), [field.name for field in fields]
+        parameters += [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=of_fields[f.name])
+            for f in fields
+        ]
+
+    @functools.wraps(command)
+    def expanded(**given: Any) -> R:
+        made = {name: kind(**{f: given.pop(f) for f in fields}) for name, (kind, fields) in records.items()}
+        return command(**given, **made)
+
+    del expanded.__wrapped__  # type: ignore[attr-defined]  # typer is to see the parameters below
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {p.name: p.annotation for p in parameters}
+    return expanded

@@ -20,9 +20,10 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dfs_cli.api import Observer
+from dfs_cli.config import Configuration
 from dfs_cli.cost.table import CostTable
-from dfs_cli.tuning.loop import StepRecord
+from dfs_cli.observer import Observer
+from dfs_cli.records import StepRecord
 
 _SMOOTHING = 0.95
 _PLAIN_LINES = 10
@@ -54,11 +55,15 @@ class _Optional(ProgressColumn):
 
 
 class TerminalObserver(Observer):
-    """A bar per stage, with loss, accuracy, cost and the time left; ``brief`` keeps no finished bars."""
+    """A bar per stage, with loss, accuracy, cost and the time left.
 
-    def __init__(self, console: Console, brief: bool = False) -> None:
+    Args:
+        settings: show the resolved settings first, and keep finished bars.
+    """
+
+    def __init__(self, console: Console, settings: bool = False) -> None:
         self.console = console
-        self.brief = brief
+        self.settings = settings
         self.averages = _Averages()
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
@@ -85,13 +90,13 @@ class TerminalObserver(Observer):
         self.averages = _Averages()
         self.console.print(name, highlight=False)
 
-    def configured(self, configuration: dict[str, Any], table: CostTable) -> None:
-        if not self.brief:
+    def configured(self, configuration: Configuration, table: CostTable) -> None:
+        if self.settings:
             print_configuration(self.console, configuration, table)
 
     def stage(self, name: str, total: int | None) -> None:
         self._finish()
-        if self.brief and self.task is not None:
+        if not self.settings and self.task is not None:
             self.progress.remove_task(self.task)
         self.task = self.progress.add_task(name, total=total, figures="")
 
@@ -99,11 +104,17 @@ class TerminalObserver(Observer):
         self.progress.advance(self.task, units)
 
     def step(self, record: StepRecord) -> None:
-        phase = "gate warm-up" if record.phase == "gate" else "tuning"
+        phase = "gate warm-up" if record.phase == "controller" else "tuning"
         self.progress.update(self.task, completed=record.step, description=phase, figures=self.averages.update(record))
 
-    def calibrated(self, price: float, cost: float) -> None:
-        self.progress.update(self.task, figures=f"price {price:.4g}  cost {cost:.4f}")
+    def estimate(self, seconds: float) -> None:
+        self.console.print(estimate_text(seconds), highlight=False)
+
+    def tried(self, value: float, cost: float) -> None:
+        self.progress.update(self.task, figures=f"operating point {value:.4g}  cost {cost:.4f}")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
 
     def _finish(self) -> None:
         if self.task is not None:
@@ -113,11 +124,16 @@ class TerminalObserver(Observer):
 
 
 class PlainObserver(Observer):
-    """A line now and then, for logs."""
+    """A line now and then, for logs.
 
-    def __init__(self, console: Console, quiet: bool = False, brief: bool = False) -> None:
+    Args:
+        logs: whether there are any lines.
+        settings: whether the settings and each stage have one.
+    """
+
+    def __init__(self, console: Console, logs: bool = True, settings: bool = False) -> None:
         self.console = console
-        self.quiet, self.brief = quiet, brief
+        self.logs, self.settings = logs, settings
         self.averages = _Averages()
         self.began = time.monotonic()
 
@@ -130,13 +146,13 @@ class PlainObserver(Observer):
         self.averages = _Averages()
         self._print(name)
 
-    def configured(self, configuration: dict[str, Any], table: CostTable) -> None:
-        if not self.brief:
+    def configured(self, configuration: Configuration, table: CostTable) -> None:
+        if self.settings and self.logs:
             print_configuration(self.console, configuration, table)
 
     def stage(self, name: str, total: int | None) -> None:
         self.began = time.monotonic()
-        if not self.brief:
+        if self.settings:
             self._print(name if total is None else f"{name}: {total}")
 
     def step(self, record: StepRecord) -> None:
@@ -145,40 +161,52 @@ class PlainObserver(Observer):
             left = (time.monotonic() - self.began) * (record.total_steps / record.step - 1)
             self._print(f"step {record.step}/{record.total_steps}  {figures}  {left:.0f} s left")
 
+    def estimate(self, seconds: float) -> None:
+        self._print(estimate_text(seconds))
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
     def _print(self, line: str) -> None:
-        if not self.quiet:
-            self.console.print(line, highlight=False, soft_wrap=True)
+        if self.logs:
+            self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def stderr_console() -> Console:
-    """The console for everything that is not a result."""
-    return Console(stderr=True)
+def create_observer(console: Console, logs: bool = True, settings: bool = False) -> TerminalObserver | PlainObserver:
+    """Bars where ``console`` is a terminal, lines elsewhere."""
+    if console.is_terminal and not console.quiet:
+        return TerminalObserver(console, settings)
+    return PlainObserver(console, logs, settings)
 
 
-def create_observer(console: Console, quiet: bool = False, brief: bool = False) -> TerminalObserver | PlainObserver:
-    """Bars where ``console`` is a terminal, lines elsewhere; ``quiet`` leaves the lines out, ``brief`` the settings."""
-    return TerminalObserver(console, brief) if console.is_terminal else PlainObserver(console, quiet, brief)
+def estimate_text(seconds: float) -> str:
+    """How long tuning will take, in words."""
+    if seconds < 90:
+        return f"tuning will take about {max(1, round(seconds))} more seconds on this machine"
+    if seconds < 5400:
+        return f"tuning will take about {round(seconds / 60)} more minutes on this machine"
+    return f"tuning will take about {seconds / 3600:.1f} more hours on this machine"
 
 
-def print_configuration(console: Console, configuration: dict[str, Any], table: CostTable) -> None:
+def print_configuration(console: Console, configuration: Configuration, table: CostTable) -> None:
     """The resolved settings of a conversion, a line per group."""
-    tuning, dynamic, data = configuration["tuning"], configuration["dynamic"], configuration["data"] or {}
-    images = configuration["images"]
-    preprocessing = configuration["preprocessing"]
+    tuning, dynamic, data = configuration.tuning, configuration.dynamic, configuration.data
+    images, preprocessing = configuration.images, configuration.preprocessing
+    source = "given" if data is None else data.dataset or data.data_dir
     lines = {
-        "model": f"{configuration['model']}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4g} GMACs",
-        "budget": f"{configuration['budget']:g} of dense 32-bit (all at 8 bits: {table.uniform_cost(8):.4f}; "
-        f"reachable: {table.cheapest:.4f} to {table.dearest:.4f})",
-        "options": f"{','.join(map(str, dynamic['bits']))} bits, edges {dynamic['edge_bits']} bits, gate {dynamic['gate']}"
-        f"{' (second pass mirrored)' if dynamic['mirror'] else ''}",
-        "data": f"{data.get('dataset') or data.get('data_dir') or 'given'}: {images['train']} to tune, "
+        "model": f"{configuration.model}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4g} GMACs",
+        "budget": f"{'' if configuration.spend else 'at most '}{configuration.budget:g} of dense 32-bit (all at 8 bits: "
+        f"{table.uniform_cost(8):.4f}; reachable: {table.cheapest:.4f} to {table.dearest:.4f})",
+        "options": f"{','.join(map(str, dynamic.bits))} bits, fixed layers {dynamic.fixed_bits} bits, gate {dynamic.gate}"
+        f"{' (second pass mirrored)' if dynamic.mirror else ''}",
+        "data": f"{source}: {images['train']} to tune, "
         f"{images['calibration']} held out, {images['validation']} to validate; "
-        f"{'x'.join(map(str, preprocessing['input_size']))}, crop {preprocessing['crop_pct']:g}, "
-        f"mean {','.join(f'{m:g}' for m in preprocessing['mean'])}, std {','.join(f'{s:g}' for s in preprocessing['std'])}",
-        "tuning": f"{tuning['epochs']} epochs, {configuration['steps']} steps of {tuning['batch_size']}, lr {tuning['lr']:g}"
-        f"{', backbone frozen' if tuning['freeze_backbone'] else ''}{', amp' if tuning['amp'] else ''}, "
-        f"flips {tuning['hflip']:g}, crops from {tuning['min_crop']:g}, "
-        f"{configuration['device']}, {tuning['workers']} workers, seed {tuning['seed']}",
+        f"{'x'.join(map(str, preprocessing.input_size))}, crop {preprocessing.crop_pct:g}, "
+        f"mean {','.join(f'{m:g}' for m in preprocessing.mean)}, std {','.join(f'{s:g}' for s in preprocessing.std)}",
+        "tuning": f"{configuration.steps} steps of {tuning.batch_size}, lr {tuning.lr:g}"
+        f"{', backbone frozen' if tuning.freeze_backbone else ''}{', amp' if tuning.amp else ''}, "
+        f"flips {tuning.hflip:g}, crops from {tuning.min_crop:g}, "
+        f"{configuration.device}, {tuning.workers} workers, seed {tuning.seed}",
     }
     for name, text in lines.items():
         console.print(f"[bold]{name:8}[/bold]{escape(text)}", highlight=False, soft_wrap=True)

@@ -3,56 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
+from dfs_cli.cli.output import Output
 from dfs_cli.config import BASELINES, SweepConfig, check_budget
 from dfs_cli.errors import ConfigError
 
+EXAMPLES = """
+Examples:
+
+  dfs sweep resnet20_digits --budgets 0.03,0.015
+
+  dfs sweep resnet50 --data imagenet/ --baselines uniform,mixed --seeds 3
+"""
+
 
 def sweep(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A timm architecture; see dfs list.")],
+    model: options.ModelName,
+    weights: options.ModelOptions,
+    images: options.DataOptions,
+    preprocessing: options.PreprocessingOptions,
+    network: options.NetworkOptions,
+    tuning: options.TuningOptions,
+    sink: Output,
     budgets: Annotated[
         str, typer.Option("--budgets", "-b", metavar="B,B,...", help="Budgets of the dynamic networks.")
     ] = "0.4,0.1,0.05,0.03,0.015",
     baselines: Annotated[
         str, typer.Option("--baselines", help="What to compare with: some of these, or none.")
     ] = ",".join(BASELINES),
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Results: JSON; a CSV and a plot beside it.")
-    ] = Path("sweep.json"),
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Repeat with N seeds.")] = 1,
-    bits: options.Bits = None,
-    edge_bits: options.EdgeBits = None,
-    gate: options.Gate = "probe",
-    mirror: options.Mirror = None,
-    checkpoint: options.Checkpoint = None,
-    pretrained: options.Pretrained = True,
-    num_classes: options.NumClasses = None,
-    in_chans: options.InChans = None,
-    data: options.DataDir = None,
-    dataset: options.Dataset = "",
-    train_split: options.TrainSplit = None,
-    val_split: options.ValSplit = None,
-    num_samples: options.NumSamples = None,
-    dataset_download: options.Download = False,
-    img_size: options.ImgSize = None,
-    crop_pct: options.CropPct = None,
-    mean: options.Mean = None,
-    std: options.Std = None,
-    epochs: options.Epochs = None,
-    batch_size: options.TrainBatchSize = None,
-    lr: options.LearningRate = None,
-    hflip: options.HFlip = None,
-    min_crop: options.MinCrop = None,
-    amp: options.Amp = False,
-    device: options.DeviceOption = "auto",
-    workers: options.Workers = None,
-    seed: options.Seed = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object on stdout.")] = False,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Results: JSON; a CSV and a plot beside it.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = Path("sweep.json"),
     force: options.Force = False,
 ) -> None:
     """Compare dynamic networks with static ones and others at equal cost. An interrupted sweep goes on where it stopped."""
@@ -62,58 +56,45 @@ def sweep(
     names = tuple(name for name in baselines.split(",") if name != "none")
     if output.suffix != ".json":
         raise ConfigError(f"--output {output}: expected a name that ends in .json")
-    given: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "hflip": hflip, "min_crop": min_crop}
-    given |= {"workers": workers, "amp": amp, "device": device, "seed": seed}
-    statistics = {"mean": options.numbers("--mean", mean), "std": options.numbers("--std", std)}
-    data_config = options.data_config(data, dataset, train_split, val_split, num_samples, dataset_download)
-
-    import json
-
-    from rich.console import Console
+    beside = output.with_suffix(".csv"), output.with_suffix(".png")
 
     from dfs_cli import api
-    from dfs_cli.artifact.files import check_writable, write_atomically
-    from dfs_cli.cli.progress import create_observer, stderr_console
-    from dfs_cli.data.preprocessing import resolve_preprocessing
-    from dfs_cli.models.zoo import check_convertible, load_model
+    from dfs_cli.atomic import check_writable, write_atomically
+    from dfs_cli.conversion.defaults import default_data
+    from dfs_cli.models.zoo import check_convertible
     from dfs_cli.report.plot import has_matplotlib, save_plot
     from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep
-    from dfs_cli.sweep import sweep as run_sweep
 
     keep_freed_memory()
     check_convertible(model)
     # What lies beside the results of a sweep belongs to it.
-    check_writable([output, output.with_suffix(".csv"), output.with_suffix(".png")], force or output.exists())
-    data_config = api.default_data(model.partition(".")[0], data_config)
-    tuning = options.tuned(api.default_tuning(data_config), **given)
-    api.resolve_device(tuning.device)
-    mirrored = options.mirrors(gate, mirror, tuning.hflip)
+    check_writable([output, *beside], force or output.exists())
+    data = default_data(model.partition(".")[0], images.config())
+    settings = tuning.config(api.default_tuning(data))
+    api.resolve_device(settings.device)
     config = SweepConfig(
         budgets=wanted,
         baselines=names,  # type: ignore[arg-type]  # checked by the class
         seeds=seeds,
-        dynamic={budget: options.dynamic_config(bits, edge_bits, gate, budget, mirrored) for budget in wanted},
+        dynamic={budget: network.config(budget, settings) for budget in wanted},
+        spend=network.spend,
     )
-    module = load_model(model, pretrained, checkpoint, num_classes, in_chans, seed)
-    console = stderr_console()
-    with create_observer(console, brief=True) as observer:
-        results = run_sweep(
+    module = weights.load(model, settings.seed)
+    with sink.observer(logs=True) as observer:
+        results = api.sweep(
             module,
             config,
             output,
-            data_config,
-            tuning=tuning,
-            preprocessing=resolve_preprocessing(module, img_size, crop_pct, **statistics),
+            data,
+            tuning=settings,
+            preprocessing=preprocessing.resolve(module),
             observer=observer,
             restart=force,
         )
-    written = [output, output.with_suffix(".csv")]
-    write_atomically(written[1], points_csv(results))
+    written = [output, beside[0]]
+    write_atomically(beside[0], points_csv(results))
     if has_matplotlib():
-        written.append(output.with_suffix(".png"))
-        save_plot(plot_sweep(results), written[2])
-    if as_json:
-        typer.echo(json.dumps(results))
-    else:
-        print_sweep(Console(), results)
-    console.print(f"wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True, markup=False)
+        written.append(beside[1])
+        save_plot(plot_sweep(results), beside[1])
+    sink.result(results, lambda console: print_sweep(console, results))
+    sink.say(f"wrote {', '.join(map(str, written))}")

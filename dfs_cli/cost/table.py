@@ -2,61 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from dfs_cli.config import FULL_BITS
+from dfs_cli.config import Json, validated
+from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import LOWEST_SHARE
+from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.errors import ConfigError
 
-
-def relative_cost(bits: int) -> float:
-    """Cost of a ``bits``-bit multiply-accumulate relative to a 32-bit one, ``(bits/32)**2`` (DFS, Shen et al., 2020)."""
-    return (bits / FULL_BITS) ** 2
+Macs = Annotated[int, Field(ge=0)]
 
 
-@dataclass(frozen=True)
-class LayerCost:
+@validated
+class LayerCost(Json):
     """One layer's MACs for one image.
 
     Args:
         name: module path.
         macs: multiply-accumulates.
-        block: index of the residual block whose option it follows; None: it always runs, at ``bits``.
-        bits: bitwidth of a layer that always runs.
+        block: index of the residual block whose option it follows; None: it always runs.
+        bits: bitwidth of its own, whatever the option of its block is, as long as that is not skipped; None: the option's.
     """
 
     name: str
-    macs: int
-    block: int | None = None
-    bits: int | None = None
+    macs: Macs
+    block: Annotated[int, Field(ge=0)] | None = None
+    bits: Annotated[int, Field(ge=0, le=32)] | None = None
 
 
-@dataclass(frozen=True)
-class CostTable:
-    """Bit-weighted cost of the whole network, as fractions of the dense 32-bit network's MACs.
+@validated
+class CostTable(Json):
+    """Cost of the whole network, in the unit of :mod:`dfs_cli.cost.weighting`.
 
     Args:
         options: the K bitwidths, ascending.
         blocks: names of the L blocks.
         layers: every layer with MACs, in the order of the network.
-        gate_macs: the gate's MACs per block, at 32 bits; the dense network does not have them. With one pass they always
-            run, with two for the images that enter the second.
+        controller_macs: (P, L), what deciding costs the images that take a pass, in MACs at 32 bits, before each block; the
+            dense network does not have them.
         not_counted: operations that have no MACs, and how often they occur.
-        passes: how often an image may run through the network, 1 or 2.
+
+    Raises:
+        ConfigError: lengths or indices do not agree.
     """
 
     options: tuple[int, ...]
     blocks: tuple[str, ...]
     layers: tuple[LayerCost, ...]
-    gate_macs: tuple[int, ...]
-    not_counted: dict[str, int]
-    passes: int = 1
+    controller_macs: Annotated[tuple[tuple[Macs, ...], ...], Field(min_length=1)]
+    not_counted: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(len(row) != len(self.blocks) for row in self.controller_macs):
+            raise ConfigError("the cost table has another number of blocks than its controller")
+        if any(layer.block is not None and layer.block >= len(self.blocks) for layer in self.layers):
+            raise ConfigError("the cost table has a layer of a block that is not there")
+        if any(layer.block is None and layer.bits is None for layer in self.layers):
+            raise ConfigError("the cost table has a fixed layer without a bitwidth")
+        if not sum(layer.macs for layer in self.layers):
+            raise ConfigError("the cost table has no MACs")
+
+    @property
+    def passes(self) -> int:
+        """P: how many passes an image may take."""
+        return len(self.controller_macs)
 
     @cached_property
     def dense_macs(self) -> int:
@@ -73,119 +90,100 @@ class CostTable:
         return tuple(totals)
 
     @cached_property
-    def prices(self) -> Tensor:
-        """Cost of each option of each block, (L, K) in float64."""
-        share = torch.tensor(self.block_macs, dtype=torch.float64) / self.dense_macs
-        return share[:, None] * torch.tensor([relative_cost(b) for b in self.options], dtype=torch.float64)
+    def option_costs(self) -> Tensor:
+        """Cost of each option of each block in each pass, (P, L, K) in float64."""
+        options = torch.tensor([mac_cost(b) for b in self.options], dtype=torch.float64)
+        follows, own = [0] * len(self.blocks), [0.0] * len(self.blocks)
+        for layer in self.layers:
+            if layer.block is not None and layer.bits is None:
+                follows[layer.block] += layer.macs
+            elif layer.block is not None and layer.bits is not None:
+                own[layer.block] += layer.macs * mac_cost(layer.bits)
+        runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
+        costs = torch.tensor(follows, dtype=torch.float64)[:, None] / self.dense_macs * options
+        costs += torch.tensor(own, dtype=torch.float64)[:, None] / self.dense_macs * runs
+        return costs.expand(self.passes, -1, -1)
 
     @cached_property
-    def gate_cost(self) -> float:
-        """Cost of the gate."""
-        return sum(self.gate_macs) / self.dense_macs
+    def controller_costs(self) -> tuple[float, ...]:
+        """Cost of deciding in each pass, (P,)."""
+        return tuple(sum(row) / self.dense_macs for row in self.controller_macs)
 
     @cached_property
-    def edges_cost(self) -> float:
-        """Cost of what always runs in a pass, besides the gate."""
-        always = sum(layer.macs * relative_cost(layer.bits) for layer in self.layers if layer.bits is not None)
-        return always / self.dense_macs
+    def fixed_layers_cost(self) -> float:
+        """Cost of the fixed layers, which every pass runs."""
+        fixed = sum(layer.macs * mac_cost(layer.bits) for layer in self.layers if layer.block is None and layer.bits)
+        return fixed / self.dense_macs
 
-    @property
-    def fixed(self) -> float:
-        """Cost that every image pays whatever is decided."""
-        return self.edges_cost + (self.gate_cost if self.passes == 1 else 0.0)
-
-    @property
-    def last_pass_fixed(self) -> float:
-        """Cost of the gate's own pass besides its blocks: of the only pass, or of the second."""
-        return self.edges_cost + self.gate_cost
+    def fixed_cost(self, index: int) -> float:
+        """What an image that takes a pass pays for it, whatever is decided for its blocks."""
+        return self.fixed_layers_cost + self.controller_costs[index]
 
     @property
     def cheapest(self) -> float:
-        """The smallest cost that any decision can have."""
-        return self.fixed + float(self.prices.min(dim=1).values.sum())
+        """The smallest cost that any decision can have: of the first pass alone."""
+        return self.fixed_cost(0) + float(self.option_costs[0].min(dim=1).values.sum())
+
+    def dearest_pass(self, index: int) -> float:
+        """The largest cost of a pass."""
+        return self.fixed_cost(index) + float(self.option_costs[index].max(dim=1).values.sum())
 
     @property
     def dearest(self) -> float:
-        """The largest cost that any decision can have."""
-        widest = float(self.prices.max(dim=1).values.sum())
-        return self.passes * (self.edges_cost + widest) + self.gate_cost
+        """The largest cost that any decision can have: of all passes."""
+        return sum(self.dearest_pass(index) for index in range(self.passes))
 
-    def block_costs(self, decisions: Tensor) -> Tensor:
-        """Cost of each block over all passes, (N, L) in float64, for ``decisions`` (N, P * L)."""
-        blocks = len(self.blocks)
-        prices = self.prices.to(decisions.device)
-        total = torch.zeros(len(decisions), blocks, dtype=torch.float64, device=decisions.device)
-        for choice in decisions.split(blocks, dim=1):
-            total += prices.gather(1, choice.clamp_min(0).T).T * (choice >= 0)
+    def block_costs(self, decisions: Decisions) -> Tensor:
+        """Cost of each block over all passes, (N, L) in float64."""
+        return torch.stack([self._blocks_of(i, decisions.in_pass(i)) for i in range(decisions.passes)]).sum(dim=0)
+
+    def _blocks_of(self, index: int, options: Tensor) -> Tensor:
+        costs = self.option_costs[index].to(options.device)
+        return costs.gather(1, options.clamp_min(0).T).T * (options != NOT_RUN)
+
+    def cost(self, decisions: Decisions) -> Tensor:
+        """Cost of each image, (N,) in float64."""
+        total = self.block_costs(decisions).sum(dim=1)
+        for index in range(decisions.passes):
+            total = total + self.fixed_cost(index) * decisions.ran[:, index].double()
         return total
 
-    def cost(self, decisions: Tensor) -> Tensor:
-        """Cost of each image, (N,) in float64.
+    def pass_cost(self, options: Tensor, index: int) -> Tensor:
+        """Cost (N,) of a pass alone, with ``options`` (N, L)."""
+        return self.fixed_cost(index) + self._blocks_of(index, options).sum(dim=1)
 
-        Args:
-            decisions: (N, P * L) option indices, pass after pass; -1 in a pass that was not run.
-        """
-        total = self.fixed + self.block_costs(decisions).sum(dim=1)
-        for choice in decisions.split(len(self.blocks), dim=1)[1:]:
-            total = total + self.last_pass_fixed * (choice[:, 0] >= 0)
-        return total
-
-    def expected_cost(self, probs: Tensor) -> Tensor:
-        """Cost (N,) of the pass that the gate decides on, under option probabilities (N, L, K); differentiable."""
-        prices = self.prices.to(device=probs.device, dtype=probs.dtype)
-        return self.last_pass_fixed + (probs * prices).sum(dim=(1, 2))
-
-    def pass_cost(self, choice: Tensor) -> Tensor:
-        """Cost (N,) of the pass that the gate decides on, under options ``choice`` (N, L)."""
-        return self.last_pass_fixed + self.block_costs(choice).sum(dim=1)
+    def expected_pass_cost(self, probs: Tensor, index: int) -> Tensor:
+        """Cost (N,) of a pass alone under option probabilities (N, L, K); differentiable."""
+        costs = self.option_costs[index].to(device=probs.device, dtype=probs.dtype)
+        return self.fixed_cost(index) + (probs * costs).sum(dim=(1, 2))
 
     def uniform_cost(self, bits: int) -> float:
-        """Cost of the static network, without a gate, that runs everything at ``bits`` bits."""
-        return relative_cost(bits)
+        """Cost of the static network, without a controller, that runs everything at ``bits`` bits."""
+        return mac_cost(bits)
 
-    def check_budget(self, budget: float) -> None:
-        """Raises ConfigError where no decision can cost ``budget``; the message names the reachable range."""
+    def check_budget(self, budget: float, spend: bool = False) -> None:
+        """Raises ConfigError where no decision costs as little as ``budget``, or as much where it is to be spent; the message names
+        what can be reached."""
         options = ",".join(map(str, self.options))
         if budget < self.cheapest:
             raise ConfigError(
                 f"budget {budget:g} cannot be reached with options {options}: "
-                f"the smallest reachable one is {_round_up(self.cheapest):.4f}"
+                f"the smallest reachable one is {math.ceil(self.cheapest * 1e4) / 1e4:.4f}"
             )
-        if LOWEST_SHARE * budget > self.dearest:
+        if spend and LOWEST_SHARE * budget > self.dearest:
             raise ConfigError(
                 f"budget {budget:g} cannot be spent with options {options}: they cost at most {self.dearest:.4f}; "
-                f"pass a smaller --budget or wider --bits"
+                f"pass a smaller --budget or wider --bits, or leave --spend out"
             )
 
     def with_layer_bits(self, bits: Mapping[str, int]) -> CostTable:
-        """The costs of the static network whose blocks' layers, by name, run at ``bits``; 0: their block is skipped."""
+        """The costs of the network whose blocks' layers, by name, have bitwidths of their own; 0: their block is skipped."""
         layers = tuple(
-            layer if layer.block is None else replace(layer, block=None, bits=bits[layer.name]) for layer in self.layers
+            layer if layer.block is None else dataclasses.replace(layer, bits=bits[layer.name]) for layer in self.layers
         )
-        return replace(self, layers=layers)
+        return dataclasses.replace(self, layers=layers)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "options": list(self.options),
-            "blocks": list(self.blocks),
-            "layers": [[layer.name, layer.macs, layer.block, layer.bits] for layer in self.layers],
-            "gate_macs": list(self.gate_macs),
-            "not_counted": self.not_counted,
-            "passes": self.passes,
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CostTable:
-        return cls(
-            options=tuple(values["options"]),
-            blocks=tuple(values["blocks"]),
-            layers=tuple(LayerCost(*row) for row in values["layers"]),
-            gate_macs=tuple(values["gate_macs"]),
-            not_counted=dict(values["not_counted"]),
-            passes=int(values["passes"]),
-        )
-
-
-def _round_up(cost: float, digits: int = 4) -> float:
-    unit = 10.0**-digits
-    return -(-cost // unit) * unit
+    @property
+    def layer_bits(self) -> dict[str, int]:
+        """Bitwidths that layers of the blocks have of their own, by name; 0: their block is skipped."""
+        return {layer.name: layer.bits for layer in self.layers if layer.block is not None and layer.bits is not None}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dfs_cli.config import Preprocessing
 
-_UNFAMILIAR_CROP = 0.8
+_HARD_CROP = 0.8
 
 
 def resolve_preprocessing(
@@ -69,14 +69,14 @@ def eval_transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
     return transform
 
 
-def unfamiliar_transform(preprocessing: Preprocessing, hflip: float, min_crop: float) -> Callable[[Any], Tensor]:
+def hard_crop_transform(preprocessing: Preprocessing, hflip: float, min_crop: float) -> Callable[[Any], Tensor]:
     """Harder crops than in training, at the evaluation size.
 
     The original network has been trained on the images that are held out, and is surer of them than of new ones. Cropped
     so, they are about as hard to it as new ones are: thresholds of confidence are set on them.
     """
     at_test_size = dataclasses.replace(preprocessing, train_size=preprocessing.input_size)
-    return train_transform(at_test_size, hflip, _UNFAMILIAR_CROP * min_crop)
+    return train_transform(at_test_size, hflip, _HARD_CROP * min_crop)
 
 
 def train_transform(preprocessing: Preprocessing, hflip: float, min_crop: float) -> Callable[[Any], Tensor]:

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
+from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 
 
-def distinct_policies(decisions: Tensor) -> int:
-    """Number of different rows of ``decisions`` (N, P * L)."""
-    return len(decisions.unique(dim=0))
-
-
-def most_common_policy(decisions: Tensor) -> Tensor:
-    """The row (P * L,) that most images share; of equally common ones the first in ascending order."""
-    policies, counts = decisions.unique(dim=0, return_counts=True)
-    common: Tensor = policies[counts.argmax()]
-    return common
-
-
-def choice_entropy(decisions: Tensor) -> float:
-    """Mean over blocks (and passes) of the entropy, in bits, of the choice over images; not entering a pass is a choice."""
+def choice_entropy(decisions: Decisions) -> float:
+    """Mean over blocks and passes of the entropy, in bits, of the choice over images; not taking a pass is a choice."""
     entropies = []
-    for column in decisions.T:
+    for column in decisions.options.flatten(1).T:
         shares = column.unique(return_counts=True)[1].double() / len(column)
         entropies.append(float(-(shares * shares.log2()).sum()))
     return sum(entropies) / len(entropies)
 
 
-def variance_between_images(table: CostTable, decisions: Tensor) -> float:
+def variance_between_images(table: CostTable, decisions: Decisions) -> float:
     """Share of the variance of block costs (N images, L blocks) that lies between images, as in an analysis of variance.
 
     The variance of the images' means over blocks, over the variance of all values. Zero for a static network.

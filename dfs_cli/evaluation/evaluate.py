@@ -9,18 +9,14 @@ import torch
 from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
-from dfs_cli.artifact.manifest import Dynamics, Evaluation
+from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, UnreadableLog
 from dfs_cli.errors import DataError
-from dfs_cli.evaluation.dynamics import (
-    choice_entropy,
-    distinct_policies,
-    most_common_policy,
-    variance_between_images,
-)
+from dfs_cli.evaluation.dynamics import choice_entropy, variance_between_images
+from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.surgery.folding import fold_norms
+from dfs_cli.records import Dynamics, Evaluation
 
 
 @torch.inference_mode()
@@ -61,19 +57,17 @@ def evaluate_network(
         right.append(output.logits.argmax(dim=1).cpu() == batch.targets)
     if not taken:
         raise DataError("there is no image to evaluate")
-    decisions = torch.cat(taken)
+    decisions = Decisions.join(taken)
     cost = table.cost(decisions)
-    runs = decisions.unflatten(1, (-1, len(table.blocks)))
-    choices = torch.stack([(runs == option).sum(dim=(0, 1)) for option in range(len(table.options))], dim=1)
-    common = most_common_policy(decisions)
-    has_common = (decisions == common).all(dim=1)
+    common = decisions.most_common()
+    has_common = decisions.equal(common)
     dynamics = Dynamics(
-        policies=distinct_policies(decisions),
+        policies=decisions.distinct(),
         choice_entropy=choice_entropy(decisions),
         variance_between_images=variance_between_images(table, decisions),
         common_share=float(has_common.double().mean()),
-        common_top1=_top1_with(network, common.to(device), torch.cat(right), has_common, batches, device, amp, layout),
-        common_cost=float(table.cost(common[None])),
+        common_top1=_top1_with(network, common, torch.cat(right), has_common, batches, device, amp, layout),
+        common_cost=float(table.cost(common)),
     )
     return Evaluation(
         images=len(cost),
@@ -83,7 +77,7 @@ def evaluate_network(
         cost_p50=float(cost.quantile(0.5)),
         cost_p95=float(cost.quantile(0.95)),
         cost_max=float(cost.max()),
-        choices=tuple(tuple(row) for row in choices.tolist()),
+        choices=decisions.counts(len(table.options)),
         images_per_second=len(cost) / max(seconds, 1e-9),
         dynamics=dynamics,
         unreadable=tuple(unreadable.found),
@@ -92,7 +86,7 @@ def evaluate_network(
 
 def _top1_with(
     network: DynamicResNet,
-    policy: Tensor,
+    decisions: Decisions,
     right: Tensor,
     has_policy: Tensor,
     batches: Iterable[Batch],
@@ -100,11 +94,12 @@ def _top1_with(
     amp: bool,
     layout: torch.memory_format,
 ) -> float:
-    """Top-1 when every image is given the decisions ``policy`` (P * L,).
+    """Top-1 when every image is given the same decisions.
 
     Args:
+        decisions: for one image.
         right: (N,), whether the images were classified rightly with their own decisions.
-        has_policy: (N,), whether those were ``policy``: these images need not run again.
+        has_policy: (N,), whether those were ``decisions``: these images need not run again.
     """
     right, done = right.clone(), 0
     for batch in batches if not has_policy.all() else ():
@@ -112,7 +107,7 @@ def _top1_with(
         if len(others):
             images = batch.images[others - done].to(device, memory_format=layout)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                logits = network.run(images, policy.expand(len(images), -1)).logits
+                logits = network.run(images, Decisions.alike(decisions.options[0].to(device), len(images))).logits
             right[others] = logits.argmax(dim=1).cpu() == batch.targets[others - done]
         done += len(batch.targets)
     return 100 * float(right.double().mean())

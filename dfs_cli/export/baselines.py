@@ -1,4 +1,4 @@
-"""The dense network as ONNX graphs: in floating point, and quantized by ONNX Runtime's own tool."""
+"""Dense networks as ONNX graphs, to compare with: in floating point, and quantized by ONNX Runtime's tool."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.export.graph import Graph
-from dfs_cli.export.layers import trace
 from dfs_cli.export.lower import Lowering
 from dfs_cli.export.network import IMAGES, finish
+from dfs_cli.export.trace import trace
 
 _CALIBRATION_IMAGES = 8
 
 
 def export_dense(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
-    """``model`` as it is, for one image, serialised."""
+    """The graph of ``model`` in floating point, serialised.
+
+    Args:
+        input_size: (C, H, W) of the one image that it runs on.
+    """
     graph = Graph()
     traced, logits = trace(model, lambda module, x: module(x), torch.zeros(1, *input_size))
     made = finish(graph, Lowering(graph, traced, IMAGES).run(), int(logits.shape[1]), input_size)
@@ -31,7 +35,12 @@ def export_dense(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
 
 
 def quantize_dense(model: bytes, images: Tensor) -> bytes:
-    """``model`` with 8-bit weights, per channel, and 8-bit activations, calibrated on some of ``images`` (N, C, H, W)."""
+    """``model`` with 8-bit weights (a scale per channel) and 8-bit activations, serialised.
+
+    Args:
+        model: a serialised graph.
+        images: (N, C, H, W); some of them set the scales of the activations.
+    """
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,

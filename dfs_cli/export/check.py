@@ -1,8 +1,8 @@
-"""Does the graph decide and answer as the network does?"""
+"""Comparing a graph with its network: decisions, answers, accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from dfs_cli.cost.decisions import Decisions
 from dfs_cli.data.images import Batch
 from dfs_cli.errors import DataError, ExportError
-from dfs_cli.export.network import BITS, IMAGES, LOGITS, NOT_RUN
+from dfs_cli.export.network import BITS, IMAGES, LOGITS
 from dfs_cli.export.runtime import open_session
 from dfs_cli.nn.network import DynamicResNet
 
 LEAST_SAME_DECISIONS = 0.995
+"""Share of the images that must get the same decisions; on random images, also the same answer."""
+
 LARGEST_TOP1_DIFFERENCE = 0.1
+"""In points of top-1 accuracy."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,12 @@ class Comparison:
 
     Args:
         images: how many were compared.
-        labelled: whether ``top1`` are shares of right answers; on random images they are shares of the network's own.
+        labelled: whether ``top1`` is accuracy; on random images the network's answers count as right.
         same_decisions: share of the images with the same decision in every block.
         same_answers: share of the images with the same most likely class.
-        top1, onnx_top1: percent.
-        logit_difference: the largest, over the largest logit.
-        features: ``bytes`` or ``floats``: what blocks hand on.
+        top1, onnx_top1: of the network and of the graph, in percent.
+        logit_difference: the largest difference of a logit, divided by the largest logit.
+        features: what blocks hand on, ``int8`` or ``float``.
     """
 
     images: int
@@ -41,11 +45,11 @@ class Comparison:
     top1: float
     onnx_top1: float
     logit_difference: float
-    features: str = "floats"
+    features: str = "float"
 
     @property
     def holds(self) -> bool:
-        """Whether decisions and accuracy, or on random images answers, are those of the network, within what is promised."""
+        """Whether decisions and accuracy (on random images: decisions and answers) agree within the limits."""
         # A difference of just 0.1 point must not fail for the last digit of a floating point number.
         is_accurate = abs(self.top1 - self.onnx_top1) <= LARGEST_TOP1_DIFFERENCE + 1e-9
         is_right = is_accurate if self.labelled else self.same_answers >= LEAST_SAME_DECISIONS
@@ -61,58 +65,65 @@ def compare(
     network: DynamicResNet,
     batches: Iterable[Batch],
     labelled: bool,
-    policy: Sequence[int] | None = None,
+    decisions: Decisions | None = None,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Comparison:
-    """Run both on ``batches``.
+    """Run graph and network on ``batches``, and compare the results.
 
     Args:
-        policy: the decisions (P * L,) that a static graph was made with.
+        model: the graph's file, or the serialised graph.
+        labelled: whether the batches' targets are the images' classes.
+        decisions: (for one image) those of a graph that was written with them for every image.
+        on_batch: called with each batch before it is compared.
 
     Raises:
         DataError: there is no image.
     """
     session = open_session(model if isinstance(model, bytes) else str(model))
-    bits = np.array([*network.config.bits, NOT_RUN])
-    total = same = right = onnx_right = agree = 0
+    names = [output.name for output in session.get_outputs()]
+    total = same_decisions = same_answers = right = onnx_right = 0
     difference = largest = 0.0
     for batch in batches:
         count = len(batch.targets)
         on_batch(batch)
         if not count:
             continue
-        forced = None if policy is None else torch.tensor(policy).expand(count, -1)
+        forced = None if decisions is None else Decisions.alike(decisions.options[0], count)
         output = network.run(batch.images, forced)
-        expected, decisions = output.logits.numpy(), bits[output.decisions.numpy()]
+        expected, bits = output.logits.numpy(), output.decisions.bits(network.bits).numpy()
         for i, image in enumerate(batch.images.numpy()):
-            found = dict(
-                zip([o.name for o in session.get_outputs()], session.run(None, {IMAGES: image[None]}), strict=True)
-            )
-            same += bool(BITS not in found or (found[BITS][0] == decisions[i]).all())
-            answer, own = int(found[LOGITS].argmax()), int(expected[i].argmax())
-            target = int(batch.targets[i]) if labelled else own
-            agree, right, onnx_right = agree + (answer == own), right + (own == target), onnx_right + (answer == target)
-            difference = max(difference, float(np.abs(found[LOGITS][0] - expected[i]).max()))
+            results = dict(zip(names, session.run(None, {IMAGES: image[None]}), strict=True))
+            logits = results[LOGITS][0]
+            onnx_answer, answer = int(logits.argmax()), int(expected[i].argmax())
+            target = int(batch.targets[i]) if labelled else answer
+            same_decisions += bool(BITS not in results or (results[BITS][0] == bits[i]).all())
+            same_answers += onnx_answer == answer
+            right, onnx_right = right + (answer == target), onnx_right + (onnx_answer == target)
+            difference = max(difference, float(np.abs(logits - expected[i]).max()))
         total, largest = total + count, max(largest, float(np.abs(expected).max()))
     if not total:
         raise DataError("there is no image to compare the graph on")
-    percent = 100 / total
     return Comparison(
-        total,
-        labelled,
-        same / total,
-        agree / total,
-        right * percent,
-        onnx_right * percent,
-        difference / (largest or 1.0),
+        images=total,
+        labelled=labelled,
+        same_decisions=same_decisions / total,
+        same_answers=same_answers / total,
+        top1=right * (100 / total),
+        onnx_top1=onnx_right * (100 / total),
+        logit_difference=difference / (largest or 1.0),
     )
 
 
 def check_holds(comparison: Comparison) -> None:
-    """Raises ExportError unless the graph keeps what is promised."""
+    """Check that the graph agrees with the network.
+
+    Raises:
+        ExportError: it does not; the message says by how much.
+    """
     if not comparison.holds:
         raise ExportError(
             f"the graph differs from the network: same decisions for {comparison.same_decisions:.2%} of "
-            f"{comparison.images} images ({LEAST_SAME_DECISIONS:.1%} needed), top-1 {comparison.onnx_top1:.2f} in place of "
-            f"{comparison.top1:.2f} ({LARGEST_TOP1_DIFFERENCE} may be between them); nothing was written"
+            f"{comparison.images} images ({LEAST_SAME_DECISIONS:.1%} needed), same answers for {comparison.same_answers:.2%}, "
+            f"top-1 {comparison.onnx_top1:.2f} instead of {comparison.top1:.2f} (a difference of {LARGEST_TOP1_DIFFERENCE} is "
+            f"allowed); nothing was written"
         )

@@ -1,58 +1,50 @@
-"""Gates as ONNX nodes, in double precision, as PyTorch evaluates them, where runtimes can do so."""
+"""Gates as ONNX nodes, in double precision, as PyTorch evaluates them, where runtimes have it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import ClassVar, cast
 
 import numpy as np
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from dfs_cli.control.gates import FeedForwardGate, Gate, RecurrentGate
+from dfs_cli.control.probe import SecondPassGate
 from dfs_cli.export.graph import Graph, Test
-from dfs_cli.nn.gate import FeedForwardGate, Gate, RecurrentGate, RefineGate
+from dfs_cli.export.part_writer import Pooled
 
 _DOUBLE = np.float64
 
 
-class Pooled(NamedTuple):
-    """The mean over the pixels of features, as ``scale`` times a value (1, 1, C) in single precision, by name."""
-
-    name: str
-    scale: float
-
-
-class GateWriter:
+class GateWriter(ABC):
     """Writes a gate that decides block by block. Its state goes from block to block as names.
 
-    A node costs microseconds, whatever it computes, so there are few: the recurrent cell is one LSTM node, in single precision
-    (runtimes have no other), the embedding a product whose weights hold what its input is to be scaled by; of two options only
-    the difference of their scores is computed.
+    A node costs microseconds, whatever it computes, so there are few. Of two options only the difference of their scores is
+    computed.
 
     Args:
-        prices: (L, K), the cost of each option.
-        operating_point: name of the price of cost, a double.
+        option_costs: (L, K).
+        operating_point: name of the cost multiplier, a double.
     """
 
-    def __init__(self, graph: Graph, gate: Gate, prices: np.ndarray, operating_point: str) -> None:
-        self.gate, self.is_recurrent = gate, isinstance(gate, RecurrentGate)
-        self.dtype = np.float32 if self.is_recurrent else _DOUBLE
-        self.is_binary = gate.options == 2
-        charge = graph.add("Mul", [graph.constant(self._scores(prices), _DOUBLE), operating_point])
+    dtype: ClassVar[type[np.floating]] = _DOUBLE
+    """Precision of the scores."""
+
+    def __init__(self, graph: Graph, gate: Gate, option_costs: np.ndarray, operating_point: str) -> None:
+        self.gate = gate
+        self._is_binary = gate.options == 2
+        charge = graph.add("Mul", [graph.constant(self._scores(option_costs), _DOUBLE), operating_point])
         rows = graph.add("Sub", [graph.constant(self._scores(_double(gate.preference))), charge])
-        if self.is_recurrent:
+        if self.dtype is not _DOUBLE:
             rows = graph.add("Cast", [rows], to=TensorProto.FLOAT)
-        self.biases = [graph.name("row") for _ in prices]
-        graph.add("Split", [rows], self.biases, axis=0)
+        self._biases = [graph.name("row") for _ in option_costs]
+        graph.add("Split", [rows], self._biases, axis=0)
 
-    def _scores(self, rows: np.ndarray) -> np.ndarray:
-        """``rows`` (N, K) of scores, or of two options by how much the first is ahead, (N, 1)."""
-        return rows[:, :1] - rows[:, 1:] if self.is_binary else rows
-
-    def start(self, graph: Graph) -> list[str]:
+    def start(self, graph: Graph) -> list[str]:  # noqa: ARG002
         """The state before the first block."""
-        zeros = graph.constant(np.zeros((1, 1, self.gate.hidden)), np.float32)
-        return [zeros, zeros] if self.is_recurrent else []
+        return []
 
     def write(self, graph: Graph, block: int, pooled: Pooled, state: Sequence[str]) -> tuple[str, list[str]]:
         """Decide on a block from the mean of its input.
@@ -60,37 +52,54 @@ class GateWriter:
         Returns:
             The decision, one element: the option's index, or, of two options, whether it is the first; and the next state.
         """
-        if isinstance(self.gate, RecurrentGate):
-            state = self._cell(graph, self.gate, block, pooled, state)
-            hidden, head = state[0], self.gate.head
-        else:
-            gate = cast(FeedForwardGate, self.gate)
-            hidden = graph.add("Relu", [linear(graph, gate.embed[block], _row(graph, pooled), pooled.scale)])
-            head = cast(nn.Linear, gate.heads[block])
+        hidden, head, state = self._hidden(graph, block, pooled, state)
         weight = self._scores(_double(head.weight).T)
-        if self.is_binary:
-            # The second option's lead in what was computed, against the first one's in what was known.
+        if self._is_binary:
+            # The second option's lead in what depends on the image, against the first one's in what does not.
             lead = graph.add("MatMul", [hidden, graph.constant(-weight, self.dtype)])
-            return graph.add("LessOrEqual", [lead, self.biases[block]]), list(state)
+            return graph.add("LessOrEqual", [lead, self._biases[block]]), list(state)
         scores = graph.add("MatMul", [hidden, graph.constant(weight, self.dtype)])
-        scores = graph.add("Add", [scores, self.biases[block]])
+        scores = graph.add("Add", [scores, self._biases[block]])
         return graph.add("ArgMax", [scores], axis=-1, keepdims=1), list(state)
 
     def test(self, decision: str) -> Test:
-        """The test for the options that ``decision`` tells apart."""
-        return (lambda graph, option: decision) if self.is_binary else Graph.equals(decision)
+        """The test whether an option is the one that ``decision`` names."""
+        return (lambda graph, option: decision) if self._is_binary else Graph.equals(decision)
 
     def write_bits(self, graph: Graph, decisions: Sequence[str], bits: Sequence[int]) -> str:
-        """The bitwidths (1, L) that ``decisions`` mean."""
-        found = graph.add("Concat", decisions, axis=1)
-        found = graph.add("Reshape", [found, graph.constant([1, len(decisions)], np.int64)])
-        if not self.is_binary:
-            return look_up_bits(graph, bits, found)
-        return graph.add("Where", [found, *(graph.constant(b, np.int64) for b in bits)])
+        """The bitwidths (1, L) of ``decisions``."""
+        joined = graph.add("Concat", decisions, axis=1)
+        joined = graph.add("Reshape", [joined, graph.constant([1, len(decisions)], np.int64)])
+        if not self._is_binary:
+            return look_up_bits(graph, bits, joined)
+        return graph.add("Where", [joined, *(graph.constant(b, np.int64) for b in bits)])
 
-    @staticmethod
-    def _cell(graph: Graph, gate: RecurrentGate, block: int, pooled: Pooled, state: Sequence[str]) -> list[str]:
-        """The embedding and an LSTM cell, whose order of gates is another in PyTorch than in ONNX."""
+    @abstractmethod
+    def _hidden(
+        self, graph: Graph, block: int, pooled: Pooled, state: Sequence[str]
+    ) -> tuple[str, nn.Linear, Sequence[str]]:
+        """The values from which a block's options are scored, the linear map to the scores, and the next state."""
+
+    def _scores(self, rows: np.ndarray) -> np.ndarray:
+        """``rows`` (N, K) of scores; of two options the first one's lead, (N, 1)."""
+        return rows[:, :1] - rows[:, 1:] if self._is_binary else rows
+
+
+class RecurrentGateWriter(GateWriter):
+    """Writes a recurrent gate: one LSTM node, in single precision (runtimes have no other), behind a product whose weights hold
+    the embedding and the scale of its input."""
+
+    dtype = np.float32
+    gate: RecurrentGate
+
+    def start(self, graph: Graph) -> list[str]:
+        zeros = graph.constant(np.zeros((1, 1, self.gate.hidden)), np.float32)
+        return [zeros, zeros]
+
+    def _hidden(
+        self, graph: Graph, block: int, pooled: Pooled, state: Sequence[str]
+    ) -> tuple[str, nn.Linear, Sequence[str]]:
+        gate = self.gate
         embed = cast(nn.Linear, gate.embed[block])
         outer, inner = (_reordered(_double(w)) for w in (gate.cell.weight_ih, gate.cell.weight_hh))
         bias = outer @ _double(embed.bias) + _reordered(_double(gate.cell.bias_ih) + _double(gate.cell.bias_hh))
@@ -103,29 +112,41 @@ class GateWriter:
         ]
         outputs = ["", graph.name("hidden"), graph.name("memory")]
         graph.add("LSTM", [*inputs, "", *state], outputs, hidden_size=gate.hidden)
-        return outputs[1:]
+        return outputs[1], gate.head, outputs[1:]
+
+
+class FeedForwardGateWriter(GateWriter):
+    """Writes a feed-forward gate."""
+
+    gate: FeedForwardGate
+
+    def _hidden(
+        self, graph: Graph, block: int, pooled: Pooled, state: Sequence[str]
+    ) -> tuple[str, nn.Linear, Sequence[str]]:
+        hidden = graph.add("Relu", [_linear(graph, self.gate.embed[block], _row(graph, pooled), pooled.scale)])
+        return hidden, cast(nn.Linear, self.gate.heads[block]), state
 
 
 def look_up_bits(graph: Graph, bits: Sequence[int], indices: str) -> str:
-    """The bitwidths of options, by their ``indices``, of any shape."""
+    """The bitwidths that ``indices`` of options, of any shape, stand for."""
     return graph.add("Gather", [graph.constant(bits, np.int64), indices])
 
 
 def _row(graph: Graph, pooled: Pooled) -> str:
-    """``pooled`` (1, C) in double precision, not yet scaled."""
+    """``pooled`` as (1, C) in double precision, not scaled yet."""
     row = graph.add("Squeeze", [pooled.name, graph.constant([0], np.int64)])
     return graph.add("Cast", [row], to=TensorProto.DOUBLE)
 
 
 def _reordered(rows: np.ndarray) -> np.ndarray:
-    """Rows of PyTorch's input, forget, cell and output gates as ONNX's input, output, forget and cell gates."""
+    """Rows for an LSTM's input, forget, cell and output gates, in PyTorch's order, in ONNX's: input, output, forget, cell."""
     enter, forget, cell, output = np.split(rows, 4)
     return np.concatenate([enter, output, forget, cell])
 
 
-def write_doubt(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
-    """How unsure ``logits`` (1, classes) are, see :func:`dfs_cli.nn.probe.doubt`: (1, 1); and the margin (1, 1) between the
-    two largest, both in double precision."""
+def write_uncertainty(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
+    """The uncertainty (1, 1) of ``logits`` (1, classes), see :func:`dfs_cli.control.probe.uncertainty`, and the margin (1, 1)
+    between the two largest, both in double precision."""
     values = graph.add("Cast", [logits], to=TensorProto.DOUBLE)
     ordered = graph.add("TopK", [values, graph.constant([classes], np.int64)], 2, axis=1)
     ends = [graph.constant([i], np.int64) for i in (0, 1, 2, classes)]
@@ -136,28 +157,28 @@ def write_doubt(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
     return graph.add("Sub", [rest, top]), graph.add("Sub", [top, second])
 
 
-def write_refine_gate(
-    graph: Graph, gate: RefineGate, charge: np.ndarray, doubt: str, margin: str, pooled: Pooled
+def write_second_pass_gate(
+    graph: Graph, gate: SecondPassGate, charge: np.ndarray, uncertainty: str, margin: str, pooled: Pooled
 ) -> str:
     """The options (L,) of the second pass.
 
     Args:
-        charge: (L, K), what each option's score is lowered by.
-        doubt, margin: (1, 1), of the first pass, in double precision.
-        pooled: its features.
+        charge: (L, K), subtracted from the options' scores.
+        uncertainty, margin: (1, 1), of the first pass, in double precision.
+        pooled: the first pass's features.
     """
     means = graph.add("Mul", [_row(graph, pooled), graph.constant(pooled.scale, _DOUBLE)])
-    summary = graph.add("Concat", [graph.add("Neg", [doubt]), margin, means], axis=1)
+    summary = graph.add("Concat", [graph.add("Neg", [uncertainty]), margin, means], axis=1)
     centred = graph.add("Sub", [summary, graph.constant(_double(gate.input_mean)[None])])
     x = graph.add("Div", [centred, graph.constant(_double(gate.input_deviation)[None])])
-    scores = linear(graph, gate.head, graph.add("Relu", [linear(graph, gate.embed, x)]))
+    scores = _linear(graph, gate.head, graph.add("Relu", [_linear(graph, gate.embed, x)]))
     scores = graph.add("Reshape", [scores, graph.constant([gate.blocks, gate.options], np.int64)])
     scores = graph.add("Add", [scores, graph.constant(_double(gate.preference))])
     return graph.add("ArgMax", [graph.add("Sub", [scores, graph.constant(charge, _DOUBLE)])], axis=1, keepdims=0)
 
 
-def linear(graph: Graph, layer: nn.Module, x: str, scale: float = 1.0) -> str:
-    """A linear layer in double precision, of ``scale`` times ``x``."""
+def _linear(graph: Graph, layer: nn.Module, x: str, scale: float = 1.0) -> str:
+    """A linear layer applied to ``scale`` times ``x``, in double precision."""
     weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
     inputs = [x, graph.constant(scale * _double(weight).T)]
     return graph.add("Gemm", inputs if bias is None else [*inputs, graph.constant(_double(bias))])

@@ -9,12 +9,22 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+IR_VERSION = 8
+"""Of the ONNX file format."""
+
 Branch = Callable[["Graph"], Sequence[str]]
+"""Adds its nodes to the graph it is given, and returns the names of its outputs."""
+
 Test = Callable[["Graph", int], str]
+"""From the graph and a branch's number to the name of a boolean: whether that branch is chosen."""
 
 
 class Graph:
-    """Nodes and initializers under construction; names are unique over the graph and its subgraphs."""
+    """Nodes and initializers under construction; names are unique in the graph and its subgraphs together.
+
+    Args:
+        parent: the graph of which this one is a subgraph; None: it is the outermost one.
+    """
 
     def __init__(self, parent: Graph | None = None) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -23,12 +33,12 @@ class Graph:
         self._constants: dict[tuple[Any, ...], str] = {}
 
     def name(self, stem: str) -> str:
-        """A new name."""
+        """A new name that begins with ``stem``."""
         self._count[0] += 1
         return f"{stem}_{self._count[0]}"
 
     def constant(self, value: Any, dtype: Any = None) -> str:
-        """An initializer; small ones are kept once."""
+        """The name of an initializer; equal small ones are stored once."""
         array = np.asarray(value, dtype=dtype)
         key = (array.dtype.str, array.shape, array.tobytes()) if array.nbytes <= 64 else None
         if key in self._constants:
@@ -40,14 +50,23 @@ class Graph:
         return name
 
     def add(self, op: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **attributes: Any) -> str:
-        """A node; returns the name of its first output."""
+        """Add a node; returns the name of its first output.
+
+        Args:
+            outputs: the names of its outputs, or how many there are.
+        """
         names = [self.name(op.lower()) for _ in range(outputs)] if isinstance(outputs, int) else list(outputs)
         self.nodes.append(helper.make_node(op, list(inputs), names, self.name(op), **attributes))
         return names[0]
 
     def branch(self, condition: str, then: Branch, otherwise: Branch) -> list[str]:
-        """An ``If``: ``condition`` is one boolean; each branch builds its part in a subgraph of its own and returns
-        its outputs, as many as the other. Names from outside may be used inside."""
+        """Add an ``If`` node; returns its outputs.
+
+        Args:
+            condition: name of one boolean.
+            then, otherwise: each builds its nodes in a new subgraph, in which names from outside may be used, and returns as
+                many outputs as the other.
+        """
         parts = [self._subgraph(part) for part in (then, otherwise)]
         count = len(parts[0].output)
         outputs = [self.name("if") for _ in range(count)]
@@ -60,7 +79,7 @@ class Graph:
         """The outputs of one of ``branches``, by nested ``If`` nodes.
 
         Args:
-            is_chosen: from the graph and a branch's number to whether it is that one, a boolean; not asked about the last.
+            is_chosen: says whether a branch is chosen; it is not called for the last one.
             first: the number of the first branch.
         """
         if len(branches) == 1:
@@ -72,16 +91,16 @@ class Graph:
 
     @staticmethod
     def equals(index: str) -> Test:
-        """The test for a number that ``index``, an integer tensor of one element, holds."""
+        """The test whether a branch's number is ``index``, the name of an integer tensor of one element."""
         return lambda graph, value: graph.add("Equal", [index, graph.constant(value, np.int64)])
 
     def _subgraph(self, build: Branch) -> onnx.GraphProto:
         inner = Graph(self)
         outputs = list(build(inner))
-        own = {name for node in inner.nodes for name in node.output}
-        # What comes from outside, or is given twice, needs a name of its own.
+        inside = {name for node in inner.nodes for name in node.output}
+        # An output that comes from outside, or is returned twice, needs a new name.
         outputs = [
-            name if name in own and name not in outputs[:i] else inner.add("Identity", [name])
+            name if name in inside and name not in outputs[:i] else inner.add("Identity", [name])
             for i, name in enumerate(outputs)
         ]
         values = [onnx.ValueInfoProto(name=name) for name in outputs]

@@ -1,7 +1,7 @@
 """From traced parts to ONNX: opaque quantized layers become convolutions between quantize and dequantize nodes.
 
-ONNX Runtime and others recognise that pattern and run it on integers. Batch-norm is folded into the convolution, and what is
-read by nothing but quantizers of unsigned codes needs no ReLU: they clip at zero anyway.
+ONNX Runtime and others recognise that pattern and run it on integers. Batch-norm is folded into the convolution. A ReLU whose
+result is read only by quantizers of unsigned codes is left out: they clip at zero anyway.
 """
 
 from __future__ import annotations
@@ -16,17 +16,24 @@ import torch
 from onnx import numpy_helper
 
 from dfs_cli.export.graph import Graph
-from dfs_cli.export.layers import DOMAIN, QuantizedLayer, Traced
-from dfs_cli.export.pixels import merge_pixels, on_merged_pixels
+from dfs_cli.export.space_to_depth import merge_pixels, on_merged_pixels
+from dfs_cli.export.trace import DOMAIN, QuantizedLayer, Traced
 from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution, code_range, nearest_integer_bias
 
 MIDDLE = LARGEST_BYTE + 1
+"""The unsigned byte that stands for zero where codes are signed."""
+
 # Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
 _LARGEST_BIAS = 2.0**23
 
 
 class Affine(NamedTuple):
-    """A quantized layer and what follows it: ``output = factor * layer(x) + shift``, channel by channel, in traced names."""
+    """A quantized layer and the batch-norm behind it: ``output = factor * layer(x) + shift``.
+
+    Args:
+        x, output: traced names.
+        factor, shift: (C_out,).
+    """
 
     layer: QuantizedLayer
     x: str
@@ -36,7 +43,11 @@ class Affine(NamedTuple):
 
 
 class Lowering:
-    """One traced part on its way into a graph, with ``x`` as its input."""
+    """Adds a traced part to a graph.
+
+    Args:
+        x: name of its input in the graph.
+    """
 
     def __init__(self, graph: Graph, traced: Traced, x: str) -> None:
         self.graph, self.layers = graph, traced.layers
@@ -46,7 +57,7 @@ class Lowering:
         self.shape = [d.dim_value for d in traced.graph.input[0].type.tensor_type.shape.dim]
         self.names = {self.source: x, "": ""}
         self.values = {tensor.name: tensor for tensor in traced.graph.initializer}
-        # The exporter gives equal tensors once, the others as their identity.
+        # The exporter stores equal tensors once; the others are identities of the first.
         self.values |= {
             n.output[0]: self.values[n.input[0]]
             for n in self.nodes
@@ -60,7 +71,7 @@ class Lowering:
         self.codes: dict[tuple[str, float, int, int], str] = {}
 
     def run(self) -> str:
-        """Add the nodes; returns their output."""
+        """Add the nodes; returns the name of the output."""
         for node in self.nodes:
             if id(node) in self.done:
                 continue
@@ -73,7 +84,7 @@ class Lowering:
         return self.name(self.result)
 
     def name(self, traced_name: str) -> str:
-        """The name in the graph of a value of the traced part."""
+        """The name in the graph of a traced value."""
         if traced_name not in self.names:
             self.names[traced_name] = self.graph.constant(numpy_helper.to_array(self.values[traced_name]))
         return self.names[traced_name]
@@ -96,7 +107,7 @@ class Lowering:
         return self.layers[node.attribute[0].s.decode()]
 
     def _needs_no_relu(self, node: onnx.NodeProto) -> bool:
-        """Whether what reads a ReLU clips at zero itself."""
+        """Whether the readers of a ReLU clip at zero themselves."""
         return self._only_unsigned_codes_of(node.output[0])
 
     def _only_unsigned_codes_of(self, name: str) -> bool:
@@ -124,7 +135,7 @@ class Lowering:
         self.names[output] = build(Affine(layer, node.input[0], factor, shift, output))
 
     def _feeds_codes(self, name: str) -> bool:
-        """Whether a value is read, perhaps after a ReLU, by nothing but layers that round it to bytes."""
+        """Whether a value is read, perhaps after a ReLU, only by layers that round it to 8-bit codes or fewer bits."""
         readers = self.readers[name]
         if len(readers) == 1 and readers[0].op_type == "Relu":
             return self._only_unsigned_codes_of(readers[0].output[0])
@@ -133,14 +144,14 @@ class Lowering:
         )
 
     def _on_floats(self, affine: Affine) -> str:
-        """More bits than a byte has: floating point, with the input clipped where the codes would be."""
+        """A layer of more than 8 bits: in floating point, with the input clipped to the range of its codes."""
         layer, x, factor, shift, _ = affine
         weight = layer.codes * (layer.scale * factor).reshape(-1, *[1] * (layer.codes.ndim - 1))
         weight = self.graph.constant(weight, np.float32)
         return self._apply(layer, [self._clipped(x, layer), weight, self.graph.constant(shift, np.float32)])
 
     def _clipped(self, x: str, layer: QuantizedLayer) -> str:
-        """The traced value ``x`` within the range of the layer's codes, in floating point."""
+        """The traced value ``x`` clipped to the range of the layer's codes, in floating point."""
         limits = [self.graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
         return self.graph.add("Clip", [self.name(x), *limits])
 
@@ -151,7 +162,7 @@ class Lowering:
         return self._convolve("Conv", layer, inputs, pads)
 
     def _on_codes(self, affine: Affine) -> str:
-        """From codes to codes: runtimes make one integer kernel of it, with the quantizer that reads the result."""
+        """From codes to codes: runtimes fuse it with the quantizer that reads the result into one integer kernel."""
         layer, x, factor, shift, _ = affine
         given, step, zero = self._codes(x, layer), layer.step, _zero(layer)
         if x == self.source and (merged := on_merged_pixels(layer, *self.shape[2:])):
@@ -166,7 +177,7 @@ class Lowering:
         )
 
     def _to_floats(self, affine: Affine) -> str:
-        """From codes to floating point: integer sums, scaled, exactly as the network computes them.
+        """From codes to floating point: scaled integer sums, exactly as the network computes them.
 
         Without a quantizer behind it a convolution between dequantize nodes would run in floating point.
         """
@@ -176,7 +187,7 @@ class Lowering:
         if layer.geometry is None:
             y = graph.add("MatMulInteger", [given, graph.constant(layer.codes.T, np.int8), zero])
         else:
-            # Unsigned weights have far faster kernels here.
+            # Kernels for unsigned weights are much faster.
             weight = graph.constant(layer.codes + MIDDLE, np.uint8)
             y = self._convolve("ConvInteger", layer, [given, weight, zero, graph.constant(MIDDLE, np.uint8)])
         shape = [1, -1, *[1] * (layer.codes.ndim - 2)]
@@ -192,7 +203,7 @@ class Lowering:
         return self.graph.add("DequantizeLinear", [self.graph.constant(*given) for given in inputs], axis=0)
 
     def _codes(self, x: str, layer: QuantizedLayer) -> str:
-        """The traced value ``x`` rounded to the layer's codes, unsigned bytes; signed codes are shifted by 128."""
+        """The traced value ``x`` as the layer's codes in unsigned bytes; signed codes are shifted by 128."""
         graph, zero = self.graph, _zero(layer)
         low, high = layer.low + zero, layer.high + zero
         key = (x, layer.step, zero, high)
@@ -206,7 +217,11 @@ class Lowering:
         return self.codes[key]
 
     def _convolve(self, op: str, layer: QuantizedLayer, inputs: list[str], pads: Sequence[int] | None = None) -> str:
-        """Add a convolution; ``pads`` are the layer's where none are given."""
+        """Add a convolution.
+
+        Args:
+            pads: (top, left, bottom, right); None: the layer's.
+        """
         geometry = layer.geometry
         assert geometry is not None
         return self.graph.add(
@@ -221,27 +236,30 @@ class Lowering:
 
 
 def pads_of(geometry: Convolution) -> tuple[int, ...]:
-    """Before and after, (top, left, bottom, right)."""
+    """The padding as (top, left, bottom, right)."""
     return geometry.padding * (4 // len(geometry.padding))
 
 
 def _zero(layer: QuantizedLayer) -> int:
-    """The byte that stands for zero in the layer's input."""
+    """The unsigned byte that stands for zero in the layer's input."""
     return 0 if layer.low == 0 else MIDDLE
 
 
 def fold(layer: QuantizedLayer, factor: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """``factor * convolution + shift`` per channel, on integers.
+    """Express ``factor * convolution + shift`` by integers, channel by channel.
 
-    The bias is an integer, too, in units that grow as the bitwidth falls. Codes of few bits leave room in their bytes: they
-    are multiplied by the factor with which the bias comes closest to an integer.
+    The bias becomes an integer, too, in units that grow as the bitwidth falls. Codes of few bits leave room in their bytes:
+    they are multiplied by the number that brings the bias closest to an integer.
+
+    Args:
+        factor, shift: (C_out,).
 
     Returns:
         Weight codes (C_out, ...), their positive scales (C_out,), and the bias (C_out,) in units of scale times step.
     """
     rows = layer.codes.reshape(len(layer.codes), -1) * np.sign(factor)[:, None]
     scale = layer.scale.astype(float) * np.abs(factor)
-    # A channel that is almost nothing but its bias would need a bias beyond 32 bits: its weight is put into coarser units.
+    # A channel whose bias outweighs its weight by far would need a bias beyond 32 bits: its weight gets coarser units.
     coarser = np.maximum(scale, np.maximum(np.abs(shift) / (_LARGEST_BIAS * layer.step), np.finfo(np.float32).tiny))
     rows = np.round(rows * (scale / coarser)[:, None])
     room = LARGEST_BYTE // code_range(layer.bits, signed=True)[1]

@@ -1,4 +1,4 @@
-"""ONNX and ONNX Runtime, optional packages."""
+"""ONNX and ONNX Runtime, which are optional packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ def has_onnx() -> bool:
 
 
 def require_onnx() -> None:
-    """Raises MissingDependencyError where a package is missing."""
+    """Check that the packages are installed.
+
+    Raises:
+        MissingDependencyError: one is missing.
+    """
     if not has_onnx():
         raise MissingDependencyError("ONNX graphs need onnx and onnxruntime: pip install 'dfs-cli[onnx]'")
 
@@ -25,13 +29,13 @@ def require_onnx() -> None:
 def open_session(
     model: bytes | str, threads: int = 0, optimised: str = "", spin: bool = False
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU.
+    """An inference session on the CPU.
 
     Args:
         model: a serialised model, or a file's name.
-        threads: 0: as many as there are cores.
-        optimised: write the graph that is really run to this file.
-        spin: let threads wait busily for work: faster where nothing else runs, far slower where something does.
+        threads: how many; 0: one for each core.
+        optimised: name of a file to which the optimised graph is written.
+        spin: whether threads busy-wait for work: faster on an idle machine, much slower on a busy one.
     """
     import onnxruntime
 
@@ -39,7 +43,7 @@ def open_session(
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
-    # Threads that go on waiting for this session's next call would slow down whatever runs before it.
+    # Threads that keep waiting for this session's next call would slow down other work in between.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimised:
         options.optimized_model_filepath = optimised

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import timm
@@ -22,27 +20,14 @@ from timm.models import (
     split_model_name_tag,
 )
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import dfs_cli.models.cifar  # noqa: F401  (registers our own)
 from dfs_cli.errors import UnsupportedModelError, WeightsError
-from dfs_cli.surgery.convert import find_blocks
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
+from dfs_cli.surgery.plan import find_blocks
 
 _MODULES = sorted({cls.__module__.rpartition(".")[2] for cls in (*LAYOUTS, *FAMILIES)} | {"cifar"})
 """Registry modules that are searched for convertible models: those that define a supported class."""
-
-
-class ModelSummary(NamedTuple):
-    """One line of ``dfs list``: MACs are those of one image at the size that evaluation uses."""
-
-    name: str
-    family: str
-    blocks: int
-    macs: int
-    params: int
-    image_size: int
-    weights: tuple[str, ...]
 
 
 def candidate_names() -> list[str]:
@@ -225,27 +210,3 @@ def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module
         reason = lines[1] if len(lines) > 1 else lines[0]
         raise WeightsError(f"checkpoint {path} does not fit {name}: {reason[:160]}") from None
     return model
-
-
-def list_convertible(pattern: str = "*") -> Iterator[ModelSummary]:
-    """Every architecture that can be converted and whose name matches the wildcard ``pattern``, in order."""
-    for name in fnmatch.filter(candidate_names(), pattern):
-        with torch.device("meta"):
-            model = _build(name).eval()
-        try:
-            blocks = find_blocks(model)
-        except UnsupportedModelError:
-            continue
-        cfg = get_pretrained_cfg(name)
-        size = (cfg.test_input_size or cfg.input_size) if cfg else (3, 224, 224)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, *size, device="meta"))
-        yield ModelSummary(
-            name=name,
-            family=type(next(iter(blocks.values()))).__name__,
-            blocks=len(blocks),
-            macs=counter.get_total_flops() // 2,
-            params=sum(p.numel() for p in model.parameters()),
-            image_size=size[-1],
-            weights=tuple(timm.list_pretrained(name + ".*")),
-        )

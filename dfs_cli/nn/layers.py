@@ -37,7 +37,7 @@ _SMALL_INPUT = 20480
 _SAMPLED_OPTIONS = 2
 
 
-class _CachedWeight(NamedTuple):
+class QuantizedWeight(NamedTuple):
     codes: Tensor
     scale: Tensor
     key: tuple[Any, ...]
@@ -57,28 +57,28 @@ class FractionalLayer(_Layer):
     log_input_steps: nn.Parameter  # (Q,)
     input_signed: Tensor  # (), bool
 
-    def _set_up(self, bitwidths: tuple[int, ...], precision: Precision) -> None:
-        self.bitwidths = bitwidths
+    def _set_up(self, precision: Precision) -> None:
+        self.bitwidths = bitwidths = precision.quantized
         self.precision = precision
         channels = self.weight.shape[0]
         device = self.weight.device
         self.log_weight_steps = nn.Parameter(torch.zeros(len(bitwidths), channels, device=device))
         self.log_input_steps = nn.Parameter(torch.zeros(len(bitwidths), device=device))
         self.register_buffer("input_signed", torch.tensor(False, device=device))
-        self._cache: dict[int, _CachedWeight] = {}
+        self._cache: dict[int, QuantizedWeight] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": {}}
 
     @torch.no_grad()
-    def calibrate_weight(self) -> None:
+    def fit_weight_steps(self) -> None:
         """Set the weights' step sizes to those of least squared error."""
-        rows = self._effective_weight().detach().flatten(1)
+        rows = self.effective_weight().detach().flatten(1)
         for i, bits in enumerate(self.bitwidths):
             self.log_weight_steps[i] = best_step(rows, bits, signed=True).log().flatten()
 
     @torch.no_grad()
-    def calibrate_input(self, x: Tensor) -> None:
+    def fit_input_steps(self, x: Tensor) -> None:
         """Set the input's step sizes, and whether it is signed, from a sample of it of any shape."""
         values = x.detach().float().reshape(1, -1)
         if values.shape[1] > 1 << 18:
@@ -89,9 +89,9 @@ class FractionalLayer(_Layer):
 
     def weight_codes(self) -> Tensor | None:
         """The integer codes (as floating point numbers) at the widest bitwidth, where the weight consists of them alone."""
-        if not self.bitwidths or self._effective_weight() is not self.weight:
+        if not self.bitwidths or self.effective_weight() is not self.weight:
             return None
-        codes = self._quantized_weight(max(self.bitwidths)).codes
+        codes = self.quantized_weight(max(self.bitwidths)).codes
         return codes if torch.equal(codes * self._widest_step(), self.weight) else None
 
     @torch.no_grad()
@@ -108,7 +108,7 @@ class FractionalLayer(_Layer):
         Rounded to the nearest code, a weight that is close to a threshold of a narrower bitwidth may cross it, and be wrong by
         one of its much larger steps; the code on the other side of the threshold is one away.
         """
-        weight, widest = self._effective_weight(), self._widest_step()
+        weight, widest = self.effective_weight(), self._widest_step()
         low, high = code_range(max(self.bitwidths), signed=True)
         nearest = quantize_codes(weight, widest, low, high)
         steps = self.log_weight_steps.exp()
@@ -129,7 +129,7 @@ class FractionalLayer(_Layer):
         logarithms = self.log_weight_steps.detach()[self.bitwidths.index(max(self.bitwidths))]
         return logarithms.cpu().exp().to(logarithms.device).reshape(self._weight_shape())
 
-    def _effective_weight(self) -> Tensor:
+    def effective_weight(self) -> Tensor:
         """The weight that is applied, and quantized."""
         return self.weight
 
@@ -147,9 +147,9 @@ class FractionalLayer(_Layer):
         if self.training:
             return self._forward_training(x, bits)
         if bits == FULL_BITS:
-            return self._apply_weight(x, self._effective_weight(), self.bias)
-        codes, scale, _ = self._quantized_weight(bits)
-        low, high = code_range(bits, self._signed())
+            return self._apply_weight(x, self.effective_weight(), self.bias)
+        codes, scale, _ = self.quantized_weight(bits)
+        low, high = code_range(bits, self.is_signed())
         step = self.log_input_steps[self.bitwidths.index(bits)].exp()
         with self._exact(bits, x):
             y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
@@ -159,7 +159,7 @@ class FractionalLayer(_Layer):
         return y if self.bias is None else y + self.bias.reshape(self._output_shape())
 
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:
-        weight = self._effective_weight()
+        weight = self.effective_weight()
         if bits == FULL_BITS:
             # The gate's gradient is a small difference of large sums: not in the 8 bits of bfloat16.
             x = x if self.precision.routing is None else x.float()
@@ -169,7 +169,7 @@ class FractionalLayer(_Layer):
         weight = fake_quantize(weight, weight_step, *code_range(bits, signed=True))
         with self._exact(bits, x):
             step = self.log_input_steps[row].exp()
-            return self._apply_quantized(x.float(), step, code_range(bits, self._signed()), weight)
+            return self._apply_quantized(x.float(), step, code_range(bits, self.is_signed()), weight)
 
     def _apply_quantized(
         self, x: Tensor, step: Tensor | None, limits: tuple[int, int] | None, weight: Tensor
@@ -185,7 +185,7 @@ class FractionalLayer(_Layer):
         rows = tuple(
             (column, None, 0, 0)
             if other == FULL_BITS
-            else (column, self.bitwidths.index(other), *code_range(other, self._signed()))
+            else (column, self.bitwidths.index(other), *code_range(other, self.is_signed()))
             for column, other in enumerate(routing.bits)
             if other not in (0, self.precision.bits)
         )
@@ -199,7 +199,7 @@ class FractionalLayer(_Layer):
         """Keeps automatic mixed precision away from codes of more than the 8 bits that bfloat16 holds."""
         return torch.autocast(x.device.type, enabled=False) if 8 < bits < FULL_BITS else nullcontext()
 
-    def _signed(self) -> bool:
+    def is_signed(self) -> bool:
         # Read once per device placement: a buffer on an accelerator would make every call wait for it.
         cached = self.__dict__.get("_signed_value")
         key = _identity(self.input_signed)
@@ -208,7 +208,7 @@ class FractionalLayer(_Layer):
             self.__dict__["_signed_value"] = cached
         return cached[1]
 
-    def _quantized_weight(self, bits: int) -> _CachedWeight:
+    def quantized_weight(self, bits: int) -> QuantizedWeight:
         """Integer codes and scales (C_out,) of the weight, kept until the weight or its step sizes change."""
         key = (*_identity(self.weight), *_identity(self.log_weight_steps))
         cached = self._cache.get(bits)
@@ -217,8 +217,8 @@ class FractionalLayer(_Layer):
             with torch.inference_mode(False), torch.no_grad():
                 scale = self.log_weight_steps[self.bitwidths.index(bits)].exp()
                 low, high = code_range(bits, signed=True)
-                codes = quantize_codes(self._effective_weight(), scale.reshape(self._weight_shape()), low, high)
-            cached = self._cache[bits] = _CachedWeight(codes, scale, key)
+                codes = quantize_codes(self.effective_weight(), scale.reshape(self._weight_shape()), low, high)
+            cached = self._cache[bits] = QuantizedWeight(codes, scale, key)
         return cached
 
 
@@ -239,7 +239,7 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
     standardise_eps: float | None = None
 
     @classmethod
-    def from_module(cls, conv: nn.Conv2d, bitwidths: tuple[int, ...], precision: Precision) -> FractionalConv2d:
+    def from_module(cls, conv: nn.Conv2d, precision: Precision) -> FractionalConv2d:
         """Adopt the parameters of ``conv`` (they are shared, not copied)."""
         new = cls(
             conv.in_channels,
@@ -257,10 +257,10 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
         new.training = conv.training
         if isinstance(conv, StdConv2d):
             new.standardise_eps = conv.eps
-        new._set_up(bitwidths, precision)
+        new._set_up(precision)
         return new
 
-    def _effective_weight(self) -> Tensor:
+    def effective_weight(self) -> Tensor:
         if self.standardise_eps is None:
             return self.weight
         rows = self.weight.reshape(1, self.out_channels, -1)
@@ -294,12 +294,12 @@ class FractionalLinear(FractionalLayer, nn.Linear):  # type: ignore[misc]
     """A linear layer that runs at ``precision.bits``."""
 
     @classmethod
-    def from_module(cls, linear: nn.Linear, bitwidths: tuple[int, ...], precision: Precision) -> FractionalLinear:
+    def from_module(cls, linear: nn.Linear, precision: Precision) -> FractionalLinear:
         """Adopt the parameters of ``linear`` (they are shared, not copied)."""
         new = cls(linear.in_features, linear.out_features, bias=False, device="meta")
         new.weight, new.bias = linear.weight, linear.bias
         new.training = linear.training
-        new._set_up(bitwidths, precision)
+        new._set_up(precision)
         return new
 
     def _output_shape(self) -> tuple[int, ...]:

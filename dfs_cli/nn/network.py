@@ -1,8 +1,8 @@
-"""The dynamic network: stem, gate, block, gate, block, ..., head."""
+"""The executor: runs passes over a residual network, groups images by option, and runs only what was chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.config import FULL_BITS, DynamicConfig
-from dfs_cli.nn.gate import Gate, RefineGate
+from dfs_cli.config import FULL_BITS
+from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.pooling import pools_after_one_convolution
@@ -24,6 +24,21 @@ class Layout(Protocol):
     def stem(self, model: nn.Module, images: Tensor) -> Tensor: ...
 
     def head(self, model: nn.Module, features: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class View:
+    """What a pass sees of the images.
+
+    Args:
+        mirrored: along their width.
+    """
+
+    mirrored: bool = False
+
+    def of(self, images: Tensor) -> Tensor:
+        """The view of ``images`` (N, C, H, W)."""
+        return images.flip(-1) if self.mirrored else images
 
 
 @dataclass
@@ -47,66 +62,119 @@ class Block:
     keeps_input: bool = False
 
 
+class Answer(NamedTuple):
+    """What is known after a pass.
+
+    Args:
+        rows: indices (M,) of the images that took the pass; None: all of them.
+        logits: (M, classes), the network's answer after the pass.
+        probs: in training, the probabilities (M, L, K) of the options from which something chose block by block; None: nothing
+            did.
+    """
+
+    rows: Tensor | None
+    logits: Tensor
+    probs: Tensor | None = None
+
+
 class Output(NamedTuple):
     """What a network makes of a batch of N images.
 
     Args:
         logits: (N, classes).
-        decisions: (N, P * L) as option indices, pass after pass; -1 where an image did not enter the pass.
-        probs: in training, the gate's probabilities (M, L, K) for the images it decided on.
-        first: with two passes, the first one's logits (N, classes).
-        unsure: with two passes, the indices (M,) of the images that entered the second.
+        decisions: which passes the images took, and with which options.
+        answers: one for each pass that any image took.
     """
 
     logits: Tensor
-    decisions: Tensor
-    probs: Tensor | None
-    first: Tensor | None = None
-    unsure: Tensor | None = None
+    decisions: Decisions
+    answers: tuple[Answer, ...]
+
+
+class TuningTarget(NamedTuple):
+    """What a network is tuned for.
+
+    Args:
+        cost: mean cost of the pass for which something chooses block by block, or of the static network.
+        share: share of a batch's images that take the second pass, where there is one.
+        approached: the target is approached slowly, from full execution, after a warm-up of what decides.
+        explored: the probability per block that images which skip it run its residual branch as well, without a gradient of its
+            own, so that what chose learns what skipping cost them.
+    """
+
+    cost: float
+    share: float = 0.0
+    approached: bool = False
+    explored: float = 0.1
+
+
+class Decider(Protocol):
+    """What a network asks of its controller, and what others ask of it through the network; see
+    :class:`dfs_cli.control.base.Controller`."""
+
+    views: tuple[View, ...]
+    operating_point: float
+    cost_multiplier: float
+
+    def run(
+        self,
+        network: DynamicResNet,
+        images: Tensor,
+        decisions: Decisions | None = None,
+        target: TuningTarget | None = None,
+    ) -> Output: ...
+
+    def policies(self) -> list[Tensor]: ...
+
+    def freeze(self) -> None: ...
+
+    def force(self, policies: Tensor) -> None: ...
+
+
+Choose = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
+"""From a block's index and its input (N, C, H, W) to the images' options (N,) and, in training, the probabilities (N, K) of
+all options where something chose from them."""
 
 
 class DynamicResNet(nn.Module):
-    """A residual network that chooses, for each image and block, one of K bitwidths.
+    """A residual network that runs each block of each image with one of K options, as its controller says.
 
     ``forward`` returns logits as any classifier does; :meth:`run` returns the decisions too. Images are grouped by the
-    option that they chose, each group runs once, and an option that no image chose runs nothing.
+    option that was chosen for them, each group runs once, and an option that no image has runs nothing.
 
     Args:
         backbone: the model whose layers were replaced by fractional ones.
         layout: its stem and head.
         blocks: its residual blocks, in order.
-        edges: the precision of what always runs.
-        config: options and gate.
-        prices: (L, K), the cost of each option as a fraction of the dense network's cost.
-        gate: what scores the options.
-
-    ``operating_point`` is the price of cost: decisions maximise ``logits - operating_point * prices``. It is a plain
-    number, moved in tuning and set by calibration.
+        fixed: the precision of the fixed layers.
+        bits: the K options, ascending bitwidths.
+        controller: what decides, a :class:`dfs_cli.control.base.Controller`.
     """
 
-    prices: Tensor
-    gate: Gate
+    controller: Decider
 
     def __init__(
         self,
         backbone: nn.Module,
         layout: Layout,
-        blocks: list[Block],
-        edges: Precision,
-        config: DynamicConfig,
-        prices: Tensor,
-        gate: Gate | RefineGate,
+        blocks: Sequence[Block],
+        fixed: Precision,
+        bits: tuple[int, ...],
+        controller: nn.Module,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.layout = layout
         self.blocks = blocks
-        self.edges = edges
-        self.config = config
-        self.add_module("gate", gate)
-        self.register_buffer("prices", prices.double(), persistent=False)
-        self.operating_point = 0.0
+        self.fixed = fixed
+        self.bits = bits
+        self.add_module("controller", controller)
         self.pools_first = pools_after_one_convolution(backbone, [block.name for block in blocks])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.backbone.parameters()).device
 
     def train(self, mode: bool = True) -> DynamicResNet:
         """As ``nn.Module.train``, except that normalisation keeps its statistics: a group may hold few images."""
@@ -120,58 +188,39 @@ class DynamicResNet(nn.Module):
         """Logits (N, classes) of ``images`` (N, C, H, W)."""
         return self.run(images).logits
 
-    def run(self, images: Tensor, decisions: Tensor | None = None, explore: float = 0.0) -> Output:
+    def run(self, images: Tensor, decisions: Decisions | None = None, target: TuningTarget | None = None) -> Output:
         """Classify ``images`` and tell what was decided.
 
         Args:
             images: (N, C, H, W).
-            decisions: (N, L) option indices to follow instead of the gate.
-            explore: in training, the probability per block that images which skip it run its residual branch as well,
-                without a gradient of its own, so that the gate learns what skipping cost them.
+            decisions: to follow instead of the controller's own; they may have fewer passes.
+            target: in training, what for.
         """
-        state = self.gate.start(len(images), images)
-        chosen: list[Tensor] = []
-        probs: list[Tensor] = []
-        pooled: Tensor | None = None
+        return self.controller.run(self, images, decisions, target)
 
-        def decide(block: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-            nonlocal state, pooled
-            if decisions is None or self.training:
-                pooled = self.gate.pool(x, pooled, self._changed(block, chosen))
-                logits, state = self.gate(block, pooled, state)
-                logits = logits - self.operating_point * self.prices[block].to(logits.dtype)
-            chosen.append(decisions[:, block] if decisions is not None else logits.argmax(dim=1))
-            if self.training:
-                probs.append(logits.softmax(dim=1))
-            return chosen[-1], probs[-1] if probs else None
-
-        logits, _ = self._walk(images, decide, explore)
-        return Output(logits, torch.stack(chosen, dim=1), torch.stack(probs, dim=1) if probs else None)
-
-    def _changed(self, block: int, chosen: list[Tensor]) -> Tensor | None:
-        """The images (indices) whose features the block before has changed; None: any, or it is not worth finding out."""
-        if not chosen or torch.is_grad_enabled() or chosen[-1].device.type != "cpu":
-            return None
-        if self.config.bits[0] != 0 or not self.blocks[block - 1].keeps_input:
-            return None
-        return chosen[-1].nonzero().flatten()
-
-    def _walk(
-        self, images: Tensor, decide: Callable[[int, Tensor], tuple[Tensor, Tensor | None]], explore: float
-    ) -> tuple[Tensor, Tensor]:
-        """Run the network once.
+    def run_pass(self, images: Tensor, choose: Choose, explored: float = 0.0) -> tuple[Tensor, Tensor]:
+        """One pass over ``images`` (N, C, H, W), with the options that ``choose`` names block by block.
 
         Args:
-            decide: from a block's index and its input (N, C, H, W) to the images' options (N,) and, in training, the
-                gate's probabilities (N, K).
+            explored: see :class:`TuningTarget`.
 
         Returns:
-            Logits (N, classes) and the features (N, C, H, W) before the head.
+            Logits (N, classes) and the features (N, C', H', W') before the head.
         """
         x = self._stem(images)
         for i, block in enumerate(self.blocks):
-            x = self._route(block, x, *decide(i, x), explore)
+            x = self._route(block, x, *choose(i, x), explored)
         return self.layout.head(self.backbone, x), x
+
+    def follow(
+        self, images: Tensor, options: Tensor, probs: Tensor | None = None, explored: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """One pass with ``options`` (N, L), which are known before, chosen with ``probs`` (N, L, K).
+
+        An accelerator is waited for once, not for each block.
+        """
+        known = options.cpu()
+        return self.run_pass(images, lambda i, _: (known[:, i], None if probs is None else probs[:, i]), explored)
 
     def _stem(self, images: Tensor) -> Tensor:
         """The first block's input, laid out as ``images`` are."""
@@ -179,30 +228,6 @@ class DynamicResNet(nn.Module):
         if not self.pools_first or not is_planar:
             return self.layout.stem(self.backbone, images)
         return self.layout.stem(self.backbone, images.contiguous(memory_format=torch.channels_last)).contiguous()
-
-    @property
-    def price(self) -> float:
-        """What the gate's scores are charged per unit of cost."""
-        return self.operating_point
-
-    @price.setter
-    def price(self, value: float) -> None:
-        self.operating_point = value
-
-    def fit_gate(self, images: Tensor) -> None:
-        """Scale the gate's input to zero mean and unit deviation over ``images`` (N, C, H, W), run in full precision."""
-        handles = []
-        for i, block in enumerate(self.blocks):
-
-            def normalise(_: nn.Module, inputs: tuple[Tensor, ...], index: int = i) -> None:
-                self.gate.normalise_input(index, inputs[0])
-
-            handles.append(block.module.register_forward_pre_hook(normalise))
-        try:
-            self.run_in_full(images)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @torch.no_grad()
     def run_in_full(self, images: Tensor) -> Tensor:
@@ -216,15 +241,15 @@ class DynamicResNet(nn.Module):
                 x = block.module(x)
             return self.layout.head(self.backbone, x)
 
-    def _route(self, block: Block, x: Tensor, choice: Tensor, probs: Tensor | None, explore: float) -> Tensor:
+    def _route(self, block: Block, x: Tensor, choice: Tensor, probs: Tensor | None, explored: float) -> Tensor:
         """Run each group of images with its option, (N, C, H, W) to (N, C', H', W'), in the order of the batch."""
         if probs is None and not torch.is_grad_enabled():
             return self._infer(block, x, choice)
         groups = self._groups(choice, x.device)
         if len(groups) <= 1:
-            return self._execute(block, x, groups[0][0] if groups else 0, probs, explore)
+            return self._execute(block, x, groups[0][0] if groups else 0, probs, explored)
         outputs = [
-            self._execute(block, x[rows], option, None if probs is None else probs[rows], explore)
+            self._execute(block, x[rows], option, None if probs is None else probs[rows], explored)
             for option, rows in groups
         ]
         return torch.cat(outputs)[torch.cat([rows for _, rows in groups]).argsort()]
@@ -236,7 +261,7 @@ class DynamicResNet(nn.Module):
             return self._execute(block, x, groups[0][0] if groups else 0, None, 0.0)
         result: Tensor | None = None
         for option, rows in groups:
-            if self.config.bits[option] == 0 and block.keeps_input:
+            if self.bits[option] == 0 and block.keeps_input:
                 result = x
                 continue
             y = self._execute(block, x[rows], option, None, 0.0)
@@ -255,7 +280,7 @@ class DynamicResNet(nn.Module):
         if len(choice) == 1:
             return [(int(choice), choice)]
         # Not by torch.bincount, which on an accelerator waits for the smallest and the largest value first.
-        options = torch.arange(len(self.config.bits), device=choice.device)
+        options = torch.arange(len(self.bits), device=choice.device)
         counts = (choice[:, None] == options).sum(dim=0).tolist()
         taken = [(option, count) for option, count in enumerate(counts) if count]
         if len(taken) <= 1:
@@ -264,22 +289,22 @@ class DynamicResNet(nn.Module):
         rows = order.split([count for _, count in taken])
         return [(option, r) for (option, _), r in zip(taken, rows, strict=True)]
 
-    def _execute(self, block: Block, x: Tensor, option: int, probs: Tensor | None, explore: float) -> Tensor:
-        bits = self.config.bits[option]
+    def _execute(self, block: Block, x: Tensor, option: int, probs: Tensor | None, explored: float) -> Tensor:
+        bits = self.bits[option]
         if probs is None:
             return block.skip(block.module, x) if bits == 0 else self._run_block(block, x, bits, None)
         if bits != 0:
-            y = self._run_block(block, x, bits, Routing(probs, self.config.bits))
-            if self.config.bits[0] == 0:
+            y = self._run_block(block, x, bits, Routing(probs, self.bits))
+            if self.bits[0] == 0:
                 with torch.no_grad():
                     branch = y - block.skip(block.module, x)
                 y = _with_gradient(y, branch, 1 - probs[:, 0])
             return y
         y = block.skip(block.module, x)
-        if explore and torch.rand(()).item() < explore:
+        if explored and torch.rand(()).item() < explored:
             second = int(probs[:, 1:].detach().mean(dim=0).argmax()) + 1
             with torch.no_grad():
-                branch = self._run_block(block, x, self.config.bits[second], None) - y
+                branch = self._run_block(block, x, self.bits[second], None) - y
             y = _with_gradient(y, branch, 1 - probs[:, 0])
         return y
 

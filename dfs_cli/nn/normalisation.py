@@ -66,14 +66,14 @@ class FractionalBatchNorm(_Norm):
     precision: Precision
 
     @classmethod
-    def adopt(cls: type[N], norm: nn.Module, bitwidths: tuple[int, ...], precision: Precision) -> N:
+    def adopt(cls: type[N], norm: nn.Module, precision: Precision) -> N:
         """A layer with the parameters and statistics of ``norm`` (they are shared, not copied)."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.__dict__.update({k: v for k, v in norm.__dict__.items() if k not in ("_parameters", "_buffers")})
         new._parameters, new._buffers = dict(norm._parameters), dict(norm._buffers)
-        new.bitwidths, new.precision = bitwidths, precision
-        rows = len(bitwidths)
+        new.bitwidths, new.precision = precision.quantized, precision
+        rows = len(new.bitwidths)
         for name, source in (("bit_weight", new.weight), ("bit_bias", new.bias)):
             new.register_parameter(name, nn.Parameter(source.detach().repeat(rows, 1)))
         assert new.running_mean is not None and new.running_var is not None

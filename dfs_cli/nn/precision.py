@@ -1,4 +1,4 @@
-"""The current bitwidth of a residual block: set here and nowhere else."""
+"""The current bitwidth of layers: set here and nowhere else."""
 
 from __future__ import annotations
 
@@ -25,11 +25,26 @@ class Routing:
 
 
 class Precision:
-    """The bitwidth that the layers sharing this object run at; the default outside :meth:`at`."""
+    """The bitwidth that the layers sharing this object run at.
 
-    def __init__(self, default: int = FULL_BITS) -> None:
-        self.bits = default
+    Args:
+        options: the bitwidths that may be set, 2..16 or 32; outside :meth:`at` it is the widest.
+    """
+
+    def __init__(self, options: tuple[int, ...]) -> None:
+        self.options = options
+        self.bits = max(options)
         self.routing: Routing | None = None
+
+    @property
+    def quantized(self) -> tuple[int, ...]:
+        """The options that are not floating point."""
+        return tuple(bits for bits in self.options if bits != FULL_BITS)
+
+    @property
+    def may_be_full(self) -> bool:
+        """Whether floating point is an option."""
+        return FULL_BITS in self.options
 
     @contextmanager
     def at(self, bits: int, routing: Routing | None = None) -> Iterator[None]:

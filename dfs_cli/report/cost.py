@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import csv
+import io
+from pathlib import Path
 from typing import Any, TypedDict
 
-from dfs_cli.artifact.manifest import Evaluation, Manifest
+from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import FULL_BITS
-from dfs_cli.cost.table import CostTable, relative_cost
+from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.cost.weighting import RULE, UNIT, mac_cost
 from dfs_cli.errors import ConfigError
+from dfs_cli.records import Evaluation
 
 CONVENTIONS = (
     "MACs are multiply-accumulates of convolutions and linear maps, as fvcore counts them (one multiply-accumulate counts "
     "one), for one image at the evaluation size.",
-    "A b-bit MAC costs (b/32)^2 of a 32-bit one; costs are fractions of the dense 32-bit network's MACs.",
+    RULE,
     "The gate is included, at 32 bits; so is everything else that always runs, and every pass that an image takes.",
 )
 
@@ -37,24 +41,38 @@ class LayerRow(TypedDict):
 
 def layer_rows(table: CostTable, evaluation: Evaluation) -> list[LayerRow]:
     """A row per layer, in the order of the network, and one for the gate."""
-    rows = []
-    for layer in table.layers:
-        if layer.block is None:
-            assert layer.bits is not None
-            histogram = {layer.bits: 1.0}
-        else:
-            counts = evaluation.choices[layer.block]
-            histogram = {b: n / sum(counts) for b, n in zip(table.options, counts, strict=True)}
-        block = None if layer.block is None else table.blocks[layer.block]
-        rows.append(_row(layer.name, block, layer.macs, evaluation.passes, histogram, table.dense_macs))
-    gate_runs = evaluation.passes - (table.passes - 1)
-    gate = _row("gate", None, sum(table.gate_macs), gate_runs, {FULL_BITS: 1.0}, table.dense_macs)
+    rows = [
+        _row(
+            layer.name,
+            None if layer.block is None else table.blocks[layer.block],
+            layer.macs,
+            evaluation.passes,
+            layer_shares(table, evaluation, layer),
+            table.dense_macs,
+        )
+        for layer in table.layers
+    ]
+    macs = [sum(row) for row in table.controller_macs]
+    paid = sum(m * share for m, share in zip(macs, evaluation.pass_shares, strict=True))
+    gate = _row("gate", None, sum(macs), paid / max(1, sum(macs)), {FULL_BITS: 1.0}, table.dense_macs)
     gate["dense_share"] = 0.0  # the dense network has no gate
-    return [*rows, gate]
+    return [*rows, gate] if sum(macs) else rows
+
+
+def layer_shares(table: CostTable, evaluation: Evaluation, layer: LayerCost) -> dict[int, float]:
+    """Of a layer's runs over all images and passes, the share at each bitwidth; at 0 those in which its block was skipped."""
+    if layer.block is None:
+        return {layer.bits or FULL_BITS: 1.0}
+    totals = [sum(counts) for counts in zip(*(blocks[layer.block] for blocks in evaluation.choices), strict=True)]
+    shares = {bits: n / sum(totals) for bits, n in zip(table.options, totals, strict=True)}
+    if layer.bits is None:
+        return shares
+    skipped = shares.get(0, 0.0)
+    return ({0: skipped} if skipped else {}) | ({layer.bits or FULL_BITS: 1 - skipped} if skipped < 1 else {})
 
 
 def _row(name: str, block: str | None, macs: int, runs: float, histogram: dict[int, float], dense: int) -> LayerRow:
-    bitweighted = macs * runs * sum(share * relative_cost(bits) for bits, share in histogram.items())
+    bitweighted = macs * runs * sum(share * mac_cost(bits) for bits, share in histogram.items())
     return LayerRow(
         name=name,
         block=block,
@@ -70,13 +88,24 @@ def _row(name: str, block: str | None, macs: int, runs: float, histogram: dict[i
 
 def dynamics_record(evaluation: Evaluation) -> dict[str, Any]:
     """How dynamic the network is, for reports and ``--json``."""
-    return {"passes": evaluation.passes, **asdict(evaluation.dynamics)}
+    return {"passes": evaluation.passes, **evaluation.dynamics.to_dict()}
+
+
+def block_shares(table: CostTable, evaluation: Evaluation) -> list[dict[int, float]]:
+    """For each block (L), how often each bitwidth was chosen, over all images and passes; where layers have bitwidths of their own,
+    over the block's layers, too."""
+    layers = [layer for layer in table.layers if layer.block is not None]
+    blocks = []
+    for block in range(len(table.blocks)):
+        rows = [layer_shares(table, evaluation, layer) for layer in layers if layer.block == block]
+        blocks.append({bits: sum(row.get(bits, 0.0) for row in rows) / len(rows) for bits in table.options})
+    return blocks
 
 
 def option_shares(table: CostTable, evaluation: Evaluation) -> dict[int, float]:
-    """How often each option was chosen, over all images, blocks and passes."""
-    totals = [sum(column) for column in zip(*evaluation.choices, strict=True)]
-    return {b: n / sum(totals) for b, n in zip(table.options, totals, strict=True)}
+    """How often each bitwidth was chosen, over all images, passes and blocks."""
+    blocks = block_shares(table, evaluation)
+    return {bits: sum(row[bits] for row in blocks) / len(blocks) for bits in table.options}
 
 
 def cost_report(manifest: Manifest) -> dict[str, Any]:
@@ -90,13 +119,17 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         raise ConfigError("the network was never evaluated: there is nothing to report")
     return {
         "model": manifest.architecture,
-        "source": manifest.source,
+        "source": manifest.source.to_dict(),
         "budget": manifest.budget,
+        "unit": UNIT,
+        "spend": manifest.spend,
+        "keeps_budget": manifest.keeps_budget,
+        "held_out": manifest.held_out.to_dict() if manifest.held_out else None,
         "operating_point": manifest.operating_point,
         "conventions": list(CONVENTIONS),
-        "top1_before": manifest.source.get("top1"),
+        "top1_before": manifest.source.top1,
         "top1_after": evaluation.top1,
-        "top5_before": manifest.source.get("top5"),
+        "top5_before": manifest.source.top5,
         "top5_after": evaluation.top5,
         "images": evaluation.images,
         "cost": evaluation.cost,
@@ -104,7 +137,7 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "cost_p95": evaluation.cost_p95,
         "cost_max": evaluation.cost_max,
         "cost_all_8_bit": table.uniform_cost(8),
-        "cost_always": table.fixed,
+        "cost_always": table.fixed_cost(0),
         "reachable_budgets": [table.cheapest, table.dearest],
         "gmacs_dense": table.dense_macs / 1e9,
         "gmacs_bitweighted": table.dense_macs * evaluation.cost / 1e9,
@@ -113,7 +146,7 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "layers": layer_rows(table, evaluation),
         "not_counted": table.not_counted,
         "unreadable_images": list(evaluation.unreadable),
-        "configuration": manifest.configuration,
+        "configuration": manifest.configuration.to_dict() if manifest.configuration else None,
     }
 
 
@@ -130,6 +163,7 @@ def evaluation_record(manifest: Manifest, evaluation: Evaluation, param_count: f
         "cost_p95": evaluation.cost_p95,
         "cost_max": evaluation.cost_max,
         "budget": manifest.budget,
+        "keeps_budget": manifest.keeps_budget,
         "cost_all_8_bit": table.uniform_cost(8),
         "gmacs_dense": table.dense_macs / 1e9,
         "gmacs_bitweighted": table.dense_macs * evaluation.cost / 1e9,
@@ -142,3 +176,56 @@ def evaluation_record(manifest: Manifest, evaluation: Evaluation, param_count: f
         "dynamics": dynamics_record(evaluation),
         "unreadable": list(evaluation.unreadable),
     }
+
+
+def profile_record(manifest: Manifest, evaluation: Evaluation) -> dict[str, Any]:
+    """What ``dfs profile --json`` prints."""
+    return {
+        "model": manifest.architecture,
+        "images": evaluation.images,
+        "top1": evaluation.top1,
+        "cost": evaluation.cost,
+        "budget": manifest.budget,
+        "options": list(manifest.table.options),
+        "dynamics": dynamics_record(evaluation),
+        "layers": layer_rows(manifest.table, evaluation),
+    }
+
+
+def layers_csv(table: CostTable, evaluation: Evaluation) -> str:
+    """A row per layer: MACs, runs, share of each bitwidth, mean bits and mean cost."""
+    rows = layer_rows(table, evaluation)
+    bits = sorted({b for row in rows for b in row["histogram"]})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["layer", "block", "macs", "runs", *(f"bits_{b}" for b in bits), "mean_bits", "mean_cost"])
+    for row in rows:
+        shares = [row["histogram"].get(b, 0.0) for b in bits]
+        writer.writerow(
+            [row["name"], row["block"], row["macs"], row["runs"], *shares, row["mean_bits"], row["mean_cost"]]
+        )
+    return text.getvalue()
+
+
+def plan_record(name: str, table: CostTable, budget: float) -> dict[str, Any]:
+    """What ``dfs convert --dry-run --json`` prints."""
+    return {
+        "model": name,
+        "budget": budget,
+        "unit": UNIT,
+        "dense_macs": table.dense_macs,
+        "reachable_budgets": [table.cheapest, table.dearest],
+        "cost_all_8_bit": table.uniform_cost(8),
+        "fixed_layers_cost": table.fixed_layers_cost,
+        "gate_cost": sum(table.controller_costs),
+        "options": list(table.options),
+        "blocks": [
+            {"name": block, "macs": macs, "costs": costs}
+            for block, macs, costs in zip(table.blocks, table.block_macs, table.option_costs[-1].tolist(), strict=True)
+        ],
+    }
+
+
+def export_record(path: Path, static: bool, tensorrt: bool, comparison: dict[str, Any]) -> dict[str, Any]:
+    """What ``dfs export --json`` prints."""
+    return {"onnx": str(path), "static": static, "tensorrt": tensorrt, "bytes": path.stat().st_size} | comparison

@@ -58,7 +58,7 @@ def render_markdown(report: dict[str, Any]) -> str:
             (fixed,) = row["histogram"]
             shares = [f"always {fixed}" if i == 0 else "" for i in range(len(bits))]
         else:
-            shares = [f"{row['histogram'][b]:.1%}" for b in bits]
+            shares = [f"{row['histogram'].get(b, 0.0):.1%}" for b in bits]
         lines.append(
             f"| {row['name']} | {row['macs'] / 1e6:.3f} | {row['dense_share']:.2%} | {' | '.join(shares)} "
             f"| {row['mean_bits']:.2f} | {row['mean_bitweighted_macs'] / 1e6:.4f} |"

@@ -7,9 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dfs_cli.artifact.files import write_atomically
-from dfs_cli.artifact.manifest import Evaluation, Manifest
+from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.atomic import write_atomically
 from dfs_cli.errors import ConfigError, MissingDependencyError
+from dfs_cli.records import Evaluation
+from dfs_cli.report.cost import block_shares
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,9 +47,10 @@ def plot_choices(manifest: Manifest, evaluation: Evaluation) -> Figure:
     axes = figure.subplots()
     colours = colormaps["viridis_r"]
     bottoms = [0.0] * len(table.blocks)
+    blocks = block_shares(table, evaluation)
     for column, bits in enumerate(table.options):
-        shares = [100 * row[column] / sum(row) for row in evaluation.choices]
-        colour = "0.85" if bits == 0 else colours(column / (len(table.options) - 1))
+        shares = [100 * row[bits] for row in blocks]
+        colour = "0.85" if bits == 0 else colours(column / max(1, len(table.options) - 1))
         label = "skipped" if bits == 0 else f"{bits} bit"
         axes.bar(range(len(shares)), shares, bottom=bottoms, width=0.82, color=colour, label=label)
         bottoms = [b + s for b, s in zip(bottoms, shares, strict=True)]

@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dfs_cli.artifact.manifest import Evaluation, Manifest
+from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.cost.table import CostTable
+from dfs_cli.records import Evaluation
 from dfs_cli.report.cost import LayerRow, dynamics_record, layer_rows
 
 # Grey for skipped, then from blue to red, in the 256 colours of terminals.
@@ -90,11 +91,13 @@ def print_plan(console: Console, name: str, table: CostTable, budget: float) -> 
     grid.add_column("MMACs", justify="right", no_wrap=True)
     for bits in table.options:
         grid.add_column("skip" if bits == 0 else f"{bits} bit", justify="right", no_wrap=True)
-    for block, macs, prices in zip(table.blocks, table.block_macs, table.prices.tolist(), strict=True):
-        grid.add_row(block, f"{macs / 1e6:.2f}", *(f"{price:.4f}" for price in prices))
+    for block, macs, costs in zip(table.blocks, table.block_macs, table.option_costs[-1].tolist(), strict=True):
+        grid.add_row(block, f"{macs / 1e6:.2f}", *(f"{cost:.4f}" for cost in costs))
     always = sum(layer.macs for layer in table.layers if layer.block is None)
-    grid.add_row("always", f"{always / 1e6:.2f}", f"{table.edges_cost:.4f}")
-    grid.add_row("gate", f"{sum(table.gate_macs) / 1e6:.2f}", f"{table.gate_cost:.4f}")
+    grid.add_row("always", f"{always / 1e6:.2f}", f"{table.fixed_layers_cost:.4f}")
+    gate_macs, gate_cost = sum(map(sum, table.controller_macs)), sum(table.controller_costs)
+    if gate_macs:
+        grid.add_row("gate", f"{gate_macs / 1e6:.2f}", f"{gate_cost:.4f}")
     console.print(f"{name}: cost of each option, as a fraction of the dense network", highlight=False)
     console.print(grid)
     for line in (
@@ -139,3 +142,42 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
     grid.add_row("chosen", shares)
     grid.add_row("dynamic", dynamics_text(record["dynamics"]))
     console.print(grid, highlight=False)
+
+
+def print_conversion(console: Console, report: dict[str, Any]) -> None:
+    """What a conversion achieved, in a few lines."""
+    unreadable = report["unreadable_images"] + report["configuration"]["unreadable_training_images"]
+    lines = [
+        f"top-1   {report['top1_before']:.2f} % -> {report['top1_after']:.2f} % on {report['images']} images",
+        f"cost    {report['cost']:.4f} of dense 32-bit, budget {report['budget']:g} "
+        f"(everything statically at 8 bits: {report['cost_all_8_bit']:.4f})",
+        f"spent   {spending_text(report)}",
+    ]
+    if unreadable:
+        lines.append(f"left out {len(unreadable)} unreadable images: {', '.join(unreadable[:10])}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def spending_text(report: dict[str, Any]) -> str:
+    """How much of the budget was spent, and why."""
+    share = f"{report['cost'] / report['budget']:.0%} of the budget"
+    if report["spend"]:
+        return f"{share}, which was to be spent"
+    if report["cost"] > 0.9 * report["budget"]:
+        return share
+    return f"{share}: on the held-out images more gains nothing (--spend reaches for the budget itself)"
+
+
+def print_export(console: Console, record: dict[str, Any], bits: Sequence[int]) -> None:
+    """The graph that was written, and how it compares with the network."""
+    kind = "images" if record["labelled"] else "random images"
+    lines = [f"{record['onnx']}, {record['bytes'] / 2**20:.1f} MiB, blocks hand on {record['features']} features"]
+    if any(2 <= b <= 7 for b in bits):
+        lines.append("options of 2 to 7 bits run on 8-bit kernels: they take as long as 8 bits")
+    lines.append(f"compared on {record['images']} {kind}")
+    lines.append(f"same decisions {record['same_decisions']:8.2%}, same answers {record['same_answers']:.2%}")
+    if record["labelled"]:
+        lines.append(f"top-1          {record['onnx_top1']:8.2f}, of the network {record['top1']:.2f}")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

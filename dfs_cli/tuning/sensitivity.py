@@ -1,81 +1,95 @@
-"""What each option of each block costs in accuracy, measured once before tuning."""
+"""What each option of each block, and of each layer, costs in accuracy, measured once before tuning."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from dfs_cli.control.base import Need, Sensitivity
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.precision import Precision
+from dfs_cli.surgery.plan import SurgeryPlan
 from dfs_cli.tuning.losses import distillation_loss
-from dfs_cli.tuning.static_mix import set_layer_bits
 
-_STRENGTH, _LARGEST_SHIFT = 1.0, 1.8
-_FLOOR = 1e-5  # damages below this, in nats, are noise
 _MACS = 2e12  # about a minute on a few CPU cores
 
 
-@torch.no_grad()
-def measure_damage(network: DynamicResNet, table: CostTable, images: Tensor) -> Tensor:
-    """Damage (L, K) of taking an option in one block while all others run at their widest.
-
-    The damage is the Kullback-Leibler divergence, in nats, of the predictions from those with every block at its widest.
+def measure(
+    need: Need, network: DynamicResNet, plan: SurgeryPlan, table: CostTable, images: Tensor
+) -> Sensitivity | None:
+    """What a controller needs to have measured.
 
     Args:
-        images: (N, C, H, W); for large networks fewer are used, so that this takes about a minute.
+        images: (N, C, H, W); for large networks fewer are used, so that each measurement takes about a minute.
     """
+    if need is Need.NOTHING or len(table.options) == 1:
+        return None
+    blocks = measure_blocks(network, table, images)
+    return Sensitivity(blocks, measure_layers(network, plan, table, images) if need is Need.BLOCKS_AND_LAYERS else None)
+
+
+@torch.no_grad()
+def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> Tensor:
+    """Harm (L, K) of taking an option in one block while all others run at their widest: the Kullback-Leibler divergence, in nats,
+    of the predictions from those with every block at its widest."""
     blocks, options = len(table.blocks), len(table.options)
     images = _affordable(images, table, blocks * (options - 1))
     widest = torch.full((len(images), blocks), options - 1, device=images.device)
-    expected = network.run(images, widest).logits
-    damage = torch.zeros(blocks, options, device=images.device)
+    expected, _ = network.follow(images, widest)
+    harm = torch.zeros(blocks, options, device=images.device)
     for block in range(blocks):
         for option in range(options - 1):
-            decisions = widest.clone()
-            decisions[:, block] = option
-            logits = network.run(images, decisions).logits
-            damage[block, option] = distillation_loss(logits, expected, temperature=1.0)
-    return damage
+            policy = widest.clone()
+            policy[:, block] = option
+            logits, _ = network.follow(images, policy)
+            harm[block, option] = distillation_loss(logits, expected, temperature=1.0)
+    return harm
 
 
 @torch.no_grad()
-def measure_layer_damage(network: DynamicResNet, table: CostTable, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`measure_damage` measures, for single layers.
-
-    Args:
-        images: as there.
-
-    Returns:
-        Damage (M, K) of each layer of the blocks, in the table's order, at each option but skipping (infinite), and damage
-        (L,) of skipping each block.
-    """
+def measure_layers(network: DynamicResNet, plan: SurgeryPlan, table: CostTable, images: Tensor) -> Tensor:
+    """Harm (M, K), as :func:`measure_blocks` measures it, of each option of each single layer of the blocks, in the table's order;
+    infinite for skipping."""
     names = [layer.name for layer in table.layers if layer.block is not None]
-    blocks, options = len(table.blocks), len(table.options)
-    images = _affordable(images, table, len(names) * (options - 2) + blocks)
-    widest = torch.full((len(images), blocks), options - 1, device=images.device)
-    expected = network.run(images, widest).logits
-    damage = torch.full((len(names), options), torch.inf, device=images.device)
-    damage[:, -1] = 0
+    options = [i for i, bits in enumerate(table.options) if bits]
+    images = _affordable(images, table, len(names) * (len(options) - 1) + len(table.blocks))
+    widest = torch.full((len(images), len(table.blocks)), len(table.options) - 1, device=images.device)
+    expected, _ = network.follow(images, widest)
+    harm = torch.full((len(names), len(table.options)), torch.inf, device=images.device)
+    harm[:, -1] = 0
     for row, name in enumerate(names):
-        for option in range(1, options - 1):
-            set_layer_bits(network, {name: table.options[option]})
-            damage[row, option] = distillation_loss(network.run(images, widest).logits, expected, temperature=1.0)
-    set_layer_bits(network, {})
-    skipping = torch.zeros(blocks, device=images.device)
-    for block in range(blocks):
-        decisions = widest.clone()
-        decisions[:, block] = 0
-        skipping[block] = distillation_loss(network.run(images, decisions).logits, expected, temperature=1.0)
-    return damage, skipping
+        for option in options[:-1]:
+            with layer_at(network, plan, name, table.options[option]):
+                logits, _ = network.follow(images, widest)
+            harm[row, option] = distillation_loss(logits, expected, temperature=1.0)
+    return harm
+
+
+@contextmanager
+def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) -> Iterator[None]:
+    """Run one layer, and the batch-norms that follow it, at ``bits``, whatever its block runs at, within the context."""
+    paths = [name, *(norm for norm, layer in plan.norms.items() if layer == name)]
+    modules = [network.backbone.get_submodule(path) for path in paths]
+    before = [module.precision for module in modules]
+    own = Precision((bits,))
+    for module in modules:
+        module.precision = own  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, precision in zip(modules, before, strict=True):
+            module.precision = precision
+
+
+@torch.no_grad()
+def divergence(network: DynamicResNet, original: torch.nn.Module, images: Tensor) -> float:
+    """How far the predictions for ``images`` (N, C, H, W) are from the original's: Kullback-Leibler divergence in nats."""
+    return float(distillation_loss(network.run(images).logits, original(images), temperature=1.0))
 
 
 def _affordable(images: Tensor, table: CostTable, runs: int) -> Tensor:
     return images[: max(16, int(_MACS / (table.dense_macs * runs)))]
-
-
-@torch.no_grad()
-def prefer_harmless_options(network: DynamicResNet, damage: Tensor) -> None:
-    """Shift the gate's preferences by how much less (or more) an option harms a block than it harms the average block."""
-    log_damage = damage.clamp_min(_FLOOR).log()
-    shift = _STRENGTH * (log_damage.mean(dim=0) - log_damage)
-    network.gate.preference.add_(shift.clamp(-_LARGEST_SHIFT, _LARGEST_SHIFT))

@@ -13,13 +13,11 @@ from timm.scheduler import CosineLRScheduler
 from dfs_cli.config import TuningConfig
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.probe import ProbedResNet
 
 _GATE_RATE, _BACKBONE_RATE = 5.0, 0.3
 # Adam divides by the gradient's size. The gate's gradient is small and mostly noise: with the usual epsilon that noise
 # would move the gate at full speed; with this one it moves as far as the gradient says.
 _GATE_EPSILON = 1e-2
-_FIRST_PRICE = 10.0  # too low to change a decision of an untrained gate
 _WEIGHT_DECAY = 1e-4
 _QUANTIZERS = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
 
@@ -37,8 +35,8 @@ class TuningState:
         steps_per_epoch, total_steps: the plan.
         step: steps done.
 
-    The Lagrange multiplier of the budget is ``network.price``, the price of cost: raised while the cost is
-    above the target, lowered below it (dual ascent).
+    The Lagrange multiplier of the budget is the controller's ``cost_multiplier``: raised while the cost is above the target, lowered
+    below it (dual ascent).
     """
 
     network: DynamicResNet
@@ -54,7 +52,7 @@ class TuningState:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "operating_point": self.network.operating_point,
+            "operating_point": self.network.controller.operating_point,
             "step": self.step,
             "plan": (self.steps_per_epoch, self.total_steps),
             "generators": {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda},
@@ -71,15 +69,15 @@ class TuningState:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.network.operating_point, self.step = state["operating_point"], state["step"]
+        self.network.controller.operating_point, self.step = state["operating_point"], state["step"]
         random.setstate(state["generators"]["python"])
         torch.set_rng_state(state["generators"]["torch"])
         if state["generators"]["cuda"]:
             torch.cuda.set_rng_state_all(state["generators"]["cuda"])
 
 
-def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: int, epochs: int) -> TuningState:
-    """A fresh state: the backbone learns three times slower than the step sizes, or not at all where it is frozen."""
+def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: int) -> TuningState:
+    """A fresh state, of as many steps as the settings give: the backbone learns three times slower than the step sizes, or not at all where it is frozen."""
     gate, quantizers, backbone = parameter_groups(network)
     groups = [
         {"params": gate, "lr": config.lr * _GATE_RATE, "weight_decay": 0.0, "eps": _GATE_EPSILON},
@@ -90,17 +88,15 @@ def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: i
     if not config.freeze_backbone:
         groups.append({"params": backbone, "lr": config.lr * _BACKBONE_RATE, "weight_decay": _WEIGHT_DECAY})
     optimizer = create_optimizer_v2([g for g in groups if g["params"]], opt="adamw", lr=config.lr)
-    total = steps_per_epoch * epochs
+    total = config.total_steps(steps_per_epoch)
     scheduler = CosineLRScheduler(optimizer, t_initial=total, lr_min=0.0, t_in_epochs=False)
-    if not isinstance(network, ProbedResNet):
-        network.operating_point = _FIRST_PRICE
     return TuningState(network, optimizer, scheduler, steps_per_epoch, total)
 
 
 def parameter_groups(
     network: DynamicResNet,
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """The parameters of the gate, of the quantizers (step sizes) and of the backbone."""
+    """The parameters of the controller, of the quantizers (step sizes) and of the backbone."""
     gate = [p for name, p in network.named_parameters() if not name.startswith("backbone.")]
     quantizers: list[torch.nn.Parameter] = []
     backbone: list[torch.nn.Parameter] = []

@@ -1,0 +1,117 @@
+"""Saving and loading converted networks, strictly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import safetensors
+import timm
+import torch
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+import dfs_cli.models.cifar  # noqa: F401  # a file may be of one of our own, which it registers with timm
+from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.artifact.packing import load_packed, packed_tensors
+from dfs_cli.atomic import check_writable, write_atomically
+from dfs_cli.errors import ArtifactError, DfsError
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.swap import make_dynamic
+
+_MANIFEST, _DIGEST = "dfs_manifest", "dfs_sha256"
+
+
+def save_artifact(path: Path, network: DynamicResNet, manifest: Manifest, force: bool = False) -> None:
+    """Write ``network`` and ``manifest`` to one safetensors file, atomically, once it has proved to load.
+
+    Raises:
+        OutputError: the file exists (unless ``force``) or cannot be written.
+        ArtifactError: loaded back, the file gives other logits or decisions than ``network``.
+    """
+    check_writable([path], force)
+    tensors = packed_tensors(network)
+    text = manifest.to_json()
+    metadata = {"format": "pt", _MANIFEST: text, _DIGEST: tensor_digest(tensors, text)}
+    write_atomically(
+        path, serialise(tensors, metadata=metadata), check=lambda p: _check_identical(p, network, manifest)
+    )
+
+
+@torch.no_grad()
+def _check_identical(path: Path, network: DynamicResNet, manifest: Manifest) -> None:
+    """Raises ArtifactError unless the file gives bit-identical logits and decisions on random images."""
+    device = network.device
+    loaded, _ = load_artifact(path, device)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(4, *manifest.preprocessing.input_size, generator=generator).to(device)
+    was_training = network.training
+    expected, found = network.eval().run(images), loaded.run(images)
+    network.train(was_training)
+    same = torch.equal(expected.logits, found.logits) and bool(expected.decisions.equal(found.decisions).all())
+    if not same:
+        raise ArtifactError("the file that was written gives other logits than the network: nothing was kept")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest alone.
+
+    Raises:
+        ArtifactError: as :func:`load_artifact`.
+    """
+    return _read(path)[0]
+
+
+def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[DynamicResNet, Manifest]:
+    """The network, in evaluation mode, and its manifest. Nothing in the file is executed.
+
+    Raises:
+        ArtifactError: the file is missing, truncated, not one of dfs, or was changed after it was written.
+    """
+    manifest, tensors = _read(path)
+    try:
+        network = _rebuild(manifest)
+        load_packed(network, tensors)
+    except (DfsError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{path} does not fit the network it describes: {reason}") from None
+    return network.to(device).eval(), manifest
+
+
+def _rebuild(manifest: Manifest) -> DynamicResNet:
+    if not timm.is_model(manifest.architecture) or ":" in manifest.architecture:
+        raise ArtifactError(f"unknown architecture {manifest.architecture!r}")
+    with torch.random.fork_rng(devices=[]):  # loading must not use up the caller's random numbers
+        model = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args.to_dict())
+        network = make_dynamic(model.eval(), manifest.dynamic, manifest.table).network
+    network.controller.operating_point = manifest.operating_point
+    return network
+
+
+def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """Manifest and tensors of an intact file."""
+    if not path.is_file():
+        raise ArtifactError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is not an intact safetensors file: {' '.join(str(error).split())[:160]}") from None
+    if _MANIFEST not in metadata:
+        raise ArtifactError(f"{path} is a safetensors file, but not one that dfs convert wrote: it has no manifest")
+    # Old and future versions say so before their checksum is looked at: it may be of another kind.
+    manifest = Manifest.from_json(metadata[_MANIFEST])
+    if metadata.get(_DIGEST) != tensor_digest(tensors, metadata[_MANIFEST]):
+        raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
+    return manifest, tensors
+
+
+def tensor_digest(tensors: dict[str, Tensor], text: str = "") -> str:
+    """SHA-256 over ``text`` and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

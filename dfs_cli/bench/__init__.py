@@ -1,0 +1,1 @@
+"""What things cost on the clock, and in memory."""

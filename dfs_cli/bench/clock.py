@@ -1,0 +1,115 @@
+"""Time: what is compared is measured in turns within one run, and given as medians and quartiles."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from dfs_cli.bench.process import pinned_to
+from dfs_cli.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles of several runs, in seconds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@contextmanager
+def on_threads(threads: int) -> Iterator[int]:
+    """Run PyTorch on so many threads, and the process on as many cores, within the context.
+
+    Yields:
+        How many cores it may use; 0: not known.
+
+    Raises:
+        ConfigError: ``threads`` is below 1.
+    """
+    if threads < 1:
+        raise ConfigError(f"threads {threads} is below 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pinned_to(threads) as cores:
+            yield cores
+    finally:
+        torch.set_num_threads(before)
+
+
+def in_turns(
+    measures: Sequence[Callable[[int], T]],
+    repeats: int,
+    warm_up: int,
+    every: Sequence[int] | None = None,
+    on_round: Callable[[int], None] = lambda rounds: None,
+) -> list[list[T]]:
+    """Call all ``measures`` in every round, one after the other: what slows the machine for a while then slows all of them.
+
+    Args:
+        measures: each gets the number of the round, from 0, and returns what it measured.
+        repeats: rounds that count.
+        warm_up: rounds before these, whose results are dropped.
+        every: for each measure, n: it takes part in every n-th of the rounds that count, from the first on, and with n above 1
+            in no other round. None: in all rounds.
+        on_round: called with 1 after each round.
+
+    Returns:
+        What each measure returned, in the rounds that count.
+
+    Raises:
+        ConfigError: ``repeats`` is below 1.
+    """
+    check_repeats(repeats)
+    results: list[list[T]] = [[] for _ in measures]
+    for turn in range(warm_up + repeats):
+        counted = turn - warm_up
+        for measure, nth, found in zip(measures, every or [1] * len(measures), results, strict=True):
+            if nth > 1 and (counted < 0 or counted % nth):
+                continue
+            result = measure(turn)
+            if counted >= 0:
+                found.append(result)
+        on_round(1)
+    return results
+
+
+def check_repeats(repeats: int) -> None:
+    """Raises ConfigError where there is no round."""
+    if repeats < 1:
+        raise ConfigError(f"repeats {repeats} is below 1")
+
+
+def seconds_of(step: Callable[[], object], device: torch.device) -> float:
+    """How long ``step`` takes, what it starts on an accelerator included."""
+    _wait_for(device)
+    began = time.perf_counter()
+    step()
+    _wait_for(device)
+    return time.perf_counter() - began
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def percentiles(values: Sequence[float]) -> list[float]:
+    """The 1st to the 99th percentile; of a single value always that value."""
+    return statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else [*values] * 99
+
+
+def quartiles(seconds: Sequence[float]) -> Timing:
+    """Median and quartiles of ``seconds``."""
+    found = percentiles(seconds)
+    return Timing(median=statistics.median(seconds), low=found[24], high=found[74])

@@ -1,0 +1,117 @@
+"""What this process uses: its cores, and its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+T = TypeVar("T")
+
+_STATUS, _RESET, _TASKS = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/task")
+
+
+@contextlib.contextmanager
+def pinned_to(cores: int) -> Iterator[int]:
+    """Keep the process, with all its threads and those to come, to so many cores within the context, where the system lets it.
+
+    Yields:
+        How many cores it may use; 0: not known.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield 0
+        return
+    before = {0: os.sched_getaffinity(0)}
+    kept = set(sorted(before[0])[:cores])
+    for thread in _threads():
+        with contextlib.suppress(OSError):
+            before[thread] = os.sched_getaffinity(thread)
+            os.sched_setaffinity(thread, kept)
+    try:
+        yield len(kept)
+    finally:
+        for thread in _threads():
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(thread, before.get(thread, before[0]))
+
+
+def _threads() -> list[int]:
+    """The process's threads; some may have ended by the time they are used."""
+    try:
+        return [int(task.name) for task in _TASKS.iterdir()]
+    except OSError:
+        return [0]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """The size of ``tensors``."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def size_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, images: Tensor | None = None) -> int:
+    """Bytes that stay from step to step."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if optimizer is not None:
+        tensors += [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
+    if images is not None:
+        tensors.append(images)
+    return bytes_of(tensors)
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that ``step`` holds at a time, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def added_memory(build: Callable[[], T], use: Callable[[T], object]) -> tuple[T, int | None]:
+    """What ``build`` makes, and by how many bytes the process grew, at its peak, while that was made and used.
+
+    None where the system does not tell. Memory that was free before and is used again is not counted.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS") if _reset_peak() else None
+    made = build()
+    use(made)
+    peak = _resident("VmHWM")
+    return made, None if before is None or peak is None else max(0, peak - before)
+
+
+def _reset_peak() -> bool:
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> int | None:
+    """Bytes in a line of /proc/self/status."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)

@@ -1,0 +1,185 @@
+"""What is measured: a network, its images, and decisions that are real or forced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.artifact.artifact import load_artifact
+from dfs_cli.config import LARGE_BATCH, DataConfig, DynamicConfig
+from dfs_cli.control.base import controller_of
+from dfs_cli.cost.table import CostTable
+from dfs_cli.data.images import Batch, UnreadableLog
+from dfs_cli.data.loading import default_workers, load_all
+from dfs_cli.data.splits import open_validation
+from dfs_cli.errors import ConfigError
+from dfs_cli.freeze.biases import round_biases
+from dfs_cli.freeze.weights import freeze_weights
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.quantization import BYTE_BITS
+from dfs_cli.surgery.initialise import fit_steps
+from dfs_cli.surgery.plan import plan_costs, plan_surgery
+from dfs_cli.surgery.swap import make_dynamic
+
+_STEP_IMAGES = 4  # that step sizes are set from
+
+Mix = Mapping[int, float]
+"""Shares of the blocks by bitwidth."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured.
+
+    Args:
+        dense: the network before its conversion.
+        network: the dynamic one, on the CPU, in evaluation mode.
+        table: its costs.
+        gate: what decides, for people.
+        images: (N, C, H, W); runs go through them in turn.
+        decisions: where decisions come from, for people.
+        cost, batch_cost: mean cost of an image, alone and in a batch; they differ where the decisions in a batch are forced.
+        file_size: bytes of the dynamic network's file; None: as many as it would have.
+        known: images and their classes, on which the network's graph is compared with it; None: there are none.
+    """
+
+    dense: nn.Module
+    network: DynamicResNet
+    table: CostTable
+    gate: str
+    images: Tensor
+    decisions: str
+    cost: float
+    batch_cost: float
+    file_size: int | None = None
+    known: Batch | None = None
+
+
+def default_mix(options: Sequence[int]) -> dict[int, float]:
+    """Half of the blocks at the fewest bits, half at the most that integer kernels take."""
+    low = min(options)
+    high = max((b for b in options if low < b <= BYTE_BITS), default=max(options))
+    return {low: 0.5, high: 0.5} if low != high else {low: 1.0}
+
+
+def draw_policies(mix: Mix, options: Sequence[int], blocks: int, seed: int, images: int = 1) -> Tensor:
+    """Option indices (N, L): for each image as many blocks at each bitwidth as its share says, drawn by ``seed``.
+
+    Args:
+        blocks: L.
+        images: N.
+
+    Raises:
+        ConfigError: a bitwidth is none of the options.
+    """
+    if unknown := sorted(set(mix) - set(options)):
+        raise ConfigError(f"--mix: {unknown[0]} bits is none of the options {','.join(map(str, options))}")
+    # Rounded so that the counts add up: the rest goes to those that lost most.
+    counts = {bits: int(share * blocks + 1e-9) for bits, share in mix.items()}
+    for bits in sorted(mix, key=lambda b: counts[b] - mix[b] * blocks)[: blocks - sum(counts.values())]:
+        counts[bits] += 1
+    policy = torch.tensor([options.index(bits) for bits in sorted(counts) for _ in range(counts[bits])])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([policy[torch.randperm(blocks, generator=generator)] for _ in range(images)])
+
+
+def workload_of_model(
+    model: nn.Module, dynamic: DynamicConfig, input_size: tuple[int, int, int], mix: Mix | None = None, seed: int = 0
+) -> Workload:
+    """``model`` made dynamic, not tuned, on random images, with forced decisions.
+
+    Args:
+        input_size: (C, H, W) of the images.
+        mix: None: :func:`default_mix`.
+        seed: of the images, and of which blocks get which bitwidth.
+
+    Raises:
+        ConfigError: the mix is of other bitwidths than the options.
+        UnsupportedModelError: the model cannot be converted.
+    """
+    plan = plan_surgery(model)
+    table = plan_costs(model, dynamic, input_size, plan)
+    mix = mix or default_mix(table.options)
+    policies = draw_policies(mix, table.options, len(table.blocks), seed, LARGE_BATCH)
+    images = _random_images(input_size, seed)
+    network = make_dynamic(model, dynamic, table, plan).network
+    controller_of(network).force(policies)
+    fit_steps(network, images[:_STEP_IMAGES])
+    freeze_weights(network)
+    round_biases(network, input_size)
+    return _forced(model, network, table, dynamic.gate, images, mix, seed)
+
+
+def workload_of_file(path: Path, mix: Mix | None = None, data: DataConfig | None = None, seed: int = 0) -> Workload:
+    """A converted network on real images, with its own decisions; without ``data`` on random images, with forced ones.
+
+    A network whose decisions are the same for every image has its own on random images, too.
+
+    Args:
+        mix: None: :func:`default_mix`.
+        seed: of random images, and of which blocks get which bitwidth.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, or not one of dfs.
+        ConfigError: a mix is given where decisions are real; or it is of other bitwidths than the options.
+        DataError: images are missing or unreadable, or of other classes.
+    """
+    network, manifest = load_artifact(path)
+    # Weights make no difference to the time.
+    dense = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args.to_dict()).eval()
+    table, gate, file_size = manifest.table, manifest.dynamic.gate, path.stat().st_size
+    least, most = controller_of(network).movable(table)
+    if mix is not None and data is not None:
+        raise ConfigError("--mix forces decisions, --data measures real ones: pass one of them")
+    if mix is not None and least == most:
+        raise ConfigError(f"--mix forces decisions: those of {path} are the same for every image, leave it out")
+    if data is not None:
+        split = open_validation(data, manifest.preprocessing, manifest.class_names)
+        log = UnreadableLog("validation", len(split))
+        batches, targets = load_all(split, LARGE_BATCH, default_workers(split), torch.device("cpu"), log)
+        known = Batch(torch.cat(batches), targets, ())
+        images = known.images[:LARGE_BATCH]
+        cost = _mean_cost(network, table, images)
+        return Workload(dense, network, table, gate, images, "real, on validation images", cost, cost, file_size, known)
+    images = _random_images(manifest.preprocessing.input_size, seed)
+    if least == most:
+        how = "the network's own, the same for every image"
+        return Workload(dense, network, table, gate, images, how, least, least, file_size)
+    mix = mix or default_mix(table.options)
+    controller_of(network).force(draw_policies(mix, table.options, len(table.blocks), seed, LARGE_BATCH))
+    return _forced(dense, network, table, gate, images, mix, seed, file_size)
+
+
+@torch.inference_mode()
+def _forced(
+    dense: nn.Module,
+    network: DynamicResNet,
+    table: CostTable,
+    gate: str,
+    images: Tensor,
+    mix: Mix,
+    seed: int,
+    file_size: int | None = None,
+) -> Workload:
+    """The workload of a network whose decisions are forced to those of ``mix``."""
+    taken = network.run(images).decisions
+    how = f"{','.join(f'{bits}:{share:g}' for bits, share in sorted(mix.items()))} of the blocks, drawn by seed {seed}"
+    how += ", in batches anew for each image" if taken.distinct() > 1 else ""
+    how += ", the first pass alone" if len(controller_of(network).views) > 1 else ""
+    cost, batch_cost = (_mean_cost(network, table, some) for some in (images[:1], images))
+    return Workload(dense, network, table, gate, images, how, cost, batch_cost, file_size)
+
+
+@torch.inference_mode()
+def _mean_cost(network: DynamicResNet, table: CostTable, images: Tensor) -> float:
+    """Of ``images`` (N, C, H, W), with the decisions that they get."""
+    return float(table.cost(network.run(images).decisions).mean())
+
+
+def _random_images(input_size: tuple[int, int, int], seed: int) -> Tensor:
+    return torch.randn(LARGE_BATCH, *input_size, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,62 @@
+"""Where a command's results go: text, JSON, or nowhere; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dfs_cli.cli.options import JsonOutput, Quiet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dfs_cli.cli.progress import PlainObserver, TerminalObserver
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The one sink of a command.
+
+    Args:
+        as_json: print one JSON object on stdout, and nothing else there.
+        quiet: no progress, and no text.
+    """
+
+    as_json: JsonOutput = False
+    quiet: Quiet = False
+
+    def result(self, record: Any, render: Callable[[Console], None]) -> None:
+        """The result of the command: ``record`` as JSON, or what ``render`` prints."""
+        if self.as_json:
+            typer.echo(json.dumps(record))
+        elif not self.quiet:
+            from rich.console import Console
+
+            render(Console())
+
+    def say(self, *lines: str) -> None:
+        """Lines on stderr."""
+        if not self.quiet:
+            for line in lines:
+                self.stderr().print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def stderr(self) -> Console:
+        """The console for everything that is not a result."""
+        from rich.console import Console
+
+        return Console(stderr=True, quiet=self.quiet)
+
+    def observer(self, logs: bool = False, settings: bool = False) -> TerminalObserver | PlainObserver:
+        """Shows a run: bars where stderr is a terminal, lines elsewhere.
+
+        Args:
+            logs: lines where stderr is no terminal, too.
+            settings: the resolved settings first.
+        """
+        from dfs_cli.cli.progress import create_observer
+
+        return create_observer(self.stderr(), logs and not self.quiet, settings)

@@ -1,0 +1,1 @@
+"""Dynamic networks beside their rivals at equal cost."""

@@ -1,0 +1,124 @@
+"""A cascade of two static networks: the plain alternative to a network that adapts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from dfs_cli.atomic import write_atomically
+from dfs_cli.cost.operating_point import target_cost
+
+
+class Answers(NamedTuple):
+    """The softmax confidence (N,) in the most likely classes (N,) of N images."""
+
+    confidence: Tensor
+    answers: Tensor
+
+
+class StaticNetwork(NamedTuple):
+    """What one static network costs, and what it answers."""
+
+    cost: float
+    held_out: Answers
+    validation: Answers
+
+
+def save_answers(path: Path, network: StaticNetwork, held_out_targets: Tensor, validation_targets: Tensor) -> None:
+    """Keep what a static network answers: cascades are made of it later."""
+    tensors = {
+        "held_out_confidence": network.held_out.confidence,
+        "held_out_answers": network.held_out.answers,
+        "held_out_targets": held_out_targets,
+        "validation_confidence": network.validation.confidence,
+        "validation_answers": network.validation.answers,
+        "validation_targets": validation_targets,
+        "cost": torch.tensor(network.cost, dtype=torch.float64),
+    }
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, serialise({k: v.contiguous() for k, v in tensors.items()}))
+
+
+def load_answers(path: Path) -> tuple[StaticNetwork, Tensor, Tensor]:
+    """What :func:`save_answers` kept: the network, and the targets of held-out and validation images."""
+    tensors = load_file(path)
+    held_out, validation = (
+        Answers(tensors[f"{split}_confidence"], tensors[f"{split}_answers"]) for split in ("held_out", "validation")
+    )
+    network = StaticNetwork(float(tensors["cost"]), held_out, validation)
+    return network, tensors["held_out_targets"], tensors["validation_targets"]
+
+
+def confident_answers(logits: Iterable[Tensor]) -> Answers:
+    """What ``logits``, each (N, classes), say."""
+    found = [batch.double().softmax(dim=1).max(dim=1) for batch in logits]
+    return Answers(torch.cat([f.values.cpu() for f in found]), torch.cat([f.indices.cpu() for f in found]))
+
+
+class Cascade(NamedTuple):
+    """Two networks, by index; the share of validation images that both ran, and what came of it."""
+
+    cheap: int
+    dear: int
+    share: float
+    cost: float
+    top1: float
+
+
+def best_cascade(
+    networks: Sequence[StaticNetwork], budget: float, held_out_targets: Tensor, validation_targets: Tensor
+) -> Cascade | None:
+    """The pair with the best top-1 on held-out images whose mean cost keeps ``budget`` there.
+
+    All images run the cheap network; those whose softmax confidence is below a threshold, set on held-out images, run the
+    dear one too, which then answers. Both are paid.
+
+    Returns:
+        None where no pair fits the budget.
+    """
+    best: tuple[float, int, int, float] | None = None
+    for cheap, dear in permutations(range(len(networks)), 2):
+        first, second = networks[cheap], networks[dear]
+        if (
+            second.cost <= first.cost
+            or (threshold := _threshold(first, second, budget, len(validation_targets))) is None
+        ):
+            continue
+        top1, _ = _evaluate(first.held_out, second.held_out, threshold, held_out_targets)
+        if best is None or top1 > best[0]:
+            best = top1, cheap, dear, threshold
+    if best is None:
+        return None
+    _, cheap, dear, threshold = best
+    top1, share = _evaluate(networks[cheap].validation, networks[dear].validation, threshold, validation_targets)
+    return Cascade(cheap, dear, share, networks[cheap].cost + share * networks[dear].cost, top1)
+
+
+def _threshold(first: StaticNetwork, second: StaticNetwork, budget: float, validation_images: int) -> float | None:
+    """The confidence below which the second network runs, so that the held-out images keep the budget."""
+    share = (budget - first.cost) / second.cost
+    if share <= 0:
+        return None
+    if share >= 1:
+        return math.inf  # all images may run both
+    deviation = second.cost * math.sqrt(share * (1 - share))
+    images = len(first.held_out.confidence)
+    share = (target_cost(budget, deviation, images, validation_images) - first.cost) / second.cost
+    if share <= 0:
+        return None
+    return float(first.held_out.confidence.quantile(share))
+
+
+def _evaluate(first: Answers, second: Answers, threshold: float, targets: Tensor) -> tuple[float, float]:
+    """Top-1 in percent, and the share of images that ran the second network."""
+    unsure = first.confidence < threshold
+    answers = torch.where(unsure, second.answers, first.answers)
+    return 100 * float((answers == targets).double().mean()), float(unsure.double().mean())

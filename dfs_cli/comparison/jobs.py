@@ -1,0 +1,59 @@
+"""Which networks a sweep tunes, and with which settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dfs_cli.config import PRESETS, DynamicConfig, SweepConfig
+
+UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
+"""Bitwidths of the uniform static networks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One network to tune: ``budget`` of all but uniform ones, ``bits`` of those."""
+
+    method: str
+    seed: int
+    budget: float | None = None
+    bits: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {f'{self.bits} bit' if self.bits else f'{self.budget:g}'}, seed {self.seed}"
+
+    def matches(self, point: dict[str, Any]) -> bool:
+        """Whether a point of the results is of this job."""
+        return all(point[key] == value for key, value in dataclasses.asdict(self).items())
+
+
+def jobs(config: SweepConfig, seed: int) -> list[Job]:
+    """The networks to tune, dynamic ones first; a cascade needs none of its own."""
+    planned = [Job("dfs", seed, budget=budget) for budget in config.budgets]
+    if "uniform" in config.baselines or "cascade" in config.baselines:
+        planned += [Job("uniform", seed, bits=bits) for bits in UNIFORM_BITS]
+    for method in ("mixed", "skipnet"):
+        if method in config.baselines:
+            planned += [Job(method, seed, budget=budget) for budget in config.budgets]
+    return planned
+
+
+def settings(job: Job, config: SweepConfig) -> tuple[float, DynamicConfig, bool]:
+    """A job's budget, options and gate, and whether the budget is to be spent."""
+    fixed_bits = static_fixed_bits(config)
+    if job.bits is not None:
+        return 1.0, DynamicConfig((job.bits,), fixed_bits, gate="static"), False
+    assert job.budget is not None, "all but uniform networks have one"
+    if job.method == "dfs":
+        return job.budget, config.dynamic[job.budget], config.spend
+    if job.method == "skipnet":
+        preset = PRESETS["skipnet"]
+        return job.budget, DynamicConfig(preset.bits, preset.fixed_bits, gate="rnn"), True
+    return job.budget, DynamicConfig(PRESETS["static"].bits, fixed_bits, gate="static"), False
+
+
+def static_fixed_bits(config: SweepConfig) -> int:
+    """Bitwidth of the fixed layers of static networks: the dynamic ones'."""
+    return max(settings.fixed_bits for settings in config.dynamic.values())

@@ -1,0 +1,183 @@
+"""Dynamic networks beside what a user would run instead, at equal cost, steps, data and starting weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.comparison.cascade import StaticNetwork, best_cascade, confident_answers, load_answers, save_answers
+from dfs_cli.comparison.jobs import Job, jobs, settings
+from dfs_cli.comparison.results import Results, answers_folder, open_results
+from dfs_cli.comparison.summary import STATIC
+from dfs_cli.config import DataConfig, Preprocessing, SweepConfig, TuningConfig
+from dfs_cli.conversion import stages
+from dfs_cli.conversion.convert import run
+from dfs_cli.conversion.converted import Converted
+from dfs_cli.conversion.defaults import default_data, default_dynamic, default_tuning, describe_model
+from dfs_cli.conversion.setup import Setup, prepare
+from dfs_cli.data.images import UnreadableLog
+from dfs_cli.data.preprocessing import resolve_preprocessing
+from dfs_cli.errors import ConfigError, DivergedError
+from dfs_cli.models.zoo import load_model
+from dfs_cli.observer import Observer
+from dfs_cli.report.cost import dynamics_record, option_shares
+from dfs_cli.surgery.plan import plan_costs
+
+
+def sweep(
+    model: nn.Module | str,
+    config: SweepConfig,
+    path: Path | str,
+    data: DataConfig | None = None,
+    *,
+    tuning: TuningConfig | None = None,
+    preprocessing: Preprocessing | None = None,
+    observer: Observer | None = None,
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Tune and evaluate every network of a sweep, and write what was measured to ``path`` after each.
+
+    A sweep whose file exists goes on where it stopped. The answers of the static networks, from which cascades are made, lie
+    in a folder beside it.
+
+    Args:
+        model: as for :func:`dfs_cli.convert`; so are the other arguments.
+        path: the results, JSON: ``points`` is a list with ``method``, ``budget``, ``bits``, ``cost``, ``top1``, ``seed``,
+            ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` names what could not be had, and why;
+            ``summary`` and ``verdicts`` as :mod:`dfs_cli.comparison.summary` makes them.
+        restart: delete what is there of an earlier sweep, once the settings have been checked.
+
+    Returns:
+        The results.
+
+    Raises:
+        OutputError: the file is of another sweep.
+        ConfigError: a budget cannot be reached; nothing has been tuned then.
+
+    Example:
+        >>> import dfs_cli, pathlib, tempfile
+        >>> tuning = dfs_cli.TuningConfig(steps=2, batch_size=64, hflip=0.0)
+        >>> config = dfs_cli.SweepConfig(budgets=(0.1,), baselines=())
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     results = dfs_cli.sweep("resnet20_digits", config, pathlib.Path(folder) / "sweep.json", tuning=tuning)
+        >>> [point["method"] for point in results["points"]]
+        ['dfs']
+    """
+    module, path = load_model(model) if isinstance(model, str) else model, Path(path)
+    data = default_data(describe_model(module)[0], data)
+    tuning = tuning or default_tuning(data)
+    preprocessing = preprocessing or resolve_preprocessing(module)
+    chosen = {b: config.dynamic.get(b) or default_dynamic(b, tuning, spend=config.spend) for b in config.budgets}
+    config = config.replace(dynamic=chosen)
+    for budget, dynamic in config.dynamic.items():
+        plan_costs(module, dynamic, preprocessing.input_size).check_budget(budget, config.spend)
+    results = open_results(path, module, config, tuning, data, preprocessing, restart)
+    observer = observer or Observer()
+    for seed in range(tuning.seed, tuning.seed + config.seeds):
+        planned = jobs(config, seed)
+        for number, job in enumerate(planned, 1):
+            if results.has(job):
+                continue
+            observer.job(f"{job.name} ({number} of {len(planned)})")
+            budget, dynamic, spend = settings(job, config)
+            try:
+                setup = prepare(module, budget, data, dynamic, tuning.replace(seed=seed), preprocessing, spend=spend)
+                _measure(job, setup, results, observer)
+            except (ConfigError, DivergedError) as error:
+                # What a baseline cannot reach is a result, not a failure; of ours, what could not be foreseen is.
+                if job.method == "dfs" and isinstance(error, ConfigError):
+                    raise
+                results.add(job, reason=str(error))
+        if "cascade" in config.baselines:
+            _update_cascades(seed, config, results)
+    return results.record
+
+
+def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> None:
+    """Tune a job's network, and record what it achieves."""
+    known = results.record["original"]
+    converted = run(setup, observer, None if known is None else (known["top1"], known["top5"]))
+    manifest = converted.manifest
+    if known is None:
+        results.record["original"] = {"top1": manifest.source.top1, "top5": manifest.source.top5}
+    evaluation = manifest.validation
+    assert evaluation is not None, "a conversion ends with it"
+    point: dict[str, Any] = {
+        "cost": evaluation.cost,
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "steps": setup.steps,
+    }
+    if job.method in STATIC:
+        point["layer_bits"] = manifest.table.layer_bits
+        _save_answers(results.answers_path(job), setup, converted, observer)
+    else:
+        point["option_shares"] = {str(b): n for b, n in option_shares(manifest.table, evaluation).items() if n}
+        point["gate"] = setup.dynamic.gate
+        point["keeps_budget"] = converted.keeps_budget
+        point["dynamics"] = dynamics_record(evaluation)
+    results.add(job, **point)
+
+
+@torch.inference_mode()
+def _save_answers(path: Path, setup: Setup, converted: Converted, observer: Observer) -> None:
+    """Keep what a static network answers, and how sure it is: cascades are made of them."""
+    network, manifest = converted
+    splits, log = setup.splits, UnreadableLog("held-out", len(setup.splits.calibration))
+    held_out = stages.held_out_images(
+        splits.calibration, True, setup.preprocessing, setup.tuning, setup.workers, setup.device, log, observer
+    )
+    targets: list[Tensor] = []
+
+    def validation_logits() -> Iterator[Tensor]:
+        for batch in stages.validation_loader(setup):
+            if len(batch.targets):
+                targets.append(batch.targets)
+                yield network.run(batch.images.to(setup.device)).logits
+
+    validation = confident_answers(validation_logits())
+    answers = confident_answers(network.run(images).logits for images in held_out.batches)
+    assert manifest.validation is not None and held_out.targets is not None, "both were measured"
+    static = StaticNetwork(manifest.validation.cost, answers, validation)
+    save_answers(path, static, held_out.targets, torch.cat(targets))
+
+
+def _update_cascades(seed: int, config: SweepConfig, results: Results) -> None:
+    """Make the best cascade of two of the static networks for each budget anew, of all that there are by now.
+
+    Where the answers of some of them are not there any more, a cascade of the others might be a poorer one: what is recorded
+    stays then.
+    """
+    points = results.record["points"]
+    static = [
+        Job(p["method"], p["seed"], p["budget"], p["bits"])
+        for p in points
+        if p["method"] in STATIC and p["seed"] == seed
+    ]
+    lost = [job for job in static if not results.answers_path(job).is_file()]
+    loaded = [] if lost else [load_answers(results.answers_path(job)) for job in static]
+    steps = {p["steps"] for p in points if p["seed"] == seed}
+    for budget in sorted({*config.budgets, *(p["budget"] for p in points if p["budget"])}, reverse=True):
+        job = Job("cascade", seed, budget)
+        if lost and any(job.matches(p) for p in results.record["points"]):
+            continue
+        cascade = best_cascade([network for network, _, _ in loaded], budget, *loaded[0][1:]) if loaded else None
+        if cascade is not None:
+            results.add(
+                job,
+                cost=cascade.cost,
+                top1=cascade.top1,
+                steps=max(steps),
+                members=[static[i].name.partition(",")[0] for i in (cascade.cheap, cascade.dear)],
+                second_share=cascade.share,
+            )
+        elif lost:
+            results.add(
+                job, reason=f"the answers of {len(lost)} static networks are not in {answers_folder(results.path)}"
+            )
+        else:
+            results.add(job, reason=f"no two of {len(static)} static networks fit the budget")

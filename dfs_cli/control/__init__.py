@@ -1,0 +1,1 @@
+"""What decides: a static policy, gates before every block, or a cheap first pass."""

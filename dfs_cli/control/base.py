@@ -1,0 +1,200 @@
+"""What a controller is: everything that a method of deciding knows, in one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import FULL_BITS
+from dfs_cli.cost.decisions import Decisions
+from dfs_cli.cost.operating_point import OperatingPoint
+from dfs_cli.cost.table import CostTable
+from dfs_cli.nn.network import DynamicResNet, Output, TuningTarget, View
+
+Tell = Callable[[float, float], None]
+"""Told an operating point (or cost multiplier) that was tried, and the mean cost at it."""
+
+
+class Need(Enum):
+    """What a controller needs to have measured before tuning."""
+
+    NOTHING = "nothing"
+    BLOCKS = "what each option of each block does to the predictions"
+    BLOCKS_AND_LAYERS = "that, and what each bitwidth of each single layer does"
+
+
+class Sensitivity(NamedTuple):
+    """What options do to the predictions, one at a time, while all else runs at its widest: Kullback-Leibler divergences in nats.
+
+    Args:
+        blocks: (L, K), of each option of each block.
+        layers: (M, K), of each option of each layer of the blocks, in the cost table's order, infinite for skipping; None: not
+            measured.
+    """
+
+    blocks: Tensor
+    layers: Tensor | None = None
+
+
+class Request(NamedTuple):
+    """What a conversion asks for.
+
+    Args:
+        budget: the mean cost of an image that is not to be exceeded.
+        spend: reach for the budget itself, even where less does as well.
+        held_out, images: how many images the operating point is set on, and how many it is to hold for.
+    """
+
+    budget: float
+    spend: bool
+    held_out: int
+    images: int
+
+
+class HeldOut(NamedTuple):
+    """The images held out of training, as the operating point is set on them.
+
+    Args:
+        batches: (N, C, H, W) each, on the network's device.
+        targets: (N,) class indices of all of them; None: not known.
+    """
+
+    batches: Sequence[Tensor]
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+    def top1(self, answers: Tensor) -> float | None:
+        """Percent of the images that ``answers`` (N,) are right for; None where classes are not known."""
+        return None if self.targets is None else 100 * float((answers.cpu() == self.targets).double().mean())
+
+
+class Controller(nn.Module, ABC):
+    """What decides for each image which passes it takes and which option each block has in them.
+
+    Args:
+        table: costs of the network that it decides for.
+        views: what each pass sees, one for each of its P passes.
+    """
+
+    needs: ClassVar[Need]
+    """What must be measured before :meth:`start`."""
+    hard_crops: ClassVar[bool] = False
+    """Whether the operating point is set on harder crops than those of training: where it is a matter of confidence, of which the
+    original has too much on images it has been trained on."""
+
+    option_costs: Tensor
+
+    def __init__(self, table: CostTable, views: tuple[View, ...]) -> None:
+        super().__init__()
+        self.views = views
+        self.bits, self.blocks = table.options, len(table.blocks)
+        self.register_buffer("option_costs", table.option_costs.clone(), persistent=False)
+
+    @abstractmethod
+    def run(
+        self,
+        network: DynamicResNet,
+        images: Tensor,
+        decisions: Decisions | None = None,
+        target: TuningTarget | None = None,
+    ) -> Output:
+        """Decide for ``images`` (N, C, H, W), or follow ``decisions``, and run what was decided; see
+        :meth:`dfs_cli.nn.network.DynamicResNet.run`."""
+
+    @property
+    @abstractmethod
+    def operating_point(self) -> float:
+        """The number that moves a tuned network along its curve of accuracy and cost."""
+
+    @operating_point.setter
+    @abstractmethod
+    def operating_point(self, value: float) -> None: ...
+
+    @property
+    @abstractmethod
+    def cost_multiplier(self) -> float:
+        """The Lagrange multiplier of the budget: what a unit of cost counts against the scores of options."""
+
+    @cost_multiplier.setter
+    @abstractmethod
+    def cost_multiplier(self, value: float) -> None: ...
+
+    def reachable(self, table: CostTable) -> tuple[float, float]:
+        """The least and the largest mean cost that tuning can aim at."""
+        return table.cheapest, table.dearest
+
+    def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:  # noqa: ARG002
+        """The cost tables of the networks that are worth making; of several, the one that is closest to the original before tuning
+        is tuned. The table itself where there is nothing to choose before tuning.
+
+        Raises:
+            ConfigError: the budget cannot be reached.
+        """
+        return [table]
+
+    @abstractmethod
+    def start(
+        self,
+        network: DynamicResNet,
+        table: CostTable,
+        sensitivity: Sensitivity | None,
+        request: Request,
+        sample: Tensor,
+    ) -> TuningTarget:
+        """Start from what was measured, and say what to tune for.
+
+        Args:
+            sample: held-out images (N, C, H, W).
+        """
+
+    def policies(self) -> list[Tensor]:
+        """Policies, (L,) each, that together run every layer at each of its bitwidths but floating point."""
+        return [torch.full((self.blocks,), i) for i, bits in enumerate(self.bits) if bits != FULL_BITS]
+
+    @abstractmethod
+    def set_operating_point(
+        self,
+        network: DynamicResNet,
+        table: CostTable,
+        held_out: HeldOut,
+        request: Request,
+        tell: Tell = lambda value, cost: None,
+    ) -> OperatingPoint:
+        """Set the operating point so that the mean cost keeps the budget, on the held-out images and on others like them.
+
+        Without ``request.spend`` less is spent where more gains nothing on the held-out images.
+
+        Args:
+            tell: called with each operating point or cost multiplier that is tried, and the mean cost at it.
+        """
+
+    @abstractmethod
+    def movable(self, table: CostTable) -> tuple[float, float]:
+        """The least and the largest mean cost that a tuned network can be moved to without tuning."""
+
+    def freeze(self) -> None:
+        """Round the parameters to what half precision can hold, once tuning is done."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(parameter.half())
+
+    @abstractmethod
+    def force(self, policies: Tensor) -> None:
+        """Decide for ``policies`` from now on, whatever is seen, with all the work of deciding for one pass.
+
+        Args:
+            policies: (N, L), for the images of a batch in turn, and the first one where all images of a batch have the same
+                decisions; or (L,), for all images.
+        """
+
+
+def controller_of(network: DynamicResNet) -> Controller:
+    """The controller of ``network``, which knows no more of it than how to run."""
+    return cast(Controller, network.controller)

@@ -1,0 +1,38 @@
+"""The only place that knows all controllers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dfs_cli.config import DynamicConfig
+from dfs_cli.control.base import Controller
+from dfs_cli.control.gated import GatedController
+from dfs_cli.control.gates import FeedForwardGate, RecurrentGate
+from dfs_cli.control.probe import ProbeController, SecondPassGate
+from dfs_cli.control.static import StaticController
+from dfs_cli.cost.table import CostTable
+
+_GATES = {"rnn": RecurrentGate, "ff": FeedForwardGate}
+
+
+def controller_macs(config: DynamicConfig, channels: Sequence[int], features: int) -> tuple[tuple[int, ...], ...]:
+    """What deciding costs, in MACs (P, L): in each pass, before each block.
+
+    Args:
+        channels: width of the features that enter each block.
+        features: width of those that enter the classifier.
+    """
+    if config.gate == "static":
+        return ((0,) * len(channels),)
+    if config.gate == "probe":
+        return (0,) * len(channels), SecondPassGate.macs(channels, features, config)
+    return (_GATES[config.gate].macs(channels, config),)
+
+
+def create_controller(config: DynamicConfig, table: CostTable, channels: Sequence[int], features: int) -> Controller:
+    """The controller that ``config`` names, for a network of these costs; arguments as for :func:`controller_macs`."""
+    if config.gate == "static":
+        return StaticController(table)
+    if config.gate == "probe":
+        return ProbeController(table, SecondPassGate(channels, features, config), config.mirror)
+    return GatedController(table, _GATES[config.gate](channels, config))

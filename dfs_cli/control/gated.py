@@ -1,0 +1,172 @@
+"""A gate before every block: the recurrent one of DFS, or a feed-forward one per block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity, Tell
+from dfs_cli.control.gates import Gate, shift_preference
+from dfs_cli.cost.decisions import Decisions
+from dfs_cli.cost.operating_point import OperatingPoint, cheapest_of_the_best, find_operating_point, target_cost
+from dfs_cli.cost.table import CostTable
+from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
+
+_FIRST_MULTIPLIER = 10.0  # too low to change a decision of an untrained gate
+_TRIED_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
+"""Shares of the budget at which it is looked whether less does as well."""
+
+
+class GatedController(Controller):
+    """One pass in which a gate scores the options of each block from the features that enter it.
+
+    Decisions maximise ``scores - operating_point * option costs``; while tuning, the operating point is the cost multiplier, raised
+    where the cost is above the target and lowered where it is below (dual ascent).
+
+    Args:
+        gate: scores the options.
+    """
+
+    needs = Need.BLOCKS
+    gate: Gate
+
+    def __init__(self, table: CostTable, gate: Gate) -> None:
+        super().__init__(table, (View(),))
+        self.gate = gate
+        self._operating_point = 0.0
+        self._forced: Tensor | None = None
+
+    @property
+    def operating_point(self) -> float:
+        """The cost multiplier at which decisions are made."""
+        return self._operating_point
+
+    @operating_point.setter
+    def operating_point(self, value: float) -> None:
+        self._operating_point = value
+
+    cost_multiplier = operating_point
+
+    def run(
+        self,
+        network: DynamicResNet,
+        images: Tensor,
+        decisions: Decisions | None = None,
+        target: TuningTarget | None = None,
+    ) -> Output:
+        """See :meth:`dfs_cli.nn.network.DynamicResNet.run`."""
+        state = self.gate.start(len(images), images)
+        chosen: list[Tensor] = []
+        probs: list[Tensor] = []
+        pooled: Tensor | None = None
+        followed = decisions
+        if followed is None and self._forced is not None:
+            rows = torch.arange(len(images)) % len(self._forced)
+            followed = Decisions.of_pass(self._forced[rows].to(images.device))
+
+        def choose(block: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            nonlocal state, pooled
+            if decisions is None or self.training:
+                pooled = self.gate.pool(x, pooled, _changed(network, block, chosen))
+                scores, state = self.gate(block, pooled, state)
+                scores = scores - self._operating_point * self.option_costs[0, block].to(scores.dtype)
+            chosen.append(followed.in_pass(0)[:, block] if followed is not None else scores.argmax(dim=1))
+            if self.training:
+                probs.append(scores.softmax(dim=1))
+            return chosen[-1], probs[-1] if probs else None
+
+        logits, _ = network.run_pass(images, choose, target.explored if target else 0.0)
+        answer = Answer(None, logits, torch.stack(probs, dim=1) if probs else None)
+        return Output(logits, Decisions.of_pass(torch.stack(chosen, dim=1)), (answer,))
+
+    def start(
+        self,
+        network: DynamicResNet,
+        table: CostTable,
+        sensitivity: Sensitivity | None,
+        request: Request,
+        sample: Tensor,
+    ) -> TuningTarget:
+        """The gate prefers what does little harm; the target is approached from full execution."""
+        if sensitivity is not None:
+            shift_preference(self.gate.preference, sensitivity.blocks)
+        self._normalise_inputs(network, sample)
+        self._operating_point = _FIRST_MULTIPLIER
+        return TuningTarget(min(request.budget, table.dearest), approached=True)
+
+    def _normalise_inputs(self, network: DynamicResNet, images: Tensor) -> None:
+        """Scale the gate's inputs to zero mean and unit deviation over ``images`` (N, C, H, W), run in full precision."""
+        handles = []
+        for i, block in enumerate(network.blocks):
+
+            def normalise(_: nn.Module, inputs: tuple[Tensor, ...], index: int = i) -> None:
+                self.gate.normalise_input(index, inputs[0])
+
+            handles.append(block.module.register_forward_pre_hook(normalise))
+        try:
+            network.run_in_full(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def set_operating_point(
+        self,
+        network: DynamicResNet,
+        table: CostTable,
+        held_out: HeldOut,
+        request: Request,
+        tell: Tell = lambda value, cost: None,
+    ) -> OperatingPoint:
+        """Set the cost multiplier; where images differ in cost, the aim is a little below the budget (see
+        :func:`dfs_cli.cost.operating_point.target_cost`)."""
+        answers: dict[float, Tensor] = {}
+
+        @torch.inference_mode()
+        def cost_at(value: float) -> Tensor:
+            self.operating_point = value
+            outputs = [network.run(images) for images in held_out.batches]
+            cost = torch.cat([table.cost(output.decisions).cpu() for output in outputs])
+            answers[value] = torch.cat([output.logits.argmax(dim=1).cpu() for output in outputs])
+            tell(value, float(cost.mean()))
+            return cost
+
+        network.eval()
+        point = find_operating_point(cost_at, request.budget, start=self.operating_point)
+        deviation = float(cost_at(point.value).std(unbiased=False))
+        target = target_cost(request.budget, deviation, len(held_out), request.images)
+        if target < request.budget:
+            point = find_operating_point(cost_at, target, start=point.value)
+        point = point._replace(top1=held_out.top1(answers[point.value]))
+        if not request.spend and point.top1 is not None:
+            points = [point]
+            for share in _TRIED_SHARES[1:]:
+                if share * point.cost < table.cheapest:
+                    break
+                cheaper = find_operating_point(cost_at, share * point.cost, start=points[-1].value, tolerance=0.05)
+                points.append(cheaper._replace(top1=held_out.top1(answers[cheaper.value])))
+            point = cheapest_of_the_best(points)
+        self.operating_point = point.value
+        return point
+
+    def movable(self, table: CostTable) -> tuple[float, float]:
+        return table.cheapest, table.dearest
+
+    @torch.no_grad()
+    def force(self, policies: Tensor) -> None:
+        """The gate itself decides for the first policy, whatever it sees; in batches the policies are put in its place."""
+        self._forced = torch.atleast_2d(policies)
+        for head in self.gate.heads_of_scores():
+            nn.init.zeros_(head.weight)
+        self.gate.preference.copy_(nn.functional.one_hot(self._forced[0], self.gate.options))
+        self.operating_point = 0.0
+
+
+def _changed(network: DynamicResNet, block: int, chosen: Sequence[Tensor]) -> Tensor | None:
+    """The images (indices) whose features the block before has changed; None: any, or it is not worth finding out."""
+    if not chosen or torch.is_grad_enabled() or chosen[-1].device.type != "cpu":
+        return None
+    if network.bits[0] != 0 or not network.blocks[block - 1].keeps_input:
+        return None
+    return chosen[-1].nonzero().flatten()

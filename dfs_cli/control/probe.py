@@ -1,0 +1,345 @@
+"""The probe controller: a cheap pass over the whole network decides which images take a second, better one.
+
+Cost falls with the square of the bitwidth, so a low-bit pass is nearly free, and its own confidence tells difficult
+images from easy ones far better than any block's features do. An image whose first answer is sure is done; for the
+others a gate that sees that answer chooses the bitwidths of a second pass, and the logits of both passes are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import DynamicConfig
+from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity, Tell
+from dfs_cli.control.gates import NOISE, initial_preference, linear, pool, shift_preference
+from dfs_cli.control.static import best_block_mix
+from dfs_cli.cost.decisions import NOT_RUN, Decisions
+from dfs_cli.cost.operating_point import (
+    HIGHEST_SHARE,
+    LOWEST_SHARE,
+    OperatingPoint,
+    cheapest_of_the_best,
+    find_operating_point,
+    sampling_error,
+)
+from dfs_cli.cost.table import CostTable
+from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
+
+ALWAYS_REFINE, NEVER_REFINE = -1e9, 1e9
+"""Thresholds below and above every uncertainty; finite, so that they can be written as JSON."""
+
+LEAST_MULTIPLIER = 1e-3
+"""So low, a multiplier changes no decision."""
+
+_SCALARS = 2  # log-odds and margin, in front of the pooled features
+_TRAINED_SHARE = 0.2  # of a batch, at most, takes the second pass in tuning: a step stays cheap
+# Of the budget, what the first pass costs, unless the cheapest mix costs more.
+_FIRST_SHARE = 0.65
+# More than this for all images is wasted on the first pass: six bits lose next to nothing.
+_FIRST_LIMIT = 0.04
+# The share of images planned for the second pass; more where each would cost more than eight bits do.
+_SECOND_SHARE, _SECOND_LIMIT = 0.2, 0.0625
+# A second pass costs at least this share of the first: a much poorer look has nothing to add.
+_SECOND_LEAST = 0.6
+# Left for the second pass at least, where the first can cost no less than the budget.
+_LEAST_REST = 1e-3
+# Largest share of the budget that the mean cost of two samples may differ by (one standard error), as planned.
+_PLANNED_ERROR = 0.02
+# The middle of the interval that the budget promises: what the gate is sure of on held-out images, it need not be as sure of on
+# new ones.
+_AIM = (LOWEST_SHARE + HIGHEST_SHARE) / 2
+# How many shares of refined images are compared where less may be spent than the budget.
+_TRIED_SHARES = 51
+
+
+def uncertainty(logits: Tensor) -> Tensor:
+    """How unsure an answer is, (N,) in float64: minus the log-odds of the most likely class of ``logits`` (N, classes).
+
+    Orders images as their softmax confidence does, without its rounding near one.
+    """
+    top, others = _split_top(logits)
+    return others.logsumexp(dim=1) - top
+
+
+def _split_top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit (N,) and the others in descending order (N, classes - 1)."""
+    ordered = logits.double().sort(dim=1, descending=True).values
+    return ordered[:, 0], ordered[:, 1:]
+
+
+def summarise(logits: Tensor, features: Tensor) -> Tensor:
+    """What a pass found, (N, 2 + C): log-odds, margin between the two largest logits, and pooled ``features`` (N, C, H, W)."""
+    top, others = _split_top(logits)
+    scalars = torch.stack([top - others.logsumexp(dim=1), top - others[:, 0]], dim=1)
+    return torch.cat([scalars, pool(features).double()], dim=1)
+
+
+class SecondPassGate(nn.Module):
+    """Scores K options for each of L blocks of the second pass, from what the first one found.
+
+    Args:
+        channels: width of the features that enter each block; the last pass's pooled features are as wide as ``features``.
+        features: width of the features that enter the classifier.
+        config: options and hidden width.
+
+    ``preference`` (L, K) is what a score is without a look at the image.
+    """
+
+    input_mean: Tensor
+    input_deviation: Tensor
+
+    def __init__(self, channels: Sequence[int], features: int, config: DynamicConfig) -> None:
+        super().__init__()
+        self.blocks, self.options = len(channels), len(config.bits)
+        width = _SCALARS + features
+        self.register_buffer("input_mean", torch.zeros(width))
+        self.register_buffer("input_deviation", torch.ones(width))
+        self.embed = nn.Linear(width, config.hidden)
+        self.head = nn.Linear(config.hidden, self.blocks * self.options, bias=False)
+        nn.init.normal_(self.head.weight, std=NOISE)
+        self.preference = nn.Parameter(initial_preference(config.bits).repeat(len(channels), 1))
+
+    def forward(self, summary: Tensor) -> Tensor:
+        """Scores (N, L, K) for ``summary`` (N, 2 + features) as :func:`dfs_cli.control.probe.summarise` makes it."""
+        dtype = torch.float32 if self.training else torch.float64
+        with torch.autocast(summary.device.type, enabled=False):
+            x = (summary.to(dtype) - self.input_mean.to(dtype)) / self.input_deviation.to(dtype)
+            scores = linear(self.head, linear(self.embed, x).relu())
+            return scores.reshape(-1, self.blocks, self.options) + self.preference.to(dtype)
+
+    @torch.no_grad()
+    def normalise_input(self, summary: Tensor) -> None:
+        """Scale the input so that summaries like these have zero mean and unit deviation."""
+        self.input_mean.copy_(summary.mean(dim=0))
+        deviation = summary.std(dim=0, unbiased=False)
+        floor = 0.1 * float(deviation.mean()) or 1.0
+        self.input_deviation.copy_(deviation.clamp_min(floor))
+
+    @staticmethod
+    def macs(channels: Sequence[int], features: int, config: DynamicConfig) -> tuple[int, ...]:
+        """Multiply-accumulates of such a gate for one image, before each block of the second pass: all before the first."""
+        scores = len(channels) * len(config.bits)
+        total = (_SCALARS + features) * config.hidden + config.hidden * scores
+        return total, *[0] * (len(channels) - 1)
+
+
+class ProbeController(Controller):
+    """Two passes: one policy for all images, then a second look at those whose answer is not sure.
+
+    The first pass runs every image with ``policy`` (L,), one option per block. Images whose :func:`uncertainty` is above
+    ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``; the answer is then the
+    sum of both passes' logits, weighted by ``logit_weights``. A mirrored second pass is a second view, which tells more than a second
+    look at the same.
+
+    ``tuned_multiplier`` is the multiplier at the end of tuning, from which the network is moved to a budget, whatever it was at
+    before.
+
+    Args:
+        gate: scores the second pass's options.
+        mirror: show the second pass the mirrored image.
+    """
+
+    needs = Need.BLOCKS
+    hard_crops = True
+    gate: SecondPassGate
+    policy: Tensor
+    multiplier: Tensor
+    tuned_multiplier: Tensor
+
+    def __init__(self, table: CostTable, gate: SecondPassGate, mirror: bool) -> None:
+        super().__init__(table, (View(), View(mirrored=mirror)))
+        self.gate = gate
+        self.register_buffer("policy", torch.full((self.blocks,), len(self.bits) - 1))
+        self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("tuned_multiplier", torch.zeros((), dtype=torch.float64))
+        self.logit_weights = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self._operating_point = NEVER_REFINE
+
+    @property
+    def operating_point(self) -> float:
+        """The uncertainty above which an image takes the second pass."""
+        return self._operating_point
+
+    @operating_point.setter
+    def operating_point(self, value: float) -> None:
+        self._operating_point = value
+
+    @property
+    def cost_multiplier(self) -> float:
+        """What a unit of cost counts in the second pass."""
+        return float(self.multiplier)
+
+    @cost_multiplier.setter
+    def cost_multiplier(self, value: float) -> None:
+        self.multiplier.fill_(value)
+
+    def run(
+        self,
+        network: DynamicResNet,
+        images: Tensor,
+        decisions: Decisions | None = None,
+        target: TuningTarget | None = None,
+    ) -> Output:
+        """See :meth:`dfs_cli.nn.network.DynamicResNet.run`.
+
+        In tuning the share of the images that the target names, the least sure ones, take the second pass, whatever the operating
+        point; at most a fifth of the batch, drawn from them, so that a step stays cheap.
+        """
+        first_choice = self.policy.expand(len(images), -1) if decisions is None else decisions.in_pass(0)
+        first, features = network.follow(images, first_choice)
+        taken = Decisions.of_pass(first_choice)
+        if decisions is not None and decisions.passes == 1:
+            return Output(first, taken, (Answer(None, first),))
+        rows = self._unsure(first, decisions, target).nonzero().flatten()
+        refused = torch.full_like(first_choice, NOT_RUN)
+        if not len(rows):
+            return Output(first, taken.followed_by(refused), (Answer(None, first),))
+        everybody = len(rows) == len(images)
+
+        def entering(tensor: Tensor) -> Tensor:
+            return tensor if everybody else tensor[rows]
+
+        scores = self.gate(summarise(entering(first.detach()), entering(features.detach())))
+        # Not self.cost_multiplier, a number: an accelerator would be waited for.
+        scores = scores - self.multiplier * self.option_costs[1].to(scores.dtype)
+        choice = scores.argmax(dim=2) if decisions is None else entering(decisions.in_pass(1))
+        probs = scores.softmax(dim=2) if self.training else None
+        explored = target.explored if target else 0.0
+        second, _ = network.follow(self.views[1].of(entering(images)), choice, probs, explored)
+        both = (self.logit_weights[0] * entering(first.detach()) + self.logit_weights[1] * second).to(first.dtype)
+        return Output(
+            both if everybody else first.index_copy(0, rows, both),
+            taken.followed_by(choice if everybody else refused.index_copy(0, rows, choice)),
+            (Answer(None, first), Answer(rows, both, probs)),
+        )
+
+    def _unsure(self, first: Tensor, decisions: Decisions | None, target: TuningTarget | None) -> Tensor:
+        """(N,), whether an image takes the second pass, from the first one's logits (N, classes)."""
+        if decisions is not None:
+            return decisions.ran[:, 1]
+        if target is None:
+            return uncertainty(first) > self.operating_point
+        images = len(first)
+        wanted = min(images, max(round(target.share * images), 1 if target.share > 0 else 0))
+        chosen = uncertainty(first.detach()).topk(wanted).indices
+        limit = max(1, round(_TRAINED_SHARE * images))
+        if self.training and len(chosen) > limit:
+            chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[:limit]]
+        unsure = torch.zeros(images, dtype=torch.bool, device=first.device)
+        unsure[chosen] = True
+        return unsure
+
+    @torch.no_grad()
+    def start(
+        self,
+        network: DynamicResNet,
+        table: CostTable,
+        sensitivity: Sensitivity | None,
+        request: Request,
+        sample: Tensor,
+    ) -> TuningTarget:
+        """Divide the budget between the passes.
+
+        The first pass gets the best static mix for its part of the budget, the second the mix that the gate's preferences
+        give for what remains, for a share of the images. The fewer images the operating point is set on, the larger that
+        share and the cheaper the second pass: the mean cost of few images says less about others' the more the images differ.
+        """
+        assert sensitivity is not None, "declared as needed"
+        shift_preference(self.gate.preference, sensitivity.blocks)
+        dearest, budget = table.dearest_pass(1), request.budget
+        if not request.spend:
+            budget = min(budget, max(_FIRST_LIMIT, table.cheapest) + min(dearest, _SECOND_LIMIT))
+        # No more than what the budget's part allows, no less than what the second pass cannot spend.
+        first = max(min(_FIRST_SHARE * budget, _FIRST_LIMIT), min(table.cheapest, budget), budget - dearest)
+        self.policy.copy_(best_block_mix(table, sensitivity.blocks, first))
+        rest = max(budget - self._first_cost(table), _LEAST_REST * budget)
+        share = _SECOND_SHARE
+        # The deviation of the cost between images is rest * sqrt((1 - share) / share).
+        allowed = _PLANNED_ERROR * budget / (rest * sampling_error(1.0, request.held_out, request.images))
+        share = max(share, 1 / (1 + allowed**2))
+        share = min(1.0, max(share, rest / min(dearest, _SECOND_LIMIT)))
+        second = max(rest / share, _SECOND_LEAST * (budget - rest))
+        self.cost_multiplier = self._multiplier_for(table, second)
+        logits, features = network.follow(sample, self.policy.expand(len(sample), -1))
+        self.gate.normalise_input(summarise(logits, features))
+        return TuningTarget(second, share=min(1.0, rest / second))
+
+    def _first_cost(self, table: CostTable) -> float:
+        """Cost of the first pass."""
+        return table.cost(Decisions.alike(self.policy.cpu(), 1)).item()
+
+    def _multiplier_for(self, table: CostTable, cost: float) -> float:
+        """The multiplier, positive, at which the gate's preferences alone make the second pass cost at most ``cost``."""
+        preference = self.gate.preference.detach().double().cpu()
+
+        def cost_at(multiplier: float) -> Tensor:
+            return table.pass_cost((preference - multiplier * table.option_costs[1]).argmax(dim=1)[None], 1)
+
+        return max(find_operating_point(cost_at, cost).value, LEAST_MULTIPLIER)
+
+    @torch.inference_mode()
+    def set_operating_point(
+        self,
+        network: DynamicResNet,
+        table: CostTable,
+        held_out: HeldOut,
+        request: Request,
+        tell: Tell = lambda value, cost: None,
+    ) -> OperatingPoint:
+        """Set the threshold of uncertainty; where all images may take the second pass and the budget is to be spent, lower the
+        multiplier."""
+        network.eval()
+
+        def run_all(multiplier: float) -> tuple[list[Output], Tensor]:
+            """Outputs and costs (N,) of the held-out images, all of them in both passes."""
+            self.cost_multiplier, self.operating_point = multiplier, ALWAYS_REFINE
+            outputs = [network.run(images) for images in held_out.batches]
+            costs = torch.cat([table.cost(output.decisions) for output in outputs]).cpu()
+            tell(multiplier, float(costs.mean()))
+            return outputs, costs
+
+        outputs, costs = run_all(float(self.tuned_multiplier))
+        target = _AIM * request.budget
+        if request.spend and float(costs.mean()) <= target:
+            point = find_operating_point(lambda value: run_all(value)[1], target, start=self.cost_multiplier)
+            self.cost_multiplier, self.operating_point = point.value, ALWAYS_REFINE
+            return OperatingPoint(ALWAYS_REFINE, point.cost)
+        first_answers, answers = (
+            torch.cat([output.answers[i].logits.argmax(dim=1) for output in outputs]).cpu() for i in (0, 1)
+        )
+        uncertain = torch.cat([uncertainty(output.answers[0].logits) for output in outputs]).cpu()
+        order = uncertain.argsort(descending=True)
+        first = self._first_cost(table)
+        # The most uncertain images whose second passes can be paid.
+        mean_cost = first + (costs[order] - first).cumsum(0) / len(costs)
+        affordable = int((mean_cost <= target).sum())
+
+        def point_of(refined: int) -> OperatingPoint:
+            value = float(uncertain[order[refined]]) if refined < len(order) else ALWAYS_REFINE
+            is_refined = uncertain > value
+            cost = torch.where(is_refined, costs, first).mean()
+            return OperatingPoint(value, float(cost), held_out.top1(torch.where(is_refined, answers, first_answers)))
+
+        point = point_of(affordable)
+        if not request.spend and held_out.targets is not None:
+            tried = {round(affordable * i / (_TRIED_SHARES - 1)) for i in range(_TRIED_SHARES)}
+            point = cheapest_of_the_best([point_of(refined) for refined in sorted(tried)])
+        self.operating_point = point.value
+        tell(point.value, point.cost)
+        return point
+
+    def movable(self, table: CostTable) -> tuple[float, float]:
+        low = self._first_cost(table)
+        return low, low + table.dearest_pass(1)
+
+    def freeze(self) -> None:
+        self.tuned_multiplier.copy_(self.multiplier)
+        super().freeze()
+
+    def force(self, policies: Tensor) -> None:
+        """The first pass alone."""
+        self.policy.copy_(torch.atleast_2d(policies)[0])
+        self.operating_point = NEVER_REFINE

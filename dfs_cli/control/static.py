@@ -1,0 +1,193 @@
+"""The static controller: the same bitwidths for every image, the best mix under a cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor
+
+from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity, Tell
+from dfs_cli.cost.decisions import Decisions
+from dfs_cli.cost.operating_point import OperatingPoint
+from dfs_cli.cost.table import CostTable
+from dfs_cli.cost.weighting import mac_cost
+from dfs_cli.errors import ConfigError
+from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
+
+
+class StaticController(Controller):
+    """One pass with one policy for all images.
+
+    The mix of bitwidths lies in the cost table, a bitwidth for each layer; a block whose layers have 0 bits is skipped. The policy
+    follows from it: skipped, or the option of the block's widest layer. Of a table without a mix, every block takes its widest option.
+    """
+
+    needs = Need.BLOCKS_AND_LAYERS
+    policy: Tensor
+
+    def __init__(self, table: CostTable) -> None:
+        super().__init__(table, (View(),))
+        self.register_buffer("policy", policy_of(table), persistent=False)
+
+    def run(
+        self,
+        network: DynamicResNet,
+        images: Tensor,
+        decisions: Decisions | None = None,
+        target: TuningTarget | None = None,
+    ) -> Output:
+        """See :meth:`dfs_cli.nn.network.DynamicResNet.run`."""
+        decisions = Decisions.alike(self.policy, len(images)) if decisions is None else decisions
+        logits, _ = network.follow(images, decisions.in_pass(0), explored=target.explored if target else 0.0)
+        return Output(logits, decisions, (Answer(None, logits),))
+
+    @property
+    def operating_point(self) -> float:
+        """There is nothing to move: always 0."""
+        return 0.0
+
+    @operating_point.setter
+    def operating_point(self, value: float) -> None:
+        if value:
+            raise ConfigError("a static network has no operating point")
+
+    @property
+    def cost_multiplier(self) -> float:
+        """Nothing is scored: always 0."""
+        return 0.0
+
+    @cost_multiplier.setter
+    def cost_multiplier(self, value: float) -> None: ...
+
+    def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:
+        """The best mix per layer and the best mix per block, one where they are the same; where there is one option, all of that."""
+        if len(table.options) == 1:
+            (bits,) = table.options
+            return [table.with_layer_bits({layer.name: bits for layer in table.layers if layer.block is not None})]
+        assert sensitivity is not None and sensitivity.layers is not None, "declared as needed"
+        by_block = best_block_mix(table, sensitivity.blocks, request.budget)
+        mixes = [
+            best_layer_mix(table, sensitivity, request.budget),
+            {
+                layer.name: table.options[int(by_block[layer.block])]
+                for layer in table.layers
+                if layer.block is not None
+            },
+        ]
+        return [table.with_layer_bits(mix) for i, mix in enumerate(mixes) if mix not in mixes[:i]]
+
+    def start(
+        self,
+        network: DynamicResNet,
+        table: CostTable,
+        sensitivity: Sensitivity | None,
+        request: Request,
+        sample: Tensor,
+    ) -> TuningTarget:
+        return TuningTarget(table.cost(Decisions.alike(policy_of(table), 1)).item())
+
+    def policies(self) -> list[Tensor]:
+        return [self.policy]
+
+    def set_operating_point(
+        self,
+        network: DynamicResNet,
+        table: CostTable,
+        held_out: HeldOut,
+        request: Request,
+        tell: Tell = lambda value, cost: None,
+    ) -> OperatingPoint:
+        """Nothing is set: the cost is the same for all images."""
+        cost, _ = self.movable(table)
+        tell(0.0, cost)
+        answers = torch.cat([network.run(images).logits.argmax(dim=1) for images in held_out.batches])
+        return OperatingPoint(0.0, cost, held_out.top1(answers))
+
+    def movable(self, table: CostTable) -> tuple[float, float]:
+        cost = table.cost(Decisions.alike(self.policy.cpu(), 1)).item()
+        return cost, cost
+
+    def force(self, policies: Tensor) -> None:
+        self.policy.copy_(torch.atleast_2d(policies)[0])
+
+
+def policy_of(table: CostTable) -> Tensor:
+    """The policy (L,) of a static network with these costs: see :class:`StaticController`."""
+    widest = torch.full((len(table.blocks),), -1)
+    for layer in table.layers:
+        if layer.block is not None:
+            bits = table.options[-1] if layer.bits is None else layer.bits
+            widest[layer.block] = max(int(widest[layer.block]), table.options.index(bits))
+    return widest
+
+
+def best_block_mix(table: CostTable, sensitivity: Tensor, cost: float) -> Tensor:
+    """Options (L,) of least total harm in a first pass that costs at most ``cost``, without a controller.
+
+    Harms are taken to add up, as in HAWQ-V3 (Yao et al., 2021).
+
+    Args:
+        sensitivity: (L, K), what each option of each block does to the predictions alone.
+        cost: as a fraction of the dense network's.
+
+    Raises:
+        ConfigError: the cheapest options cost more.
+    """
+    blocks, options = sensitivity.shape
+    one_each = np.kron(np.eye(blocks), np.ones(options))
+    harm = sensitivity.double().cpu().numpy().ravel()
+    chosen = _choose(harm, table.option_costs[0].numpy().ravel(), one_each, table, cost)
+    return torch.from_numpy(chosen.reshape(blocks, options).argmax(axis=1))
+
+
+def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float) -> dict[str, int]:
+    """Bitwidths of the blocks' layers, by name, of least total harm that cost at most ``cost``, without a controller; 0 for all
+    layers of a block that is skipped, where skipping is an option.
+
+    Args:
+        cost: as a fraction of the dense network's.
+
+    Raises:
+        ConfigError: the cheapest choice costs more.
+    """
+    assert sensitivity.layers is not None, "asked for"
+    layers = [layer for layer in table.layers if layer.block is not None]
+    runs = [i for i, bits in enumerate(table.options) if bits]
+    bits = np.array([table.options[i] for i in runs])
+    blocks = range(len(table.blocks)) if len(runs) < len(table.options) else range(0)
+    # A variable for each layer and option, and one for each block that may be skipped.
+    member = np.array([[layer.block == block for block in blocks] for layer in layers], dtype=float)
+    one_each = np.hstack([np.kron(np.eye(len(layers)), np.ones(len(runs))), member])
+    shares = np.array([layer.macs / table.dense_macs for layer in layers])
+    costs = np.outer(shares, [mac_cost(b) for b in bits.tolist()])
+    harm = sensitivity.layers[:, runs].double().cpu().numpy().ravel()
+    skipping = sensitivity.blocks[list(blocks), 0].double().cpu().numpy()
+    chosen = _choose(
+        np.concatenate([harm, skipping]), np.concatenate([costs.ravel(), np.zeros(len(blocks))]), one_each, table, cost
+    )
+    kept = chosen[: costs.size].reshape(costs.shape)
+    return {layer.name: int(row @ bits) for layer, row in zip(layers, kept, strict=True)}
+
+
+def _choose(harm: np.ndarray, costs: np.ndarray, one_each: np.ndarray, table: CostTable, cost: float) -> np.ndarray:
+    """Which of V choices to make (V,), solved exactly as an integer program (HiGHS, by SciPy).
+
+    Args:
+        harm, costs: (V,), of each choice.
+        one_each: (R, V), the choices of which exactly one is to be made, a row each.
+    """
+    spendable = cost - table.fixed_layers_cost
+    # Costs as shares of the largest: the solver's tolerances are absolute.
+    scale = (one_each * costs).max(axis=1).sum()
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(costs[None] / scale, -np.inf, spendable / scale * (1 + 1e-9) + 1e-12),
+    ]
+    # Of equal harm the cheaper one is taken.
+    objective = harm / max(harm.max(), 1e-12) + 1e-9 * costs / costs.max()
+    solution = milp(objective, constraints=constraints, integrality=np.ones(len(costs)), bounds=Bounds(0, 1))
+    if not solution.success:
+        raise ConfigError(f"no static mix of these options costs {cost:g} or less: {solution.message}")
+    chosen: np.ndarray = solution.x.round().astype(int)
+    return chosen

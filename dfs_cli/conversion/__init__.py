@@ -1,0 +1,1 @@
+"""One way through a conversion: defaults, setup, stages."""

@@ -1,0 +1,87 @@
+"""One way through a conversion: set-up, surgery, tuning, operating point, evaluation."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig
+from dfs_cli.control.base import controller_of
+from dfs_cli.conversion import stages
+from dfs_cli.conversion.converted import Converted
+from dfs_cli.conversion.setup import Setup, prepare
+from dfs_cli.data.splits import Splits
+from dfs_cli.observer import Observer
+from dfs_cli.records import Source
+
+
+def convert(
+    model: nn.Module | str,
+    budget: float,
+    data: DataConfig | Splits | None = None,
+    *,
+    dynamic: DynamicConfig | None = None,
+    tuning: TuningConfig | None = None,
+    preprocessing: Preprocessing | None = None,
+    source: Source | None = None,
+    spend: bool = False,
+    observer: Observer | None = None,
+) -> Converted:
+    """Make a timm ResNet input-adaptive, tune it towards ``budget`` and evaluate it.
+
+    Args:
+        model: a timm model, which is left unchanged, or the name of one, loaded with its pretrained weights.
+        budget: what an image may cost in the mean: bit-weighted MACs of the whole network, gate included, as a fraction of
+            the dense 32-bit network's.
+        data: where the images are, or splits opened by the caller; None: the embedded digits, for their model.
+        dynamic: options and gate; None: :func:`dfs_cli.conversion.defaults.default_dynamic`.
+        tuning: None: :func:`dfs_cli.default_tuning`.
+        preprocessing: None: the model's own.
+        source: what to record about the original weights; None: what timm says where ``model`` is a name, else unknown.
+        spend: reach for the budget itself, 0.9 of it at least, even where less does as well on held-out images.
+        observer: told about progress.
+
+    Returns:
+        The network in evaluation mode, at its operating point. ``keeps_budget`` tells whether the validation split's cost is
+        what is promised.
+
+    Raises:
+        ConfigError: a setting is out of range, or the budget cannot be reached.
+        UnsupportedModelError: the model cannot be converted.
+        DataError: images are missing, unreadable, or of other classes.
+        DivergedError: tuning failed.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=4, batch_size=64, hflip=0.0)
+        >>> converted = dfs_cli.convert("resnet20_digits", budget=0.1, tuning=tuning)
+        >>> converted.keeps_budget
+        True
+    """
+    setup = prepare(model, budget, data, dynamic, tuning, preprocessing, source, spend)
+    return run(setup, observer or Observer())
+
+
+def run(setup: Setup, observer: Observer, original: tuple[float, float] | None = None) -> Converted:
+    """Go through all stages.
+
+    Args:
+        original: top-1 and top-5 of the original network, where they are known already.
+    """
+    observer.configured(setup.configuration, setup.table)
+    with stages.own_generators(setup.tuning.seed):
+        planned = stages.make_network(setup, observer)
+        if original is None:
+            original = stages.evaluate_original(setup, observer)
+        stages.tune_network(setup, planned, observer)
+        held_out = stages.held_out_images(
+            setup.splits.calibration,
+            controller_of(planned.network).hard_crops,
+            setup.preprocessing,
+            setup.tuning,
+            setup.workers,
+            setup.device,
+            planned.unreadable,
+            observer,
+        )
+        point = stages.set_operating_point(planned.network, planned.table, held_out, setup.request, observer)
+        return stages.finish(setup, planned, point, original, observer)

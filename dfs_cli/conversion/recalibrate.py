@@ -1,0 +1,86 @@
+"""A tuned network at another budget, without tuning."""
+
+from __future__ import annotations
+
+import copy
+
+from dfs_cli.config import DataConfig, TuningConfig, check_budget
+from dfs_cli.control.base import Request, controller_of
+from dfs_cli.conversion import stages
+from dfs_cli.conversion.converted import Converted
+from dfs_cli.conversion.defaults import default_data
+from dfs_cli.cost.operating_point import LOWEST_SHARE
+from dfs_cli.data.images import Images, UnreadableLog
+from dfs_cli.data.loading import default_workers
+from dfs_cli.data.splits import open_splits
+from dfs_cli.errors import ConfigError, DataError
+from dfs_cli.observer import Observer
+from dfs_cli.records import Tuned
+
+
+def recalibrate(
+    converted: Converted,
+    budget: float,
+    data: DataConfig | Images | None = None,
+    *,
+    spend: bool = False,
+    workers: int | None = None,
+    observer: Observer | None = None,
+) -> Converted:
+    """Move a tuned network to another budget, without tuning, by its operating point.
+
+    Args:
+        converted: left unchanged.
+        budget: within the network's range: with the probe gate from the first pass alone to a second one in full for all.
+        data: where the training images are: the operating point is set on those that the conversion held out of them.
+            Or held-out images themselves. None: the embedded digits, for their model.
+        spend: reach for the budget itself, even where less does as well on the held-out images.
+        workers: processes that load images; None: two at most, none for the embedded digits.
+        observer: told about progress.
+
+    Returns:
+        A network at the new budget, not evaluated yet.
+
+    Raises:
+        ConfigError: the budget cannot be reached; the message names the range.
+        DataError: images are missing, unreadable, or of other classes.
+    """
+    check_budget(budget)
+    observer = observer or Observer()
+    manifest, network = converted.manifest, copy.deepcopy(converted.network)
+    low, high = controller_of(network).movable(manifest.table)
+    if not low <= budget or (spend and not LOWEST_SHARE * budget <= high):
+        raise ConfigError(f"budget {budget:g} is outside what this network can be moved to: {low:.4f} to {high:.4f}")
+    made_with = manifest.configuration
+    tuning = made_with.tuning if made_with else TuningConfig()
+    if not isinstance(data, Images):
+        data = default_data(manifest.architecture, data)
+        if made_with and (stored := made_with.data):
+            data = data.replace(train_split=data.train_split or stored.train_split, num_samples=stored.num_samples)
+        splits = open_splits(data, manifest.preprocessing, tuning.seed)
+        if manifest.class_names and splits.class_names != manifest.class_names:
+            raise DataError("the data has other classes than the network was converted with")
+        data = splits.calibration
+    held_out = stages.held_out_images(
+        data,
+        controller_of(network).hard_crops,
+        manifest.preprocessing,
+        tuning,
+        default_workers(data) if workers is None else workers,
+        network.device,
+        UnreadableLog("held-out", len(data)),
+        observer,
+    )
+    validation_images = made_with.images.get("validation", len(data)) if made_with else len(data)
+    request = Request(budget, spend, len(data), validation_images)
+    point = stages.set_operating_point(network, manifest.table, held_out, request, observer)
+    if spend and point.cost < LOWEST_SHARE * budget:
+        raise ConfigError(f"budget {budget:g} cannot be spent: with these options the network costs {point.cost:.4f}")
+    moved = manifest.replace(
+        budget=budget,
+        operating_point=point.value,
+        configuration=made_with and made_with.replace(budget=budget, spend=spend),
+        held_out=Tuned(point.cost, point.top1),
+        validation=None,
+    )
+    return Converted(network, moved)

@@ -1,0 +1,212 @@
+"""The stages of a conversion, one function each; what one gives, the next one takes."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.config import Preprocessing, TuningConfig
+from dfs_cli.control.base import HeldOut, Request, controller_of
+from dfs_cli.conversion.converted import Converted
+from dfs_cli.conversion.setup import Setup, hard_crops
+from dfs_cli.cost.operating_point import OperatingPoint
+from dfs_cli.cost.table import CostTable
+from dfs_cli.data.images import Batch, Images, UnreadableLog
+from dfs_cli.data.loading import EpochSampler, eval_loader, load_all, train_loader
+from dfs_cli.data.preprocessing import train_transform
+from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
+from dfs_cli.freeze.biases import round_biases
+from dfs_cli.freeze.weights import freeze_weights
+from dfs_cli.nn.network import DynamicResNet, TuningTarget
+from dfs_cli.observer import Observer
+from dfs_cli.records import StepRecord, Tuned
+from dfs_cli.surgery.initialise import fit_steps
+from dfs_cli.surgery.swap import make_dynamic, verify_conversion
+from dfs_cli.tuning.loop import seed_everything, tune
+from dfs_cli.tuning.sensitivity import divergence, measure
+from dfs_cli.tuning.state import start_state
+
+EVAL_BATCH = 256
+_TIMED_STEPS = 8
+
+
+class Planned(NamedTuple):
+    """A network that is ready to be tuned.
+
+    Args:
+        network: the network.
+        table: its costs.
+        target: what it is tuned for.
+        teacher: the original network, on the same device.
+        unreadable: training images that could not be read.
+    """
+
+    network: DynamicResNet
+    table: CostTable
+    target: TuningTarget
+    teacher: nn.Module
+    unreadable: UnreadableLog
+
+
+@contextmanager
+def own_generators(seed: int) -> Iterator[None]:
+    """Seed everything random, and leave the caller's generators as they were."""
+    python = random.getstate()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        seed_everything(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+
+
+def make_network(setup: Setup, observer: Observer) -> Planned:
+    """Surgery, step sizes, sensitivities, and the controller's start."""
+    teacher = copy.deepcopy(setup.model).to(setup.device).eval()
+    splits = setup.splits
+    unreadable = UnreadableLog("training", len(splits.train) + len(splits.calibration))
+    network = make_dynamic(teacher, setup.dynamic, setup.table, setup.plan).network
+    some = splits.calibration.subset(range(min(EVAL_BATCH, len(splits.calibration))))
+    observer.stage("loading held-out images", len(some))
+    (sample, *_), _ = load_all(some, EVAL_BATCH, setup.workers, setup.device, unreadable, observer.advance)
+    observer.stage("measuring", None)
+    fit_steps(network, sample)
+    verify_conversion(teacher, network, sample[:8])
+    controller = controller_of(network)
+    sensitivity = measure(controller.needs, network, setup.plan, setup.table, sample)
+    candidates = []
+    for table in controller.candidates(setup.table, sensitivity, setup.request):
+        if table is not setup.table:
+            network = make_dynamic(teacher, setup.dynamic, table, setup.plan).network
+            fit_steps(network, sample)
+        candidates.append((network, table))
+    if len(candidates) > 1:
+        candidates.sort(key=lambda candidate: divergence(candidate[0], teacher, sample))
+    network, table = candidates[0]
+    target = controller_of(network).start(network, table, sensitivity, setup.request, sample)
+    return Planned(network, table, target, teacher, unreadable)
+
+
+def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
+    """Top-1 and top-5 of the original network on the validation split, in percent."""
+    validation = setup.splits.validation
+    observer.stage("original", len(validation))
+    log = UnreadableLog("validation", len(validation))
+    model = copy.deepcopy(setup.model).to(setup.device).eval()
+    # A loader draws a number: tuning must not depend on whether the original was evaluated before.
+    with torch.random.fork_rng(devices=[]):
+        return evaluate_accuracy(model, validation_loader(setup), setup.device, log, observer.advance)
+
+
+def validation_loader(setup: Setup) -> DataLoader[Batch]:
+    """The validation images, in order."""
+    return eval_loader(setup.splits.validation, EVAL_BATCH, setup.workers, setup.pin)
+
+
+def tune_network(setup: Setup, planned: Planned, observer: Observer) -> None:
+    """Tune the network, in place, and freeze it."""
+    tuning, train = setup.tuning, setup.splits.train
+    if train.transform is not None:
+        train = train.with_transform(train_transform(setup.preprocessing, tuning.hflip, tuning.min_crop))
+    sampler = EpochSampler(len(train), tuning.seed)
+    loader = train_loader(train, sampler, tuning.batch_size, setup.workers, setup.pin)
+    state = start_state(planned.network, tuning, setup.steps_per_epoch)
+    observer.stage("tuning", state.total_steps)
+    tune(
+        state,
+        planned.teacher,
+        planned.table,
+        planned.target,
+        loader,
+        tuning,
+        setup.device,
+        planned.unreadable,
+        _with_estimate(observer),
+    )
+    freeze_weights(planned.network)
+    round_biases(planned.network, setup.preprocessing.input_size)
+
+
+def _with_estimate(observer: Observer) -> Callable[[StepRecord], None]:
+    """Passes steps on to an observer, and says after the first ones how long tuning will take on this machine."""
+    times: list[float] = []
+
+    def on_step(record: StepRecord) -> None:
+        observer.step(record)
+        times.append(time.monotonic())
+        if len(times) == _TIMED_STEPS and record.step < record.total_steps:
+            # The very first step is slower than the others.
+            seconds = (times[-1] - times[0]) / (_TIMED_STEPS - 1)
+            observer.estimate(seconds * (record.total_steps - record.step))
+
+    return on_step
+
+
+def held_out_images(
+    images: Images,
+    use_hard_crops: bool,
+    preprocessing: Preprocessing,
+    tuning: TuningConfig,
+    workers: int,
+    device: torch.device,
+    unreadable: UnreadableLog,
+    observer: Observer,
+) -> HeldOut:
+    """Held-out images in memory (every operating point is tried on all of them), and their classes.
+
+    Args:
+        use_hard_crops: as the controller's ``hard_crops`` says.
+    """
+    shown = hard_crops(images, preprocessing, tuning) if use_hard_crops else images
+    observer.stage("loading held-out images", len(shown))
+    return HeldOut(*load_all(shown, EVAL_BATCH, workers, device, unreadable, observer.advance))
+
+
+def set_operating_point(
+    network: DynamicResNet, table: CostTable, held_out: HeldOut, request: Request, observer: Observer
+) -> OperatingPoint:
+    """Set the operating point on held-out images, in full precision, whatever tuning used."""
+    observer.stage("setting the operating point", None)
+    with torch.inference_mode():
+        return controller_of(network).set_operating_point(network, table, held_out, request, observer.tried)
+
+
+def finish(
+    setup: Setup, planned: Planned, point: OperatingPoint, original: tuple[float, float], observer: Observer
+) -> Converted:
+    """Evaluate the network on the validation split, and describe it.
+
+    Args:
+        original: top-1 and top-5 of the original, which are recorded beside the network's own.
+    """
+    validation = setup.splits.validation
+    observer.stage("validation", len(validation))
+    log = UnreadableLog("validation", len(validation))
+    network, table = planned.network, planned.table
+    evaluation = evaluate_network(
+        network, table, validation_loader(setup), setup.device, log, on_batch=observer.advance
+    )
+    manifest = Manifest(
+        architecture=setup.architecture,
+        model_args=setup.model_args,
+        class_names=setup.splits.class_names,
+        preprocessing=setup.preprocessing,
+        dynamic=setup.dynamic,
+        table=table,
+        budget=setup.request.budget,
+        operating_point=point.value,
+        configuration=setup.configuration.replace(unreadable_training_images=tuple(sorted(planned.unreadable.found))),
+        source=setup.source.replace(top1=original[0], top5=original[1]),
+        held_out=Tuned(point.cost, point.top1),
+        validation=evaluation,
+    )
+    return Converted(network, manifest)

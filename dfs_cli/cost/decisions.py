@@ -1,0 +1,94 @@
+"""What was decided for images: which passes they took, and which option each block had in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NOT_RUN = -1
+"""Stands for the option of every block in a pass that an image did not take."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """The decisions for N images in P passes over L blocks.
+
+    Args:
+        options: (N, P, L), indices into the K options; ``NOT_RUN`` in passes that an image did not take.
+    """
+
+    options: Tensor
+
+    @classmethod
+    def of_pass(cls, options: Tensor) -> Decisions:
+        """One pass for all images, with ``options`` (N, L)."""
+        return cls(options[:, None])
+
+    @classmethod
+    def alike(cls, policy: Tensor, images: int) -> Decisions:
+        """The same ``policy``, (L,) for one pass or (P, L), for so many images."""
+        rows = policy if policy.dim() == 2 else policy[None]
+        return cls(rows.expand(images, -1, -1))
+
+    @classmethod
+    def join(cls, parts: Iterable[Decisions]) -> Decisions:
+        """The decisions for several batches, one after the other."""
+        return cls(torch.cat([part.options for part in parts]))
+
+    def __len__(self) -> int:
+        return len(self.options)
+
+    def __getitem__(self, rows: Tensor | slice) -> Decisions:
+        return Decisions(self.options[rows])
+
+    @property
+    def passes(self) -> int:
+        """P: how many passes an image may take."""
+        return self.options.shape[1]
+
+    @property
+    def blocks(self) -> int:
+        """L."""
+        return self.options.shape[2]
+
+    @property
+    def ran(self) -> Tensor:
+        """(N, P), whether an image took a pass."""
+        return self.options[:, :, 0] != NOT_RUN
+
+    def in_pass(self, index: int) -> Tensor:
+        """(N, L), the options in a pass."""
+        return self.options[:, index]
+
+    def followed_by(self, options: Tensor) -> Decisions:
+        """The same with one more pass, with ``options`` (N, L)."""
+        return Decisions(torch.cat([self.options, options[:, None]], dim=1))
+
+    def cpu(self) -> Decisions:
+        return Decisions(self.options.cpu())
+
+    def equal(self, other: Decisions) -> Tensor:
+        """(N,), whether the decisions are those of ``other``, which is for as many images or for one."""
+        return (self.options == other.options).flatten(1).all(dim=1)
+
+    def distinct(self) -> int:
+        """Number of different policies."""
+        return len(self.options.flatten(1).unique(dim=0))
+
+    def most_common(self) -> Decisions:
+        """The decisions, for one image, that most images share; of equally common ones the first in ascending order."""
+        policies, counts = self.options.flatten(1).unique(dim=0, return_counts=True)
+        return Decisions(policies[counts.argmax()].reshape(1, self.passes, self.blocks))
+
+    def counts(self, options: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """(P, L, K), how often each of K options was taken."""
+        found = torch.stack([(self.options == option).sum(dim=0) for option in range(options)], dim=-1)
+        return tuple(tuple(tuple(block) for block in blocks) for blocks in found.tolist())
+
+    def bits(self, bits: tuple[int, ...]) -> Tensor:
+        """(N, P * L), the bitwidths that the options stand for, pass after pass; -1 where a pass was not run."""
+        table = torch.tensor([*bits, NOT_RUN], device=self.options.device)
+        return table[self.options.flatten(1)]

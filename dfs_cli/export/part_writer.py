@@ -1,0 +1,114 @@
+"""Parts as nodes of a graph, and whole passes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dfs_cli.export.graph import Graph, Test
+from dfs_cli.export.int8_features import Int8Lowering, pool_codes
+from dfs_cli.export.lower import Lowering
+from dfs_cli.export.parts import Key, Parts
+from dfs_cli.export.scales import FeatureScales
+from dfs_cli.export.tensorrt import TensorRTLowering
+
+
+class Pooled(NamedTuple):
+    """The mean over the pixels of features, as ``scale`` times a value (1, 1, C) in single precision, by name."""
+
+    name: str
+    scale: float
+
+
+Decide = Callable[[Graph, int, Pooled | None], Test]
+"""From the graph, a block's index and the mean of its input to the test for options; see :meth:`Graph.choose`."""
+
+
+class PartWriter:
+    """Writes parts, with features as floating point numbers or as int8 between them.
+
+    Args:
+        parts: of the network.
+        scales: of int8 features; None: floating point.
+        tensorrt: write what TensorRT's importer takes, see :mod:`dfs_cli.export.tensorrt`; without ``scales``.
+    """
+
+    def __init__(self, parts: Parts, scales: FeatureScales | None = None, tensorrt: bool = False) -> None:
+        self.parts, self.network, self.scales = parts, parts.network, scales
+        self._lowering = TensorRTLowering if tensorrt else Lowering
+
+    @property
+    def features(self) -> str:
+        """What blocks hand on: ``int8`` or ``float``."""
+        return "float" if self.scales is None else "int8"
+
+    def write(self, graph: Graph, key: Key, x: str) -> str:
+        """Add a part to ``graph`` with ``x`` as its input; returns its output."""
+        if isinstance(key, tuple) and self._keeps_input(*key):
+            return x
+        traced = self.parts.part(key)
+        if self.scales is None:
+            return self._lowering(graph, traced, x).run()
+        return Int8Lowering(graph, traced, x, self.scales.ranges.get(key, {}), *self.scales.of_part(key)).run()
+
+    def pool(self, graph: Graph, block: int, x: str) -> Pooled:
+        """The mean over the pixels of ``x``, the input of a block, or of the head where ``block`` is L."""
+        if self.scales is None:
+            mean = graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)
+            mean = graph.add("Unsqueeze", [mean, graph.constant([0], np.int64)])
+        else:
+            mean = pool_codes(graph, x, *self.parts.features[block].shape[1:])
+        return Pooled(mean, self._mean_scale(block))
+
+    def write_pass(self, graph: Graph, images: str, policy: Sequence[int]) -> tuple[str, str]:
+        """Add one pass over ``images`` with fixed options.
+
+        Args:
+            policy: (L,), option indices.
+
+        Returns:
+            The logits, and the features before the head.
+        """
+        x = self.write(graph, "stem", images)
+        for block, option in enumerate(policy):
+            x = self.write(graph, (block, option), x)
+        return self.write(graph, "head", x), x
+
+    def write_deciding_pass(self, graph: Graph, images: str, decide: Decide, pools: bool) -> str:
+        """Add one pass over ``images`` with an ``If`` for every decision; returns the logits.
+
+        Args:
+            decide: gives the test for a block's options.
+            pools: whether ``decide`` needs the mean of a block's input; otherwise it gets None.
+        """
+        x = self.write(graph, "stem", images)
+        pooled = self.pool(graph, 0, x) if pools else None
+        options, last = range(len(self.network.bits)), len(self.network.blocks) - 1
+        for block in range(last + 1):
+            is_chosen = decide(graph, block, pooled)
+            mean = "" if pooled is None else pooled.name
+
+            def run(inner: Graph, option: int, block: int = block, x: str = x, mean: str = mean) -> list[str]:
+                y = self.write(inner, (block, option), x)
+                if not pools or block == last:
+                    return [y]
+                # A block that hands on its input hands on its mean, too.
+                return [y, mean if self._keeps_input(block, option) else self.pool(inner, block + 1, y).name]
+
+            branches = [lambda inner, option=option, run=run: run(inner, option) for option in options]
+            x, *means = graph.choose(is_chosen, branches)
+            pooled = Pooled(means[0], self._mean_scale(block + 1)) if means else None
+        return self.write(graph, "head", x)
+
+    def _mean_scale(self, block: int) -> float:
+        """The factor that turns the result of :meth:`pool` into a mean."""
+        if self.scales is None:
+            return 1.0
+        return self.scales.streams[block] / self.parts.features[block][0, 0].numel()
+
+    def _keeps_input(self, block: int, option: int) -> bool:
+        """Whether an option of a block hands on its input, in the same format."""
+        before, after = (None, None) if self.scales is None else self.scales.of_part((block, option))
+        return before == after and self.parts.is_identity(block, option)

@@ -1,0 +1,50 @@
+"""Quantized layers for TensorRT: signed 8-bit codes with zero points of 0.
+
+TensorRT's importer takes quantize and dequantize nodes of int8 whose zero points are 0, weights with a scale per channel,
+biases in floating point, and no integer convolutions. Other runtimes take that, too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dfs_cli.export.lower import MIDDLE, Affine, Lowering, fold, pads_of
+from dfs_cli.export.trace import QuantizedLayer
+from dfs_cli.nn.quantization import LARGEST_BYTE
+
+
+class TensorRTLowering(Lowering):
+    """Quantized layers become floating point layers between int8 quantize and dequantize nodes.
+
+    Unsigned codes of 8 bits are lowered by 128. The code 0 then no longer stands for zero, so the borders are padded before.
+    """
+
+    def _on_codes(self, affine: Affine) -> str:
+        return self._to_floats(affine)
+
+    def _to_floats(self, affine: Affine) -> str:
+        layer, x, factor, shift, _ = affine
+        graph = self.graph
+        # Some runtimes round the bias to an integer all the same: these codes give it finer units.
+        codes, scale, _ = fold(layer, factor, shift)
+        if _is_lowered(layer):
+            shift = shift + MIDDLE * layer.step * scale * codes.reshape(len(codes), -1).sum(axis=1)
+        inputs = [self._codes(x, layer), self._dequantized(codes, scale, np.int8), graph.constant(shift, np.float32)]
+        return self._apply(layer, inputs, pads=[0] * 4 if _is_lowered(layer) else None)
+
+    def _codes(self, x: str, layer: QuantizedLayer) -> str:
+        """The traced value ``x`` rounded to the layer's codes, in floating point."""
+        graph = self.graph
+        y = self._clipped(x, layer)
+        if _is_lowered(layer):
+            if layer.geometry is not None and any(layer.geometry.padding):
+                top, left, bottom, right = pads_of(layer.geometry)
+                borders = [0, 0, top, left, 0, 0, bottom, right]
+                y = graph.add("Pad", [y, graph.constant(borders, np.int64)])
+            y = graph.add("Sub", [y, graph.constant(MIDDLE * layer.step, np.float32)])
+        parameters = [graph.constant(layer.step, np.float32), graph.constant(0, np.int8)]
+        return graph.add("DequantizeLinear", [graph.add("QuantizeLinear", [y, *parameters]), *parameters])
+
+
+def _is_lowered(layer: QuantizedLayer) -> bool:
+    return layer.high > LARGEST_BYTE

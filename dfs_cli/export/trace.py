@@ -1,0 +1,179 @@
+"""Modules as ONNX nodes, by torch's exporter: quantized layers become opaque nodes, all else is exported at its bitwidth."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import FULL_BITS
+from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
+from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
+from dfs_cli.nn.quantization import Convolution, code_range
+
+OPSET = 17
+DOMAIN, OPAQUE = "dfs", "Quantized"
+_PLAIN_NORMS = {fractional: plain for plain, fractional in FRACTIONAL_NORMS.items()}
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A convolution or linear layer at one bitwidth, as arrays.
+
+    Args:
+        codes: (C_out, ...), integer codes of the weight, as floating point numbers.
+        scale: (C_out,), the weight's step sizes.
+        step: the input's step size.
+        low, high: the input's lowest and highest code.
+        bits: bitwidth; layers of up to 8 bits run on integers.
+        bias: (C_out,); None: there is none.
+        geometry: stride, padding, dilation and groups; None: it is a linear layer.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    step: float
+    low: int
+    high: int
+    bits: int
+    bias: np.ndarray | None
+    geometry: Convolution | None
+
+    @classmethod
+    def of(cls, layer: FractionalLayer, bits: int) -> QuantizedLayer:
+        """``layer`` at ``bits``."""
+        codes, scale, _ = layer.quantized_weight(bits)
+        step = float(layer.log_input_steps.detach()[layer.bitwidths.index(bits)].exp())
+        geometry = None
+        if isinstance(layer, FractionalConv2d):
+            assert not isinstance(layer.padding, str)
+            geometry = Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
+        bias = None if layer.bias is None else layer.bias.detach().cpu().numpy()
+        low, high = code_range(bits, layer.is_signed())
+        return cls(codes.cpu().numpy(), scale.detach().cpu().numpy(), step, low, high, bits, bias, geometry)
+
+
+class _Opaque(torch.autograd.Function):
+    """Computes what the layer computes; exported as one node that carries its key."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: _OpaqueLayer) -> Tensor:  # noqa: ARG004
+        # On a copy: a conversion of the input's type must not be recorded for the input's other readers.
+        y: Tensor = layer.__dict__["layer"](x.clone())
+        layer.shape = list(y.shape)
+        return y
+
+    @staticmethod
+    def symbolic(graph: Any, x: Any, layer: _OpaqueLayer) -> Any:
+        node = graph.op(f"{DOMAIN}::{OPAQUE}", x, key_s=layer.key)
+        node.setType(x.type().with_sizes(layer.shape))
+        return node
+
+
+class _OpaqueLayer(nn.Module):
+    def __init__(self, layer: nn.Module, key: str) -> None:
+        super().__init__()
+        # Not a submodule: torch must not export its parameters.
+        self.__dict__["layer"], self.key = layer, key
+        self.shape: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Opaque.apply(x, self)
+        return y
+
+
+class Traced(NamedTuple):
+    """A part of the network as nodes with one input and one output, and its quantized layers by key."""
+
+    graph: onnx.GraphProto
+    layers: dict[str, QuantizedLayer]
+
+
+@torch.no_grad()
+def trace(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> tuple[Traced, Tensor]:
+    """Trace ``run(module, x)`` at the bitwidths that the module's layers are set to.
+
+    Args:
+        module: it is left unchanged.
+        x: (1, C, H, W).
+
+    Returns:
+        The nodes, and the output for ``x``.
+    """
+    plain = copy.deepcopy(module).requires_grad_(False)
+    layers = _make_plain(plain)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter is deprecated, and shapes are fixed on purpose
+        torch.onnx.export(
+            _Call(plain, run).eval(),
+            (x,),
+            content,  # type: ignore[arg-type]  # a buffer is accepted by this exporter
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["x"],
+            output_names=["y"],
+        )
+    return Traced(onnx.load_from_string(content.getvalue()).graph, layers), run(module, x)
+
+
+class _Call(nn.Module):
+    def __init__(self, module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.module, self.run = module, run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.module, x)
+
+
+def _make_plain(module: nn.Module) -> dict[str, QuantizedLayer]:
+    """Replace fractional layers, in place, by plain or opaque ones at the current bitwidth; returns the quantized ones."""
+    quantized: dict[str, QuantizedLayer] = {}
+    for name, child in list(module.named_modules()):
+        if isinstance(child, FractionalBatchNorm):
+            module.set_submodule(name, _plain_norm(child))
+        elif isinstance(child, FractionalLayer):
+            assert isinstance(child, nn.Module)
+            if (bits := child.precision.bits) == FULL_BITS:
+                module.set_submodule(name, _plain_layer(child))
+            elif getattr(child, "padding_mode", "zeros") == "zeros" and not isinstance(
+                getattr(child, "padding", 0), str
+            ):
+                quantized[name] = QuantizedLayer.of(child, bits)
+                module.set_submodule(name, _OpaqueLayer(child, name))
+    return quantized
+
+
+def _plain_layer(layer: FractionalLayer) -> nn.Module:
+    """A plain layer in floating point, with the weight that ``layer`` applies."""
+    weight = layer.effective_weight().detach()
+    new: nn.Module
+    if isinstance(layer, FractionalConv2d):
+        new = nn.Conv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,  # type: ignore[arg-type]
+            layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode,  # type: ignore[arg-type]
+        )  # fmt: skip
+    else:
+        new = nn.Linear(weight.shape[1], weight.shape[0], layer.bias is not None)
+    new.load_state_dict({"weight": weight} | ({} if layer.bias is None else {"bias": layer.bias.detach()}))
+    return new
+
+
+def _plain_norm(norm: FractionalBatchNorm) -> nn.Module:
+    """``norm`` at its current bitwidth, as a layer of the class that it replaced."""
+    plain = copy.deepcopy(norm)
+    for tensor, value in zip(norm_tensors(plain, FULL_BITS), norm_tensors(norm, norm.precision.bits), strict=True):
+        if tensor is not None and value is not None:
+            tensor.detach().copy_(value.detach())
+    for name in ("bit_weight", "bit_bias", "bit_mean", "bit_var"):
+        delattr(plain, name)
+    plain.__class__ = _PLAIN_NORMS[type(norm)]  # type: ignore[assignment]
+    return plain

@@ -1,0 +1,90 @@
+"""Batch-norm as part of the convolution before it, where that convolution only ever runs in floating point."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import cast
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, fx, nn
+
+from dfs_cli.config import FULL_BITS
+from dfs_cli.nn.layers import FractionalConv2d
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.normalisation import norm_tensors
+
+
+@torch.no_grad()
+def fold_norms(network: DynamicResNet) -> DynamicResNet:
+    """The same network for inference, without the passes over memory that normalising takes.
+
+    Convolutions that have other bitwidths, too, keep their normalisation. What is computed in floating point differs from the
+    network's in rounding alone.
+
+    Returns:
+        A copy; or ``network`` itself, if there is nothing to fold.
+    """
+    backbone = network.backbone
+    blocks = [block.name for block in network.blocks]
+    pairs = [*_pairs(backbone, blocks)]
+    for name in blocks:
+        pairs += [(f"{name}.{conv}", f"{name}.{norm}") for conv, norm in _pairs(backbone.get_submodule(name))]
+    if not pairs:
+        return network
+    folded = copy.deepcopy(network).eval()
+    for conv, norm in pairs:
+        layer, module = folded.backbone.get_submodule(conv), folded.backbone.get_submodule(norm)
+        _fold(cast(FractionalConv2d, layer), cast(nn.BatchNorm2d, module))
+        activation = module.act if isinstance(module, BatchNormAct2d) else nn.Identity()
+        folded.backbone.set_submodule(norm, activation)
+    return folded
+
+
+class _Tracer(fx.Tracer):
+    """Records layers, and ``leaves``, as single steps."""
+
+    def __init__(self, leaves: Collection[str]) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            module_qualified_name in self.leaves or isinstance(m, nn.BatchNorm2d) or not any(True for _ in m.children())
+        )
+
+
+def _pairs(module: nn.Module, leaves: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """Paths of convolutions that only run in floating point and whose result goes into a batch-norm and nowhere else, each with
+    that batch-norm."""
+    parts = dict(module.named_modules())
+    if not any(_always_full(part) for part in parts.values()):
+        return
+    try:
+        graph = _Tracer(leaves).trace(module)
+    except Exception:  # whatever its code does that cannot be traced: it stays as it is
+        return
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    times = Counter(node.target for node in calls)
+    for norm in calls:
+        if type(parts[norm.target]) in (nn.BatchNorm2d, BatchNormAct2d):
+            (conv,) = norm.all_input_nodes
+            is_pair = conv.op == "call_module" and _always_full(parts[conv.target]) and len(conv.users) == 1
+            if is_pair and times[conv.target] == times[norm.target] == 1:
+                yield conv.target, norm.target
+
+
+def _always_full(module: nn.Module) -> bool:
+    return isinstance(module, FractionalConv2d) and not module.bitwidths
+
+
+def _fold(conv: FractionalConv2d, norm: nn.BatchNorm2d) -> None:
+    gain, shift = norm_tensors(norm, FULL_BITS).as_affine(norm.eps)
+    if conv.bias is not None:
+        shift = shift + conv.bias.double() * gain
+    weight: Tensor = conv.effective_weight()
+    conv.weight = nn.Parameter((weight.double() * gain.reshape(-1, 1, 1, 1)).to(weight.dtype))
+    conv.bias = nn.Parameter(shift.to(weight.dtype))
+    conv.standardise_eps = None  # it has been standardised

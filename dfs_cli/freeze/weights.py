@@ -1,0 +1,33 @@
+"""Giving up what no option needs, once tuning is done, so that a file need not hold it."""
+
+from __future__ import annotations
+
+import torch
+
+from dfs_cli.nn.layers import FloatLayer, FractionalLayer
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.normalisation import FractionalBatchNorm
+from dfs_cli.nn.quantization import byte_codes
+
+
+@torch.no_grad()
+def freeze_weights(network: DynamicResNet) -> None:
+    """Round the tuned ``network``, in place, to what its bitwidths can tell apart.
+
+    The controller's parameters become what half precision can hold, weights that only ever are quantized integer codes of their
+    widest bitwidth, which narrower ones quantize further. Unless floating point is an option, attention becomes 8-bit codes (it
+    is computed in floating point as before), and normalisation keeps only what the bitwidths use.
+    """
+    network.controller.freeze()
+    layers = [m for m in network.backbone.modules() if isinstance(m, FractionalLayer)]
+    keeps_floats = any(layer.precision.may_be_full for layer in layers if layer.precision is not network.fixed)
+    for module in network.backbone.modules():
+        if isinstance(module, FractionalLayer):
+            if module.bitwidths and not module.precision.may_be_full:
+                module.set_weight_codes()
+        elif isinstance(module, FractionalBatchNorm):
+            if not module.precision.may_be_full:
+                module.fold_statistics()
+        elif isinstance(module, FloatLayer) and not keeps_floats:
+            codes, steps = byte_codes(module.weight)
+            module.weight.copy_(codes * steps)

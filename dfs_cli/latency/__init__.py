@@ -1,1 +1,0 @@
-"""What inference costs on the clock."""

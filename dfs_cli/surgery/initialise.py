@@ -1,0 +1,60 @@
+"""Step sizes and statistics per bitwidth, set once before tuning from a sample of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import FULL_BITS
+from dfs_cli.cost.decisions import Decisions
+from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.normalisation import FractionalBatchNorm, match_statistics, moments
+
+
+@torch.no_grad()
+def fit_steps(network: DynamicResNet, images: Tensor) -> None:
+    """Set all step sizes, and batch-norm's statistics per bitwidth, from ``images`` (N, C, H, W).
+
+    The statistics are those under the policies of the network's controller.
+    """
+    was_training = network.training
+    network.eval()
+    expected: dict[FractionalBatchNorm, tuple[Tensor, Tensor]] = {}
+
+    def observe_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        cast(FractionalLayer, layer).fit_input_steps(inputs[0])
+
+    def observe_moments(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        expected[cast(FractionalBatchNorm, norm)] = moments(inputs[0])
+
+    for layer in network.backbone.modules():
+        if isinstance(layer, FractionalLayer):
+            layer.fit_weight_steps()
+    with _hooked(network, FractionalLayer, observe_input), _hooked(network, FractionalBatchNorm, observe_moments):
+        network.run_in_full(images)
+
+    def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        norm = cast(FractionalBatchNorm, norm)
+        if (bits := norm.precision.bits) != FULL_BITS:
+            match_statistics(norm, norm.bitwidths.index(bits), expected[norm], inputs[0])
+
+    with _hooked(network, FractionalBatchNorm, match):
+        for policy in network.controller.policies():
+            network.run(images, Decisions.alike(policy, len(images)))
+    network.train(was_training)
+
+
+@contextmanager
+def _hooked(network: nn.Module, kind: type, hook: Callable[[nn.Module, tuple[Tensor, ...]], None]) -> Iterator[None]:
+    """Call ``hook`` with the inputs of every layer of a kind before it runs, within the context."""
+    handles = [m.register_forward_pre_hook(hook) for m in network.modules() if isinstance(m, kind)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,132 @@
+"""What the surgery will do: the blocks of a model and the roles of its layers, found once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from dfs_cli.config import FULL_BITS, DynamicConfig
+from dfs_cli.control.factory import controller_macs
+from dfs_cli.cost.count import count_macs
+from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.errors import UnsupportedModelError
+from dfs_cli.nn.layers import CONVOLUTIONS
+from dfs_cli.nn.normalisation import FRACTIONAL_NORMS
+from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
+
+
+@dataclass(frozen=True)
+class SurgeryPlan:
+    """The parts of a model that the surgery works on, by their paths.
+
+    Args:
+        blocks: the residual blocks, in order.
+        channels: width of the features that enter each block.
+        features: width of those that enter the classifier.
+        branch: the layers that follow a block's option, with the block's index.
+        fixed: the layers that always run.
+        norms: the batch-norms that see what a bitwidth changes, with the layer of the branch whose bitwidth they follow: the one
+            in front of them; without one, the one behind.
+    """
+
+    blocks: tuple[str, ...]
+    channels: tuple[int, ...]
+    features: int
+    branch: dict[str, int]
+    fixed: tuple[str, ...]
+    norms: dict[str, str]
+
+
+def plan_surgery(model: nn.Module) -> SurgeryPlan:
+    """Find the blocks and the roles of the layers of ``model``.
+
+    Raises:
+        UnsupportedModelError: the model's class or its blocks are of no known family.
+    """
+    blocks = find_blocks(model)
+    branch: dict[str, int] = {}
+    fixed: dict[str, None] = {}
+    norms: dict[str, str] = {}
+    inside: set[str] = set()
+    for i, (path, block) in enumerate(blocks.items()):
+        family = FAMILIES[type(block)]
+        layer: str | None = None
+        waiting: list[str] = []
+        for name, module in block.named_modules(prefix=path):
+            inside.add(name)
+            if type(module) in FRACTIONAL_NORMS and not _is_within(name, path, (family.shortcut, *family.apart)):
+                if layer is None:
+                    waiting.append(name)
+                else:
+                    norms[name] = layer
+            if type(module) not in CONVOLUTIONS:
+                continue
+            if _is_within(name, path, family.branch):
+                branch[name] = i
+                layer = name
+                norms.update(dict.fromkeys(waiting, name))
+                waiting.clear()
+            elif _is_within(name, path, (family.shortcut,)):
+                fixed[name] = None
+    for name, module in model.named_modules():
+        if name not in inside and type(module) in (*CONVOLUTIONS, nn.Linear):
+            fixed[name] = None
+    channels = (cast(nn.Conv2d, block.get_submodule("conv1")).in_channels for block in blocks.values())
+    features = int(model.num_features)  # type: ignore[arg-type]
+    return SurgeryPlan(tuple(blocks), tuple(channels), features, branch, tuple(fixed), norms)
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The residual blocks of ``model`` by path, in order.
+
+    Raises:
+        UnsupportedModelError: the model's class or its blocks are of no known family.
+    """
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    if type(model) not in LAYOUTS:
+        raise UnsupportedModelError(
+            f"a {kind} cannot be converted: supported are {', '.join(c.__name__ for c in LAYOUTS)} "
+            f"models of timm with {family_names()} blocks"
+        )
+    blocks = {name: module for name, module in model.named_modules() if type(module) in FAMILIES}
+    if not blocks:
+        # Blocks are the children of the stages.
+        found = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "downsample")})
+        raise UnsupportedModelError(
+            f"a {kind} with {', '.join(found) or 'no residual'} blocks cannot be converted: "
+            f"supported are {family_names()} blocks"
+        )
+    return blocks
+
+
+def _is_within(name: str, path: str, parts: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{path}.{part}.") for part in parts)
+
+
+def plan_costs(
+    model: nn.Module, config: DynamicConfig, input_size: tuple[int, int, int], plan: SurgeryPlan | None = None
+) -> CostTable:
+    """The cost of every option of every block of ``model`` at ``input_size`` (C, H, W); the model is not changed.
+
+    Args:
+        plan: of ``model``; None: it is made.
+
+    Raises:
+        UnsupportedModelError: see :func:`plan_surgery`; or the model cannot run at that size.
+    """
+    plan = plan or plan_surgery(model)
+    try:
+        count = count_macs(model, input_size)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"the model cannot run on images of size {input_size}: {reason}") from None
+    layers = tuple(
+        LayerCost(name, macs, block=plan.branch[name])
+        if name in plan.branch
+        else LayerCost(name, macs, bits=config.fixed_bits if name in plan.fixed else FULL_BITS)
+        for name, macs in count.layers.items()
+    )
+    macs = controller_macs(config, plan.channels, plan.features)
+    return CostTable(config.bits, plan.blocks, layers, macs, count.not_counted)

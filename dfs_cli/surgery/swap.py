@@ -1,0 +1,122 @@
+"""The surgery itself: layers of a copy of the model are replaced by fractional ones."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.config import DynamicConfig
+from dfs_cli.control.factory import create_controller
+from dfs_cli.cost.table import CostTable
+from dfs_cli.errors import UnsupportedModelError
+from dfs_cli.nn.layers import FractionalConv2d, FractionalLinear
+from dfs_cli.nn.network import Block, DynamicResNet
+from dfs_cli.nn.normalisation import FRACTIONAL_NORMS
+from dfs_cli.nn.pooling import MaxPool2d
+from dfs_cli.nn.precision import Precision
+from dfs_cli.surgery.families import FAMILIES, LAYOUTS
+from dfs_cli.surgery.plan import SurgeryPlan, plan_surgery
+
+Replaced = dict[str, tuple[type[nn.Module], type[nn.Module]]]
+"""By path, the class of what was replaced and the class of what replaced it."""
+
+
+class Surgery(NamedTuple):
+    """A dynamic network, and what was replaced by what to make it."""
+
+    network: DynamicResNet
+    replaced: Replaced
+
+
+def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan: SurgeryPlan | None = None) -> Surgery:
+    """A dynamic network made from a copy of ``model``; ``model`` is left unchanged.
+
+    Layers of the blocks follow their block's option, or have the bitwidth of their own that ``table`` names. Step sizes are not set
+    yet: call :func:`dfs_cli.surgery.initialise.fit_steps`, or load them.
+
+    Args:
+        plan: of ``model``; None: it is made.
+
+    Raises:
+        UnsupportedModelError: see :func:`dfs_cli.surgery.plan.plan_surgery`; nothing could be replaced; or the model's blocks do
+            not match ``table``.
+    """
+    plan = plan or plan_surgery(model)
+    if plan.blocks != table.blocks:
+        raise UnsupportedModelError("the cost table belongs to another model: its blocks differ")
+    device = next(model.parameters()).device
+    backbone = copy.deepcopy(model)
+    fixed = Precision((config.fixed_bits,))
+    options = tuple(bits for bits in config.bits if bits)
+    of_blocks = [Precision(options) for _ in plan.blocks]
+    precisions = {name: of_blocks[block] for name, block in plan.branch.items()}
+    # A block that is always skipped keeps its layers at the fewest bits.
+    precisions |= {name: Precision((bits or min(options),)) for name, bits in table.layer_bits.items()}
+    replaced: Replaced = {}
+    for name in (*plan.branch, *plan.fixed):
+        _replace(backbone, name, precisions.get(name, fixed), replaced)
+    for name, layer in plan.norms.items():
+        if precisions[layer].quantized:
+            norm = backbone.get_submodule(name)
+            _put(backbone, name, FRACTIONAL_NORMS[type(norm)].adopt(norm, precisions[layer]), replaced)
+    for name, module in list(backbone.named_modules()):
+        if type(module) is nn.MaxPool2d:
+            _put(backbone, name, MaxPool2d.adopt(module), replaced)
+    if not plan.branch:
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} has no layer that could follow a bitwidth: nothing was replaced"
+        )
+    blocks = []
+    for name, precision, width in zip(plan.blocks, of_blocks, plan.channels, strict=True):
+        module = backbone.get_submodule(name)
+        blocks.append(Block(name, module, FAMILIES[type(module)].skip, precision, width, _keeps_input(module)))
+    controller = create_controller(config, table, plan.channels, plan.features)
+    network = DynamicResNet(backbone, LAYOUTS[type(backbone)], blocks, fixed, config.bits, controller)
+    return Surgery(network.to(device).eval(), replaced)
+
+
+def _replace(backbone: nn.Module, name: str, precision: Precision, replaced: Replaced) -> None:
+    layer = backbone.get_submodule(name)
+    if isinstance(layer, nn.Conv2d):
+        _put(backbone, name, FractionalConv2d.from_module(layer, precision), replaced)
+    elif isinstance(layer, nn.Linear):
+        _put(backbone, name, FractionalLinear.from_module(layer, precision), replaced)
+    else:
+        raise UnsupportedModelError(f"{name} is a {type(layer).__name__}: it cannot follow a bitwidth")
+
+
+def _put(backbone: nn.Module, name: str, new: nn.Module, replaced: Replaced) -> None:
+    replaced[name] = type(backbone.get_submodule(name)), type(new)
+    backbone.set_submodule(name, new)
+
+
+def _keeps_input(block: nn.Module) -> bool:
+    """Whether the block, skipped, gives its input itself."""
+    nothing = torch.empty(0)
+    has_shortcut = getattr(block, FAMILIES[type(block)].shortcut) is not None
+    return not has_shortcut and FAMILIES[type(block)].skip(block, nothing) is nothing
+
+
+def verify_conversion(model: nn.Module, network: DynamicResNet, images: Tensor) -> None:
+    """Check that the network in floating point computes what ``model`` does.
+
+    Raises:
+        UnsupportedModelError: it does not: timm's forward differs from what the adapters assume.
+    """
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = model(images)
+    model.train(was_training)
+    found = network.run_in_full(images)
+    scale = float(expected.abs().max()) or 1.0
+    difference = float((found - expected).abs().max()) / scale
+    if math.isnan(difference) or difference > 1e-4:
+        raise UnsupportedModelError(
+            f"the converted {type(model).__name__} computes something else than the original (relative difference "
+            f"{difference:.1e}): this version of timm is not supported for it"
+        )

@@ -1,0 +1,298 @@
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import timm
+import torch
+from common import make_dynamic, randomise, se_resnet, tiny_resnet
+from dfs_cli.surgery.convert import plan_costs, to_dynamic
+from safetensors.torch import save
+from timm.layers import StdConv2d
+from timm.models.resnetv2 import ResNetV2
+
+from dfs_cli.artifact.packing import load_packed, pack, packed_tensors, unpack
+from dfs_cli.config import DynamicConfig
+from dfs_cli.freeze.weights import settle
+from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.normalisation import NEUTRAL, FractionalBatchNorm2d
+from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.quantization import byte_codes
+
+
+def standardised_resnet() -> torch.nn.Module:
+    """A small relative of BiT: its convolutions standardise their weights."""
+    torch.manual_seed(0)
+    sizes = {"layers": (1, 1, 1, 1), "channels": (256, 256, 256, 256), "num_classes": 5}
+    model = ResNetV2(**sizes, conv_layer=partial(StdConv2d, eps=1e-8), stem_type="fixed").eval()
+    model.pretrained_cfg = {"architecture": "tiny", "input_size": (3, 32, 32)}
+    return model
+
+
+def random_network(
+    bits: tuple[int, ...], edge_bits: int = 8, create: Callable[[], torch.nn.Module] = tiny_resnet
+) -> DynamicResNet:
+    network = make_dynamic(create(), DynamicConfig(bits, edge_bits, mirror=True))
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for tensor in (*module.parameters(), *module.buffers()):
+                    if tensor.is_floating_point():
+                        tensor.mul_(torch.empty_like(tensor).uniform_(0.8, 1.2)).add_(0.01)
+    network.operating_point = 0.0
+    return network
+
+
+def size_of(tensors: dict[str, torch.Tensor]) -> int:
+    return len(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def test_numbers_are_a_stream_of_bytes_low_ones_first() -> None:
+    assert zlib.decompress(pack([torch.tensor([-7.0, 0.0, 7.0])], "<i1").numpy().tobytes()) == b"\xf9\x00\x07"
+    assert zlib.decompress(pack([torch.tensor([-2.0, 300.0])], "<i2").numpy().tobytes()) == b"\xfe\x2c\xff\x01"
+    assert zlib.decompress(pack([torch.tensor([1.0])], "<f4").numpy().tobytes()) == b"\x00\x00\x80\x3f"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 7, 8, 12, 16])
+def test_packing_loses_nothing_and_needs_no_more_than_the_bits(bits: int) -> None:
+    high, kind = 2 ** (bits - 1) - 1, "<i1" if bits <= 8 else "<i2"
+    codes = torch.randint(-high, high + 1, (64, 50, 3, 1)).float()
+    codes.view(-1)[:2] = torch.tensor([-high, high])
+    packed = pack([codes[:20], codes[20:]], kind)
+    parts = unpack(packed, kind, [codes[:20].shape, codes[20:].shape])
+    assert torch.equal(torch.cat(parts), codes)
+    assert len(packed) <= 1.01 * codes.numel() * bits / 8, "even where all codes are as frequent"
+    bell = (torch.randn(20_000) * high / 4).round().clamp(-high, high)
+    if 2 < bits <= 8:
+        assert len(pack([bell], kind)) < 0.95 * len(bell) * bits / 8
+
+
+def test_packed_floats_are_the_same_to_the_bit() -> None:
+    values = torch.randn(5000) * torch.logspace(-30, 30, 5000)
+    packed = pack([values], "<f4")
+    assert torch.equal(unpack(packed, "<f4", [values.shape])[0], values)
+    assert len(pack([torch.rand(5000)], "<f4")) < 0.93 * 4 * 5000, "exponents are much the same"
+
+
+@pytest.mark.parametrize("damage", ["a byte less", "a byte more", "no stream", "fewer numbers", "more numbers"])
+def test_a_stream_of_anything_else_is_refused(damage: str) -> None:
+    codes = torch.tensor([-7.0, 0.0, 7.0, 1.0])
+    packed = pack([codes], "<i1")
+    damaged = {
+        "a byte less": packed[:-1],
+        "a byte more": torch.cat([packed, packed[:1]]),
+        "no stream": torch.zeros(8, dtype=torch.uint8),
+        "fewer numbers": pack([codes[:-1]], "<i1"),
+        "more numbers": pack([torch.zeros(5)], "<i1"),
+    }[damage]
+    with pytest.raises(ValueError, match="is not 4 packed numbers of 1 bytes"):
+        unpack(damaged, "<i1", [codes.shape])
+
+
+def test_a_stream_that_claims_to_be_huge_is_not_unpacked() -> None:
+    huge = torch.frombuffer(bytearray(zlib.compress(bytes(100_000_000))), dtype=torch.uint8)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="is not 4 packed numbers"):
+        unpack(huge, "<i1", [torch.Size([4])])
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_settling_a_single_bitwidth_changes_no_code_and_folds_statistics() -> None:
+    network = random_network((0, 8))
+    images = torch.randn(4, 3, 32, 32)
+    widest = torch.full((4, 5), 1)
+    before = network.run(images, widest).logits
+    settle(network)
+    torch.testing.assert_close(network.run(images, widest).logits, before, rtol=1e-4, atol=1e-4)
+    codes = [m.weight_codes() for m in network.modules() if isinstance(m, FractionalLayer)]
+    assert codes and all(c is not None and torch.equal(c, c.round()) and c.abs().max() <= 127 for c in codes)
+
+
+def test_folding_statistics_changes_rounding_alone() -> None:
+    norm = FractionalBatchNorm2d.adopt(torch.nn.BatchNorm2d(6).eval(), (2, 8), Precision(8))
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 2.0)
+    x = torch.randn(2, 6, 4, 4)
+    before = norm(x)
+    norm.fold_statistics()
+    torch.testing.assert_close(norm(x), before)
+    assert all(bool((getattr(norm, name) == value).all()) for name, value in NEUTRAL.items())
+    assert set(norm.state_dict()) - set(NEUTRAL) == {"bit_weight", "bit_bias"}
+
+
+def test_bytes_are_found_again_in_what_they_make() -> None:
+    weight = torch.randn(32, 24, 1, 1) * torch.logspace(-30, 30, 32).reshape(-1, 1, 1, 1)
+    weight[3] = 0.0
+    codes, steps = byte_codes(weight)
+    assert codes.abs().amax() == 127 and torch.equal(codes, codes.round())
+    assert ((codes * steps - weight).abs() <= 0.51 * steps + 0.005 * weight.abs()).all()
+    again, same_steps = byte_codes(codes * steps)
+    assert torch.equal(again, codes) and torch.equal(same_steps, steps)
+
+
+def test_settling_moves_hardly_a_weight_across_a_narrower_threshold() -> None:
+    network = random_network((0, 2, 3, 4, 8))
+    layers = [m for m in network.modules() if isinstance(m, FractionalLayer) and len(m.bitwidths) > 1]
+    before = [{b: m._quantized_weight(b).codes for b in m.bitwidths} for m in layers]
+    settle(network)
+    changed, nearest, weights = dict.fromkeys((2, 3, 4), 0), dict.fromkeys((2, 3, 4), 0), 0
+    for layer, codes in zip(layers, before, strict=True):
+        weights += layer.weight.numel()
+        for bits in changed:
+            changed[bits] += int((layer._quantized_weight(bits).codes != codes[bits]).sum())
+        layer.set_weight_codes(codes[8])
+        for bits in nearest:
+            nearest[bits] += int((layer._quantized_weight(bits).codes != codes[bits]).sum())
+    assert all(nearest[b] > 0.001 * weights for b in nearest), "the test needs weights close to thresholds"
+    assert all(changed[b] < 0.1 * nearest[b] for b in changed), (changed, nearest, weights)
+
+
+@pytest.mark.parametrize("bits", [(0, 8), (0, 8, 32)])
+def test_attention_is_stored_as_bytes_unless_floating_point_is_an_option(bits: tuple[int, ...]) -> None:
+    network = random_network(bits, create=se_resnet)
+    before = {n: m.weight.clone() for n, m in network.named_modules() if n.endswith(("se.fc1", "se.fc2"))}
+    settle(network)
+    stored = packed_tensors(network)
+    assert len(before) == 8
+    for name, weight in before.items():
+        kept = network.get_submodule(name).weight
+        if 32 in bits:
+            assert torch.equal(stored[f"{name}.weight"], weight)
+        else:
+            assert f"{name}.weight" not in stored and stored[f"{name}.weight_steps"].dtype == torch.bfloat16
+            torch.testing.assert_close(kept, weight, rtol=0, atol=0.006 * float(weight.detach().abs().max()))
+
+
+def test_edges_in_floating_point_keep_their_weights() -> None:
+    network = random_network((0, 12), 32)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    settle(network)
+    edges = [n for n, m in network.named_modules() if isinstance(m, FractionalLayer) and m.precision is network.edges]
+    assert edges and all(torch.equal(before[f"{n}.weight"], network.state_dict()[f"{n}.weight"]) for n in edges)
+
+
+def test_what_is_stored_does_not_depend_on_the_order_of_layers() -> None:
+    network = random_network((0, 2, 8))
+    settle(network)
+    stored = packed_tensors(network)
+    block = network.blocks[0].module
+    first = block.conv1
+    del block.conv1
+    block.conv1 = first  # the last one now
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in packed_tensors(network).items())
+
+
+def test_floating_point_options_keep_their_weights() -> None:
+    network = random_network((0, 8, 32))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    settle(network)
+    stored = packed_tensors(network)
+    for name, module in network.named_modules():
+        if isinstance(module, FractionalLayer):
+            kept = module.precision is not network.edges
+            assert (f"{name}.weight" in stored) == kept
+            assert torch.equal(before[f"{name}.weight"], module.weight) == kept
+    assert all(torch.equal(before[n], t) for n, t in stored.items() if ".bn" in n)
+
+
+@pytest.mark.parametrize(
+    ("bits", "edge_bits", "create"),
+    [
+        ((0, 2, 8), 8, tiny_resnet),
+        ((3, 5), 6, tiny_resnet),
+        ((0, 12), 32, tiny_resnet),
+        ((0, 32), 32, tiny_resnet),
+        ((0, 4), 8, standardised_resnet),
+        ((0, 4), 8, se_resnet),
+    ],
+)
+def test_what_is_stored_gives_identical_logits(
+    bits: tuple[int, ...], edge_bits: int, create: Callable[[], torch.nn.Module]
+) -> None:
+    network = random_network(bits, edge_bits, create)
+    settle(network)
+    stored = packed_tensors(network)
+    coded = {name for name in network.state_dict() if name.endswith("weight")} - set(stored)
+    for name, module in network.named_modules():
+        if isinstance(module, FractionalLayer):
+            assert (f"{name}.weight" in coded) == (0 < max(module.bitwidths, default=0) < 32)
+    model, config = create(), network.config
+    again = to_dynamic(model, config, plan_costs(model, config, (3, 32, 32)))
+    load_packed(again, stored)
+    again.operating_point = network.operating_point
+    images = torch.randn(16, 3, 32, 32)
+    with torch.no_grad():
+        expected, found = network.run(images), again.eval().run(images)
+    assert torch.equal(expected.logits, found.logits) and torch.equal(expected.decisions, found.decisions)
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in network.state_dict().items())
+
+
+def test_loading_is_strict() -> None:
+    network = random_network((0, 2, 8))
+    settle(network)
+    stored = packed_tensors(network)
+    name = "weight_codes.8"
+    wide = torch.full((sum(m.weight.numel() for m in network.modules() if isinstance(m, FractionalLayer)),), -128.0)
+    for changed in (
+        {n: t for n, t in stored.items() if n != name},
+        {n: t for n, t in stored.items() if n != "bit_bias"},
+        stored | {"backbone.conv1.0.log_weight_steps": torch.zeros(1, 8)},
+        stored | {"bit_bias": stored["bit_bias"][:-1]},
+        stored | {"stranger": torch.zeros(1)},
+        stored | {name: stored[name][:-1]},
+        stored | {name: torch.cat([stored[name], stored[name]])},
+        stored | {name: stored[name].float()},
+        stored | {name: pack([wide], "<i1")},
+    ):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            load_packed(random_network((0, 2, 8)), changed)
+
+
+def test_codes_wider_than_their_layer_are_refused() -> None:
+    network = random_network((0, 4))
+    settle(network)
+    stored = packed_tensors(network)
+    layers = [m for m in network.modules() if isinstance(m, FractionalLayer)]
+    wide = torch.full((sum(m.weight.numel() for m in layers),), 8.0)
+    with pytest.raises(ValueError, match="have more than 4 bits"):
+        load_packed(random_network((0, 4)), stored | {"weight_codes.8": pack([wide], "<i1")})
+
+
+def test_step_sizes_of_attention_are_not_spread_over_channels() -> None:
+    network = random_network((0, 8), create=se_resnet)
+    settle(network)
+    stored = packed_tensors(network)
+    name = next(n for n in stored if n.endswith(".weight_steps"))
+    load_packed(random_network((0, 8), create=se_resnet), stored)
+    with pytest.raises(ValueError, match="other step sizes"):
+        load_packed(random_network((0, 8), create=se_resnet), stored | {name: stored[name][:1]})
+
+
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [
+        ("resnet18", "probe"),
+        ("resnet18", "rnn"),
+        ("resnet20_cifar", "probe"),
+        ("resnet50", "probe"),
+        ("resnet50", "rnn"),
+        ("seresnet50", "probe"),
+        ("seresnet50", "rnn"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("bits", "edge_bits", "share"), [((0, 2, 3, 4, 5, 6, 8), 8, 0.27), ((0, 4), 4, 0.15), ((0, 4), 8, 0.15)]
+)
+def test_files_are_small(bits: tuple[int, ...], edge_bits: int, share: float, name: str, gate: str) -> None:
+    model = randomise(timm.create_model(name))  # round numbers would need less room
+    config = DynamicConfig(bits, edge_bits, gate=gate)  # type: ignore[arg-type]
+    network = to_dynamic(model, config, plan_costs(model, config, (3, 64, 64)))
+    for layer in network.modules():
+        if isinstance(layer, FractionalLayer):
+            layer.calibrate_weight()
+    settle(network)
+    assert size_of(packed_tensors(network)) <= share * size_of(model.state_dict())

@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from dfs_cli.bench.clock import Timing, in_turns, on_threads, percentiles, quartiles, seconds_of
+from dfs_cli.errors import ConfigError
+
+
+def test_all_take_turns_in_every_round() -> None:
+    order: list[str] = []
+    rounds: list[int] = []
+
+    def measure(name: str, turn: int) -> str:
+        order.append(f"{name}{turn}")
+        return f"{name}{turn}"
+
+    measures = [lambda turn: measure("a", turn), lambda turn: measure("b", turn)]
+    found = in_turns(measures, repeats=2, warm_up=1, on_round=rounds.append)
+    assert order == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    assert found == [["a1", "a2"], ["b1", "b2"]]
+    assert rounds == [1, 1, 1]
+
+
+def test_what_takes_long_is_measured_less_often() -> None:
+    found = in_turns([lambda turn: turn, lambda turn: turn], repeats=6, warm_up=3, every=[1, 4])
+    assert found == [[3, 4, 5, 6, 7, 8], [3, 7]]
+
+
+def test_there_must_be_a_round() -> None:
+    with pytest.raises(ConfigError, match="repeats 0 is below 1"):
+        in_turns([lambda turn: turn], repeats=0, warm_up=1)
+
+
+def test_percentiles_by_hand() -> None:
+    assert quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == Timing(median=3.0, low=2.0, high=4.0)
+    assert quartiles([0.5]) == Timing(0.5, 0.5, 0.5)
+    found = percentiles([float(i) for i in range(101)])
+    assert found[49] == pytest.approx(50) and found[94] == pytest.approx(95) and len(found) == 99
+
+
+def test_a_step_is_run_once_for_its_time() -> None:
+    calls: list[int] = []
+    seconds_of(lambda: calls.append(1), torch.device("cpu"))
+    assert calls == [1]
+
+
+def test_threads_are_set_and_set_back() -> None:
+    before = torch.get_num_threads()
+    with on_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(ConfigError, match="threads 0 is below 1"), on_threads(0):
+        pass

@@ -1,0 +1,122 @@
+"""Networks and graphs that the tests of the export share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import onnx
+import torch
+from common import SIZE, make_dynamic, preactivated_resnet, se_resnet, spread_gate, tiny_resnet
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from dfs_cli.config import DynamicConfig
+from dfs_cli.control.base import controller_of
+from dfs_cli.control.probe import ProbeController, summarise, uncertainty
+from dfs_cli.cost.decisions import Decisions
+from dfs_cli.export.network import IMAGES, options_of
+from dfs_cli.export.part_writer import PartWriter
+from dfs_cli.export.parts import Parts
+from dfs_cli.export.runtime import open_session
+from dfs_cli.export.scales import measure_scales
+from dfs_cli.freeze.biases import round_biases
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.plan import plan_costs
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "BasicBlock": lambda: tiny_resnet(BasicBlock),
+    "Bottleneck": lambda: tiny_resnet(Bottleneck),
+    "squeeze and excitation": se_resnet,
+    "preactivation": preactivated_resnet,
+}
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def gated_network(model: nn.Module, gate: str = "rnn", bits: tuple[int, ...] = (0, 4, 8)) -> DynamicResNet:
+    """A network with a gate before every block, whose decisions depend on the image."""
+    network = make_dynamic(model, DynamicConfig(bits=bits, gate=gate))  # type: ignore[arg-type]
+    spread_gate(network, 1.0)
+    round_biases(network, SIZE)
+    return network
+
+
+def probe_network(model: nn.Module, bits: tuple[int, ...] = (0, 4, 8), mirror: bool = False) -> DynamicResNet:
+    """A network of two passes; half of 40 images take the second one."""
+    network = make_dynamic(model, DynamicConfig(bits=bits, gate="probe", mirror=mirror))
+    spread_gate(network, 4.0)
+    round_biases(network, SIZE)
+    controller = controller_of(network)
+    assert isinstance(controller, ProbeController)
+    controller.policy.copy_(torch.arange(len(network.blocks)) % len(bits))
+    with torch.no_grad():
+        logits, features = network.follow(images(40), controller.policy.expand(40, -1))
+        controller.gate.normalise_input(summarise(logits, features))
+        controller.operating_point = float(uncertainty(logits).median())
+    return network
+
+
+def make_network(model: nn.Module, gate: str, bits: tuple[int, ...] = (0, 4, 8)) -> DynamicResNet:
+    """A network whose decisions depend on the image; the second pass, where there is one, is mirrored."""
+    return probe_network(model, bits, mirror=True) if gate == "probe" else gated_network(model, gate, bits)
+
+
+def static_network(
+    model: nn.Module, choose: Callable[[int, int], int], bits: tuple[int, ...] = (0, 4, 8)
+) -> DynamicResNet:
+    """A static network.
+
+    Args:
+        choose: from a block's index and a layer's index in the block to the layer's bitwidth.
+    """
+    config = DynamicConfig(bits=bits, gate="static")
+    table = plan_costs(model, config, SIZE)
+    seen = [0] * len(table.blocks)
+    chosen = {}
+    for layer in table.layers:
+        if layer.block is not None:
+            chosen[layer.name] = choose(layer.block, seen[layer.block])
+            seen[layer.block] += 1
+    network = make_dynamic(model, config, table=table.with_layer_bits(chosen))
+    round_biases(network, SIZE)
+    return network
+
+
+def mixed_bits(block: int, layer: int) -> int:
+    """Skips the second block; in the others, 8 bits for even layers and 4 for odd ones, or the other way round."""
+    return 0 if block == 1 else (8, 4)[(block + layer) % 2]
+
+
+def decisions_of(network: DynamicResNet, policy: Sequence[int], passes: int = 1) -> Decisions:
+    """Decisions for one image."""
+    return Decisions(torch.tensor(policy).reshape(1, passes, len(network.blocks)))
+
+
+def float_writer(network: DynamicResNet) -> PartWriter:
+    """Writes ``network`` with features in floating point: exactly what it computes."""
+    return PartWriter(Parts(network, SIZE))
+
+
+def int8_writer(network: DynamicResNet) -> PartWriter:
+    """Writes ``network`` with int8 features, where it can have them."""
+    parts = Parts(network, SIZE)
+    return PartWriter(parts, measure_scales(parts, options_of(network, None), images(8).numpy()))
+
+
+def run_graph(model: onnx.ModelProto, image: Tensor, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """The outputs for one image (C, H, W), by name."""
+    session = open_session(model.SerializeToString(), threads=1)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {IMAGES: image[None].numpy(), **inputs}), strict=True))
+
+
+def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The branches of all ``If`` nodes, nested ones included."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield attribute.g
+                yield from subgraphs(attribute.g)

@@ -1,0 +1,107 @@
+"""Integer kernels, and int8 features between blocks."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from common import SIZE, preactivated_resnet, tiny_resnet
+from common_export import (
+    float_writer,
+    gated_network,
+    images,
+    int8_writer,
+    make_network,
+    mixed_bits,
+    run_graph,
+    static_network,
+    subgraphs,
+)
+from timm.models.resnet import Bottleneck
+
+from dfs_cli.export.check import compare
+from dfs_cli.export.network import LOGITS, export_network, options_of
+from dfs_cli.export.part_writer import PartWriter
+from dfs_cli.export.parts import Key, Parts
+from dfs_cli.export.runtime import open_session
+from dfs_cli.export.scales import measure_scales
+from dfs_cli.export.trace import Traced
+from dfs_cli.export.write import random_batches
+
+
+def kernels_of(writer: PartWriter, folder: Path) -> list[list[str]]:
+    """The kernels that ONNX Runtime really runs, a list for each branch."""
+    file = folder / "optimised.onnx"
+    open_session(export_network(writer).SerializeToString(), threads=1, optimised=str(file))
+    graph = onnx.load(file).graph
+    return [[node.op_type for node in part.node] for part in (graph, *subgraphs(graph))]
+
+
+def test_eight_bit_branches_run_on_integers(tmp_path: Path) -> None:
+    network = gated_network(tiny_resnet(Bottleneck), bits=(0, 8))
+    branches = kernels_of(float_writer(network), tmp_path)[1:]
+    # The first two convolutions of each bottleneck, at least.
+    assert sum(ops.count("QLinearConv") for ops in branches) >= 2 * len(network.blocks)
+    assert sum("Conv" in ops and "QLinearConv" not in ops for ops in branches) <= len(network.blocks)
+
+
+@pytest.mark.parametrize("gate", ["rnn", pytest.param("probe", marks=pytest.mark.slow)])
+def test_with_int8_features_everything_in_a_block_runs_on_integers(gate: str, tmp_path: Path) -> None:
+    network = make_network(tiny_resnet(Bottleneck), gate)
+    writer = int8_writer(network)
+    assert writer.features == "int8"
+    branches = kernels_of(writer, tmp_path)[1:]
+    # Both options that run, of every block: three convolutions and an addition.
+    assert sum(ops.count("QLinearAdd") for ops in branches) == 2 * len(network.blocks)
+    assert sum(ops.count("QLinearConv") for ops in branches) >= 6 * len(network.blocks)
+    assert not any("Conv" in ops or "ConvInteger" in ops for ops in branches)
+    # Where there is no downsampling, skipping copies the codes and does nothing else.
+    assert any(set(ops) == {"Identity"} for ops in branches)
+
+
+def test_int8_features_change_the_answers_little() -> None:
+    network = gated_network(tiny_resnet(Bottleneck))
+    content = export_network(int8_writer(network)).SerializeToString()
+    comparison = compare(content, network, random_batches(SIZE, 40), labelled=False)
+    assert comparison.logit_difference < 0.5 and comparison.same_decisions > 0.5
+
+
+def test_a_static_network_with_int8_features_has_no_float_convolution(tmp_path: Path) -> None:
+    network = static_network(tiny_resnet(Bottleneck), mixed_bits)
+    writer = int8_writer(network)
+    assert writer.features == "int8"
+    (ops,) = kernels_of(writer, tmp_path)
+    assert "QLinearConv" in ops and "Conv" not in ops
+    expected = network.run(images(4)).logits.detach().numpy()
+    model = export_network(writer)
+    logits = np.concatenate([run_graph(model, image)[LOGITS] for image in images(4)])
+    assert np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+
+
+class RecordingParts(Parts):
+    """Remembers which options were asked for."""
+
+    def part(self, key: Key) -> Traced:
+        if isinstance(key, tuple):
+            self.__dict__.setdefault("asked", set()).add(key)
+        return super().part(key)
+
+
+def test_only_the_policy_of_a_static_network_is_traced() -> None:
+    network = static_network(tiny_resnet(), mixed_bits, bits=(0, 2, 4, 8, 32))
+    parts = RecordingParts(network, SIZE)
+    scales = measure_scales(parts, options_of(network, None), images(2).numpy())
+    export_network(PartWriter(parts, scales))
+    # Option 3 has 8 bits, the widest layer's in each block; the second block is skipped.
+    assert parts.__dict__["asked"] == {(0, 3), (1, 0), (2, 3), (3, 3), (4, 3)}
+    # An option of 32 bits that is never chosen does not matter.
+    assert scales is not None
+
+
+def test_features_are_float_where_a_block_hands_on_negative_values() -> None:
+    assert int8_writer(gated_network(preactivated_resnet())).features == "float"
+
+
+@pytest.mark.parametrize("bits", [(0, 16), (8, 32)])
+def test_features_are_float_where_an_option_has_more_than_8_bits(bits: tuple[int, ...]) -> None:
+    assert int8_writer(gated_network(tiny_resnet(), bits=bits)).features == "float"

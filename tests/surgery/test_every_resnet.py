@@ -1,0 +1,171 @@
+"""Every timm architecture of class ResNet or ResNetV2: converts, trains, counts, saves and loads.
+
+Each runs with its own widths, stem and options but few blocks: one of each structure that it has. What depth adds is
+more of the same blocks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from common import randomise
+from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import dfs_cli
+from dfs_cli.artifact.artifact import load_artifact, save_artifact
+from dfs_cli.config import FULL_BITS, DynamicConfig, Preprocessing
+from dfs_cli.cost.table import CostTable
+from dfs_cli.freeze.batchnorm import fold_norms
+from dfs_cli.models.zoo import candidate_names
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.families import FAMILIES
+
+SIZE = (3, 64, 64)
+SHALLOW = (2, 1, 1, 1)
+CONFIG = DynamicConfig(bits=(0, 4, 8, 32), edge_bits=FULL_BITS, gate="rnn")
+NAMES = [name for name in candidate_names() if not name.endswith(("_cifar", "_digits"))]
+
+
+def register_shallow(name: str) -> str:
+    """Register the architecture with few blocks; pruned ones, whose widths belong to their depth, stay whole."""
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if "pruned" in name:
+            return timm.create_model(name, pretrained=pretrained, **kwargs)
+        try:
+            return timm.create_model(name, pretrained=pretrained, layers=SHALLOW, **kwargs)
+        except TypeError:  # BiT entrypoints fix their depth
+            model = timm.create_model(name, pretrained=pretrained, **kwargs)
+            for stage, depth in zip(model.get_submodule("stages").children(), SHALLOW, strict=True):
+                stage.blocks = stage.blocks[:depth]  # type: ignore[operator]
+            return model
+
+    entrypoint.__name__, entrypoint.__module__ = f"shallow_{name}", __name__
+    timm.models.register_model(entrypoint)
+    return entrypoint.__name__
+
+
+def signature(model: nn.Module) -> str:
+    """What the checks depend on: the structure, without the widths."""
+    names = [f"{name}:{type(m).__name__}" for name, m in model.named_modules()]
+    return "|".join(names)
+
+
+def zero_branch(block: nn.Module) -> nn.Module:
+    """A block of timm whose residual branch gives zero, whatever its class."""
+    block.zero_init_last()  # type: ignore[operator]
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm) and not module.weight.any():
+            nn.init.zeros_(module.bias)
+    return block
+
+
+def check_full_precision(model: nn.Module, network: DynamicResNet, images: torch.Tensor) -> None:
+    full = torch.full((len(images), len(network.blocks)), len(CONFIG.bits) - 1)
+    with torch.no_grad():
+        expected, found = model(images), network.run(images, full).logits
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def check_folding(model: nn.Module, images: torch.Tensor) -> None:
+    config = DynamicConfig(bits=(0, FULL_BITS), edge_bits=FULL_BITS, gate="rnn")
+    folded = fold_norms(to_dynamic(model, config, plan_costs(model, config, SIZE)))
+    with torch.no_grad():
+        expected, found = model(images), folded.run_in_full(images)
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+def check_skipping(model: nn.Module, network: DynamicResNet, images: torch.Tensor) -> None:
+    nothing = torch.zeros(len(images), len(network.blocks), dtype=torch.long)
+    with torch.no_grad():
+        assert torch.isfinite(network.run(images, nothing).logits).all()
+        x = network.layout.stem(network.backbone, images)
+        for block in network.blocks:
+            skipped = block.skip(block.module, x)
+            zeroed = zero_branch(model.get_submodule(block.name))
+            torch.testing.assert_close(skipped, zeroed(x), msg=block.name)
+            x = skipped
+
+
+def check_batches_and_training(network: DynamicResNet, images: torch.Tensor) -> None:
+    # Without the 4-bit option: where a sum is a tie between two codes, its last bit decides, and one step of 4 bits is large.
+    exact = torch.tensor([0, 2, 3])
+    decisions = exact[torch.randint(0, len(exact), (len(images), len(network.blocks)))]
+    with torch.no_grad():
+        together = network.run(images, decisions).logits
+        alone = torch.cat([network.run(images[i : i + 1], decisions[i : i + 1]).logits for i in range(len(images))])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4 * float(together.abs().max()))
+    network.train()
+    decisions = torch.randint(0, len(CONFIG.bits), decisions.shape)
+    network.run(images, decisions, explore=1.0).logits.logsumexp(dim=1).sum().backward()
+    network.eval()
+    kinds = {"gate.": 0, "log_": 0, "backbone.": 0}
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            assert torch.isfinite(parameter.grad).all(), name
+            kinds[next(k for k in kinds if k in name)] += bool(parameter.grad.any())
+        parameter.grad = None
+    assert all(kinds.values()), kinds
+
+
+def check_costs(model: nn.Module, table: CostTable) -> None:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, *SIZE))
+    assert 2 * table.dense_macs == counter.get_total_flops()
+    assert table.dearest * table.dense_macs == pytest.approx(table.dense_macs + sum(table.gate_macs))
+    for layer in table.layers:
+        parts = layer.name.split(".")
+        if any(p in ("se", "attn", "fc1", "fc2") for p in parts):
+            assert layer.block is None and layer.bits == FULL_BITS, layer.name
+    quantized = {layer.name for layer in table.layers if layer.block is not None}
+    for path, block in model.named_modules():
+        if family := FAMILIES.get(type(block)):
+            assert all(any(n.startswith(f"{path}.{part}") for n in quantized) for part in family.branch), path
+
+
+def check_file(name: str, network: DynamicResNet, table: CostTable, images: torch.Tensor, folder: Path) -> None:
+    preprocessing = Preprocessing(SIZE, SIZE, "bicubic", 1.0, "center", (0.5,) * 3, (0.5,) * 3)
+    args = {"num_classes": 1000, "in_chans": 3}
+    manifest = dfs_cli.Manifest(name, args, (), preprocessing, CONFIG, table, None, network.operating_point)
+    save_artifact(folder / "x.safetensors", network, manifest)
+    loaded, found = load_artifact(folder / "x.safetensors")
+    with torch.no_grad():
+        a, b = network.run(images), loaded.run(images)
+    assert found == manifest and torch.equal(a.logits, b.logits) and torch.equal(a.decisions, b.decisions)
+
+
+_seen: set[str] = set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    """All checks for the first architecture of a structure; full precision and costs for the others too."""
+    torch.manual_seed(0)
+    shallow = register_shallow(name)
+    model = randomise(timm.create_model(shallow))
+    images = torch.randn(4, *SIZE)
+    table = plan_costs(model, CONFIG, SIZE)
+    network = to_dynamic(model, CONFIG, table)
+    check_full_precision(model, network, images)
+    check_costs(model, table)
+    if signature(model) in _seen:
+        return
+    _seen.add(signature(model))
+    check_folding(model, images)
+    fit_scales(network, images)
+    network.fit_gate(images)
+    check_batches_and_training(network, images)
+    check_file(shallow, network, table, images, tmp_path)
+    check_skipping(model, network, images)  # last: it zeroes the branches of `model`
+
+
+def test_every_family_is_among_them() -> None:
+    assert len(NAMES) >= 123
+    assert {"resnet18", "resnest50d", "skresnet18", "res2net50d", "resnetv2_50x1_bit", "ecaresnet26t"} <= set(NAMES)

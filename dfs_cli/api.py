@@ -220,13 +220,14 @@ def export_onnx(
         (450, True)
     """
     require_onnx()
+    from dfs_cli.export.network import fixed_decisions
     from dfs_cli.export.write import random_batches, write_onnx
 
     observer, manifest = observer or Observer(), converted.manifest
-    size = manifest.preprocessing.input_size
+    network, size = copy.deepcopy(converted.network).cpu().eval(), manifest.preprocessing.input_size
     is_given = isinstance(data, Images) or (data is not None and data.names_data)
     if not is_given and manifest.architecture != DIGITS_MODEL:
-        if static or tensorrt:
+        if (static or tensorrt) and fixed_decisions(network) is None:
             raise DataError("a static graph needs images to find the most common policy on: pass --data DIR")
         wanted = data.num_samples if isinstance(data, DataConfig) else None
         batches: Any = random_batches(size, wanted or _RANDOM_IMAGES)
@@ -238,7 +239,6 @@ def export_onnx(
             )
         labelled, log = True, UnreadableLog("validation", len(data))
         batches = eval_loader(data, EVAL_BATCH, default_workers(data) if workers is None else workers)
-    network = copy.deepcopy(converted.network).cpu().eval()
     observer.stage("comparing", None)  # once with 8-bit features, and once more where they do not do
 
     def note(batch: Batch) -> None:

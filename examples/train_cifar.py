@@ -34,9 +34,9 @@ def grow(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, BasicBlock) and f"{name}.conv1.weight" not in weights:
             nn.init.zeros_(module.get_submodule("bn2").get_parameter("weight"))
-    missing, strangers = model.load_state_dict(weights, strict=False)
-    if strangers or not all(name.startswith("layer") for name in missing):
-        raise SystemExit(f"the weights do not belong to a shallower network of this kind: {[*strangers, *missing][:3]}")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if unexpected or not all(name.startswith("layer") for name in missing):
+        raise SystemExit(f"the weights do not belong to a shallower network of this kind: {[*unexpected, *missing][:3]}")
 
 
 def main() -> None:

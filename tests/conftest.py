@@ -58,5 +58,5 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A digits network, tuned for a few steps and written to a file."""
     path = tmp_path_factory.mktemp("artifact") / "model.safetensors"
     tuning = dfs_cli.TuningConfig(epochs=2, batch_size=64, hflip=0.0, workers=0)
-    dfs_cli.save(dfs_cli.convert("resnet20_digits", 0.2, tuning=tuning), path)
+    dfs_cli.save(dfs_cli.convert("resnet20_digits", 0.2, tuning=tuning, spend=True), path)
     return path

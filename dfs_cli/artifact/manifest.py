@@ -74,8 +74,8 @@ class Manifest(Json):
 
     @property
     def keeps_budget(self) -> bool | None:
-        """Whether the cost on the validation split keeps what is promised: at most 1.01 of the budget, and at least 0.9 of it where
-        it was to be spent; None: there is no budget, or nothing was measured."""
+        """Whether the cost on the validation split keeps what is promised: at most 1.01 of the budget, and at least 0.9 of
+        it where it was to be spent; None: there is no budget, or nothing was measured."""
         if self.budget is None or self.validation is None:
             return None
         return keeps_budget(self.validation.cost, self.budget, self.spend)

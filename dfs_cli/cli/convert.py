@@ -62,7 +62,7 @@ def convert(
 
     from dfs_cli import api
     from dfs_cli.atomic import check_writable, write_atomically
-    from dfs_cli.conversion.defaults import default_data, describe_source
+    from dfs_cli.conversion.defaults import default_data, describe_source, resolve_device
     from dfs_cli.models.zoo import check_convertible
     from dfs_cli.report.markdown import render_markdown
     from dfs_cli.report.terminal import print_conversion
@@ -77,7 +77,7 @@ def convert(
     if dry_run:
         _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, sink)
         return
-    api.resolve_device(settings.device)
+    resolve_device(settings.device)
     module = weights.load(model, settings.seed)
     with sink.observer(logs=True, settings=True) as observer:
         converted = api.convert(

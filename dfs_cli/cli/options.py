@@ -1,12 +1,12 @@
 """Options that several commands share, under the names that timm's scripts use, as typed records.
 
-A record is a dataclass whose fields are options. A command takes a record as one parameter; :func:`expand` makes the options of it.
+A record is a dataclass whose fields are options. A command takes a record as one parameter; :func:`expand` makes the options
+of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -298,12 +298,11 @@ def expand(command: Callable[..., R]) -> Callable[..., R]:
             for f in fields
         ]
 
-    @functools.wraps(command)
     def expanded(**given: Any) -> R:
         made = {name: kind(**{f: given.pop(f) for f in fields}) for name, (kind, fields) in records.items()}
         return command(**given, **made)
 
-    del expanded.__wrapped__  # type: ignore[attr-defined]  # typer is to see the parameters below
-    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__doc__, expanded.__name__ = command.__doc__, command.__name__
     expanded.__annotations__ = {p.name: p.annotation for p in parameters}
+    vars(expanded)["__signature__"] = inspect.Signature(parameters)
     return expanded

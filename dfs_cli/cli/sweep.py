@@ -60,7 +60,7 @@ def sweep(
 
     from dfs_cli import api
     from dfs_cli.atomic import check_writable, write_atomically
-    from dfs_cli.conversion.defaults import default_data
+    from dfs_cli.conversion.defaults import default_data, resolve_device
     from dfs_cli.models.zoo import check_convertible
     from dfs_cli.report.plot import has_matplotlib, save_plot
     from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep
@@ -71,7 +71,7 @@ def sweep(
     check_writable([output, *beside], force or output.exists())
     data = default_data(model.partition(".")[0], images.config())
     settings = tuning.config(api.default_tuning(data))
-    api.resolve_device(settings.device)
+    resolve_device(settings.device)
     config = SweepConfig(
         budgets=wanted,
         baselines=names,  # type: ignore[arg-type]  # checked by the class

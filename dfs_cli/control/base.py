@@ -29,7 +29,8 @@ class Need(Enum):
 
 
 class Sensitivity(NamedTuple):
-    """What options do to the predictions, one at a time, while all else runs at its widest: Kullback-Leibler divergences in nats.
+    """What options do to the predictions, one at a time, while all else runs at its widest: Kullback-Leibler divergences in
+    nats.
 
     Args:
         blocks: (L, K), of each option of each block.
@@ -86,8 +87,8 @@ class Controller(nn.Module, ABC):
     needs: ClassVar[Need]
     """What must be measured before :meth:`start`."""
     hard_crops: ClassVar[bool] = False
-    """Whether the operating point is set on harder crops than those of training: where it is a matter of confidence, of which the
-    original has too much on images it has been trained on."""
+    """Whether the operating point is set on harder crops than those of training: where it is a matter of confidence, of
+    which the original has too much on images it has been trained on."""
 
     option_costs: Tensor
 
@@ -130,9 +131,9 @@ class Controller(nn.Module, ABC):
         """The least and the largest mean cost that tuning can aim at."""
         return table.cheapest, table.dearest
 
-    def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:  # noqa: ARG002
-        """The cost tables of the networks that are worth making; of several, the one that is closest to the original before tuning
-        is tuned. The table itself where there is nothing to choose before tuning.
+    def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:
+        """The cost tables of the networks that are worth making; of several, the one that is closest to the original before
+        tuning is tuned. The table itself where there is nothing to choose before tuning.
 
         Raises:
             ConfigError: the budget cannot be reached.

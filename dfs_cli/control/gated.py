@@ -22,8 +22,8 @@ _TRIED_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
 class GatedController(Controller):
     """One pass in which a gate scores the options of each block from the features that enter it.
 
-    Decisions maximise ``scores - operating_point * option costs``; while tuning, the operating point is the cost multiplier, raised
-    where the cost is above the target and lowered where it is below (dual ascent).
+    Decisions maximise ``scores - operating_point * option costs``; while tuning, the operating point is the cost multiplier,
+    raised where the cost is above the target and lowered where it is below (dual ascent).
 
     Args:
         gate: scores the options.

@@ -25,7 +25,8 @@ _FLOOR = 1e-5  # divergences below this, in nats, are noise
 
 @torch.no_grad()
 def shift_preference(preference: Tensor, sensitivity: Tensor) -> None:
-    """Shift ``preference`` (L, K), in place, by how much less (or more) an option harms a block than it harms the average block.
+    """Shift ``preference`` (L, K), in place, by how much less (or more) an option harms a block than it harms the average
+    block.
 
     Args:
         sensitivity: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
@@ -143,7 +144,7 @@ class RecurrentGate(Gate):
         self.head = nn.Linear(config.hidden, self.options, bias=False)
         nn.init.normal_(self.head.weight, std=NOISE)
 
-    def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]:  # noqa: ARG002
+    def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]:  #
         cell, dtype = self.cell, embedded.dtype
         weights = [p.to(dtype) for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
         hidden, memory = torch.lstm_cell(embedded, state, *weights)

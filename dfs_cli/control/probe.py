@@ -130,9 +130,9 @@ class ProbeController(Controller):
     """Two passes: one policy for all images, then a second look at those whose answer is not sure.
 
     The first pass runs every image with ``policy`` (L,), one option per block. Images whose :func:`uncertainty` is above
-    ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``; the answer is then the
-    sum of both passes' logits, weighted by ``logit_weights``. A mirrored second pass is a second view, which tells more than a second
-    look at the same.
+    ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``; the answer is
+    then the sum of both passes' logits, weighted by ``logit_weights``. A mirrored second pass is a second view, which tells
+    more than a second look at the same.
 
     ``tuned_multiplier`` is the multiplier at the end of tuning, from which the network is moved to a budget, whatever it was at
     before.
@@ -185,8 +185,8 @@ class ProbeController(Controller):
     ) -> Output:
         """See :meth:`dfs_cli.nn.network.DynamicResNet.run`.
 
-        In tuning the share of the images that the target names, the least sure ones, take the second pass, whatever the operating
-        point; at most a fifth of the batch, drawn from them, so that a step stays cheap.
+        In tuning the share of the images that the target names, the least sure ones, take the second pass, whatever the
+        operating point; at most a fifth of the batch, drawn from them, so that a step stays cheap.
         """
         first_choice = self.policy.expand(len(images), -1) if decisions is None else decisions.in_pass(0)
         first, features = network.follow(images, first_choice)

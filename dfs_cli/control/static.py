@@ -19,8 +19,9 @@ from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
 class StaticController(Controller):
     """One pass with one policy for all images.
 
-    The mix of bitwidths lies in the cost table, a bitwidth for each layer; a block whose layers have 0 bits is skipped. The policy
-    follows from it: skipped, or the option of the block's widest layer. Of a table without a mix, every block takes its widest option.
+    The mix of bitwidths lies in the cost table, a bitwidth for each layer; a block whose layers have 0 bits is skipped. The
+    policy follows from it: skipped, or the option of the block's widest layer. Of a table without a mix, every block takes
+    its widest option.
     """
 
     needs = Need.BLOCKS_AND_LAYERS
@@ -61,7 +62,8 @@ class StaticController(Controller):
     def cost_multiplier(self, value: float) -> None: ...
 
     def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:
-        """The best mix per layer and the best mix per block, one where they are the same; where there is one option, all of that."""
+        """The best mix per layer and the best mix per block, one where they are the same; where there is one option, all of
+        that."""
         if len(table.options) == 1:
             (bits,) = table.options
             return [table.with_layer_bits({layer.name: bits for layer in table.layers if layer.block is not None})]

@@ -45,8 +45,8 @@ def default_tuning(data: DataConfig | Splits | None = None) -> TuningConfig:
 def default_options(gate: GateKind, budget: float, spend: bool = False) -> Preset:
     """The options that are needed for a budget.
 
-    Up to 8 bits where that is all that a budget can be used for: more bits gain nothing. Where the budget itself is to be spent,
-    and 8 bits in every pass do not cost as much, up to floating point.
+    Up to 8 bits where that is all that a budget can be used for: more bits gain nothing. Where the budget itself is to be
+    spent, and 8 bits in every pass do not cost as much, up to floating point.
     """
     up_to_8_bits = _PASSES.get(gate, 1) * mac_cost(max(PRESETS["lowbit"].bits))
     if not spend or LOWEST_SHARE * budget <= up_to_8_bits:
@@ -119,11 +119,11 @@ def describe_model(model: nn.Module) -> tuple[str, ModelArgs]:
         raise UnsupportedModelError("the model was not made by timm.create_model: its file could not be loaded again")
     if getattr(model, "num_classes", 0) < 2:
         raise UnsupportedModelError(f"{architecture} has no classifier")
-    args = ModelArgs(int(model.num_classes), int(getattr(model, "in_chans", 3)))  # type: ignore[call-overload]
+    args = ModelArgs(int(getattr(model, "num_classes", 0)), int(getattr(model, "in_chans", 3)))
     with torch.device("meta"):
         rebuilt = timm.create_model(architecture, **args.to_dict())
     if repr(rebuilt) != repr(model):
         raise UnsupportedModelError(
-            f"the model differs in structure from timm's {architecture} with {args.to_dict()}: only those two arguments are kept"
+            f"the model differs in structure from timm's {architecture} with {args.to_dict()}: only these arguments are kept"
         )
     return architecture, args

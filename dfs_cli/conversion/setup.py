@@ -111,7 +111,8 @@ def prepare(
     source: Source | None = None,
     spend: bool = False,
 ) -> Setup:
-    """Resolve and check everything; nothing runs yet. See :func:`dfs_cli.conversion.convert.convert` for arguments and errors."""
+    """Resolve and check everything; nothing runs yet. See :func:`dfs_cli.conversion.convert.convert` for arguments and
+    errors."""
     check_budget(budget)
     module = load_model(model) if isinstance(model, str) else model
     if source is None:

@@ -14,8 +14,8 @@ that is to spend its budget, at least the first."""
 
 
 class OperatingPoint(NamedTuple):
-    """A value of the operating point, and what it gives on the held-out images: their mean cost, and their top-1 in percent where
-    it was looked at."""
+    """A value of the operating point, and what it gives on the held-out images: their mean cost, and their top-1 in percent
+    where it was looked at."""
 
     value: float
     cost: float

@@ -162,8 +162,8 @@ class CostTable(Json):
         return mac_cost(bits)
 
     def check_budget(self, budget: float, spend: bool = False) -> None:
-        """Raises ConfigError where no decision costs as little as ``budget``, or as much where it is to be spent; the message names
-        what can be reached."""
+        """Raises ConfigError where no decision costs as little as ``budget``, or as much where it is to be spent; the
+        message names what can be reached."""
         options = ",".join(map(str, self.options))
         if budget < self.cheapest:
             raise ConfigError(

@@ -92,8 +92,8 @@ def dynamics_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def block_shares(table: CostTable, evaluation: Evaluation) -> list[dict[int, float]]:
-    """For each block (L), how often each bitwidth was chosen, over all images and passes; where layers have bitwidths of their own,
-    over the block's layers, too."""
+    """For each block (L), how often each bitwidth was chosen, over all images and passes; where layers have bitwidths of
+    their own, over the block's layers, too."""
     layers = [layer for layer in table.layers if layer.block is not None]
     blocks = []
     for block in range(len(table.blocks)):

@@ -27,8 +27,8 @@ class SurgeryPlan:
         features: width of those that enter the classifier.
         branch: the layers that follow a block's option, with the block's index.
         fixed: the layers that always run.
-        norms: the batch-norms that see what a bitwidth changes, with the layer of the branch whose bitwidth they follow: the one
-            in front of them; without one, the one behind.
+        norms: the batch-norms that see what a bitwidth changes, with the layer of the branch whose bitwidth they follow: the
+            one in front of them; without one, the one behind.
     """
 
     blocks: tuple[str, ...]

@@ -35,15 +35,15 @@ class Surgery(NamedTuple):
 def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan: SurgeryPlan | None = None) -> Surgery:
     """A dynamic network made from a copy of ``model``; ``model`` is left unchanged.
 
-    Layers of the blocks follow their block's option, or have the bitwidth of their own that ``table`` names. Step sizes are not set
-    yet: call :func:`dfs_cli.surgery.initialise.fit_steps`, or load them.
+    Layers of the blocks follow their block's option, or have the bitwidth of their own that ``table`` names. Step sizes are
+    not set yet: call :func:`dfs_cli.surgery.initialise.fit_steps`, or load them.
 
     Args:
         plan: of ``model``; None: it is made.
 
     Raises:
-        UnsupportedModelError: see :func:`dfs_cli.surgery.plan.plan_surgery`; nothing could be replaced; or the model's blocks do
-            not match ``table``.
+        UnsupportedModelError: see :func:`dfs_cli.surgery.plan.plan_surgery`; nothing could be replaced; or the model's
+            blocks do not match ``table``.
     """
     plan = plan or plan_surgery(model)
     if plan.blocks != table.blocks:

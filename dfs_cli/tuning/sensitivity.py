@@ -34,8 +34,8 @@ def measure(
 
 @torch.no_grad()
 def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> Tensor:
-    """Harm (L, K) of taking an option in one block while all others run at their widest: the Kullback-Leibler divergence, in nats,
-    of the predictions from those with every block at its widest."""
+    """Harm (L, K) of taking an option in one block while all others run at their widest: the Kullback-Leibler divergence, in
+    nats, of the predictions from those with every block at its widest."""
     blocks, options = len(table.blocks), len(table.options)
     images = _affordable(images, table, blocks * (options - 1))
     widest = torch.full((len(images), blocks), options - 1, device=images.device)
@@ -52,8 +52,8 @@ def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> 
 
 @torch.no_grad()
 def measure_layers(network: DynamicResNet, plan: SurgeryPlan, table: CostTable, images: Tensor) -> Tensor:
-    """Harm (M, K), as :func:`measure_blocks` measures it, of each option of each single layer of the blocks, in the table's order;
-    infinite for skipping."""
+    """Harm (M, K), as :func:`measure_blocks` measures it, of each option of each single layer of the blocks, in the table's
+    order; infinite for skipping."""
     names = [layer.name for layer in table.layers if layer.block is not None]
     options = [i for i, bits in enumerate(table.options) if bits]
     images = _affordable(images, table, len(names) * (len(options) - 1) + len(table.blocks))

@@ -35,8 +35,8 @@ class TuningState:
         steps_per_epoch, total_steps: the plan.
         step: steps done.
 
-    The Lagrange multiplier of the budget is the controller's ``cost_multiplier``: raised while the cost is above the target, lowered
-    below it (dual ascent).
+    The Lagrange multiplier of the budget is the controller's ``cost_multiplier``: raised while the cost is above the target,
+    lowered below it (dual ascent).
     """
 
     network: DynamicResNet
@@ -77,7 +77,8 @@ class TuningState:
 
 
 def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: int) -> TuningState:
-    """A fresh state, of as many steps as the settings give: the backbone learns three times slower than the step sizes, or not at all where it is frozen."""
+    """A fresh state, of as many steps as the settings give: the backbone learns three times slower than the step sizes, or
+    not at all where it is frozen."""
     gate, quantizers, backbone = parameter_groups(network)
     groups = [
         {"params": gate, "lr": config.lr * _GATE_RATE, "weight_decay": 0.0, "eps": _GATE_EPSILON},

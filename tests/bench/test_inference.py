@@ -1,4 +1,5 @@
 import itertools
+import time
 from typing import cast
 
 import pytest
@@ -22,10 +23,11 @@ def test_an_observed_network_does_the_same(gate: GateKind) -> None:
 
 
 def test_deciding_is_timed_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = itertools.count()
-    monkeypatch.setattr(candidates.time, "perf_counter", lambda: float(next(ticks)))
     network = ObservedNetwork(make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate="rnn"))).eval()
-    network.run(torch.randn(1, *SIZE))
+    ticks = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "perf_counter", lambda: float(next(ticks)))
+        network.run(torch.randn(1, *SIZE))
     # With a clock that ticks whenever it is read: one tick for each of five blocks, one before and one after the pass.
     assert network.deciding_seconds == 7
 

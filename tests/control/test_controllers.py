@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from common import spread_gate, tiny_resnet
+from common import SIZE, spread_gate, tiny_resnet
 from torch import nn
 
 from dfs_cli.config import FULL_BITS, DynamicConfig, GateKind
@@ -21,12 +21,14 @@ from dfs_cli.surgery.plan import plan_costs, plan_surgery
 from dfs_cli.surgery.swap import make_dynamic
 from dfs_cli.tuning.sensitivity import measure
 
-SIZE = (3, 16, 16)
 BITS = (0, 3, 4, 6, 8, 32)
-BUDGET = 0.06
+BUDGET = 0.15
 MODEL = tiny_resnet()
 GATES: tuple[GateKind, ...] = ("rnn", "ff", "probe", "static")
 all_gates = pytest.mark.parametrize("gate", GATES)
+all_gates_of_which_one_is_slow = pytest.mark.parametrize(
+    "gate", ["rnn", pytest.param("ff", marks=pytest.mark.slow), "probe", "static"]
+)
 
 
 class Started(NamedTuple):
@@ -57,7 +59,7 @@ def start_once(gate: GateKind, budget: float, spend: bool) -> Started:
     fit_steps(network, sample)
     controller = controller_of(network)
     sensitivity = measure(controller.needs, network, plan, table, sample[:16])
-    request = Request(budget, spend, 200, 200)
+    request = Request(budget, spend, 100, 100)
     (table, *_) = controller.candidates(table, sensitivity, request)
     network = make_dynamic(MODEL, config, table, plan).network
     fit_steps(network, sample)
@@ -68,15 +70,15 @@ def start_once(gate: GateKind, budget: float, spend: bool) -> Started:
 
 def held_out_images() -> HeldOut:
     generator = torch.Generator().manual_seed(5)
-    images = torch.randn(200, *SIZE, generator=generator)
-    return HeldOut(images.split(100), torch.randint(5, (200,), generator=generator))
+    images = torch.randn(100, *SIZE, generator=generator)
+    return HeldOut(images.split(60), torch.randint(5, (100,), generator=generator))
 
 
 def undecided(started: Started) -> Started:
     """The same, deciding differently for different images."""
     if started.config.gate == "probe":
         spread_gate(started.network)
-        started.controller.operating_point = -1.5
+        started.controller.cost_multiplier, started.controller.operating_point = 0.0, -1.5
     elif started.config.gate != "static":
         spread_gate(started.network)
         started.controller.operating_point = 3.0
@@ -161,7 +163,7 @@ def test_the_state_gives_the_same_decisions_in_another_network(gate: GateKind) -
     assert bool(found.decisions.equal(expected.decisions).all()) and torch.equal(found.logits, expected.logits)
 
 
-@all_gates
+@all_gates_of_which_one_is_slow
 @pytest.mark.parametrize("spend", [False, True])
 def test_the_operating_point_keeps_the_budget_and_says_what_it_gives(gate: GateKind, spend: bool) -> None:
     network, controller, table, request, *_ = start(gate, spend=spend)
@@ -183,18 +185,20 @@ def test_the_operating_point_keeps_the_budget_and_says_what_it_gives(gate: GateK
     assert low - 1e-9 <= point.cost <= high + 1e-9
 
 
-@all_gates
+@all_gates_of_which_one_is_slow
 def test_less_is_spent_where_more_gains_nothing(gate: GateKind) -> None:
     """All images are of the class that every answer gives: any cost does."""
     network, controller, table, request, *_ = start(gate)
     nn.init.zeros_(network.backbone.get_submodule("fc").weight)  # type: ignore[arg-type]
     nn.init.constant_(network.backbone.get_submodule("fc").bias[:1], 1.0)  # type: ignore[index]
     batches = held_out_images().batches
-    point = controller.set_operating_point(network, table, HeldOut(batches, torch.zeros(200)), request)
-    low, high = controller.movable(table)
-    if gate != "static":
-        assert point.top1 == 100 and point.cost < 0.6 * BUDGET
-    assert low <= point.cost + 1e-9 and point.cost <= high + 1e-9
+    point = controller.set_operating_point(network, table, HeldOut(batches, torch.zeros(100)), request)
+    low, _ = controller.movable(table)
+    assert point.top1 == 100
+    if gate in ("rnn", "ff"):
+        assert low <= point.cost < 0.45 * BUDGET
+    else:
+        assert point.cost == pytest.approx(low), "the first pass alone"
 
 
 def test_targets_are_within_the_budget() -> None:

@@ -1,0 +1,152 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dfs_cli.cli.app import app
+from dfs_cli.comparison.results import answers_folder
+from dfs_cli.comparison.sweep import sweep
+from dfs_cli.config import DataConfig, DynamicConfig, SweepConfig
+from dfs_cli.conversion.convert import convert
+from dfs_cli.conversion.defaults import default_tuning
+from dfs_cli.errors import OutputError
+
+
+def sweep_digits(path: Path, *more: str) -> str:
+    arguments = [
+        "sweep",
+        "resnet20_digits",
+        "--budgets",
+        "0.05",
+        "--epochs",
+        "1",
+        "--num-samples",
+        "192",
+        "-o",
+        str(path),
+        *more,
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    shown = sweep_digits(path)
+    assert "budget 0.05: DFS" in shown and "best baseline" in shown
+    results = json.loads(path.read_text())
+    methods = [p["method"] for p in results["points"]]
+    assert {"dfs", "uniform", "mixed", "cascade"} <= set(methods) and methods.count("uniform") == 6
+    assert {s["method"] for s in results["skipped"]} | set(methods) >= {"skipnet"}
+    steps = {p["steps"] for p in results["points"]}
+    assert steps == {3}
+    for p in results["points"]:
+        assert {"method", "budget", "bits", "cost", "top1", "seed", "steps"} <= set(p)
+    uniform = {p["bits"]: p["cost"] for p in results["points"] if p["method"] == "uniform"}
+    assert uniform[8] == pytest.approx(1 / 16) and uniform[4] < 0.02
+    mixed = next(p for p in results["points"] if p["method"] == "mixed")
+    assert 0.04 < mixed["cost"] <= 0.05 and len(set(mixed["layer_bits"].values())) > 1
+    assert (tmp_path / "s.csv").is_file() and (tmp_path / "s.png").is_file()
+
+    # The first network of a sweep is tuned after the original was evaluated, a network of a later run is not.
+    dfs = next(p for p in results["points"] if p["method"] == "dfs")
+    results["points"] = [p for p in results["points"] if p["method"] not in ("dfs", "mixed")]
+    path.write_text(json.dumps(results))
+    kept = [p for p in results["points"] if p["method"] != "cascade"]
+    sweep_digits(path)
+    again = json.loads(path.read_text())["points"]
+    assert [p["method"] for p in again][-3:] == ["dfs", "mixed", "cascade"] and len(again) == len(methods)
+    assert next(p for p in again if p["method"] == "mixed") == mixed, "a seed gives the same network again"
+    assert next(p for p in again if p["method"] == "dfs") == dfs
+    assert [p for p in again if p["method"] not in ("dfs", "mixed", "cascade")] == kept
+
+    # Without all answers no cascade is made, and none is given up.
+    next(answers_folder(path).glob("uniform-*")).unlink()
+    sweep_digits(path)
+    assert json.loads(path.read_text())["points"] == again
+    shutil.rmtree(answers_folder(path))
+    results = json.loads(path.read_text())
+    results["points"] = [p for p in again if p["method"] != "cascade"]
+    path.write_text(json.dumps(results))
+    results = json.loads(sweep_digits(path, "--json"))
+    assert results == json.loads(path.read_text())
+    assert any(s["method"] == "cascade" and "answers of 7 static networks" in s["reason"] for s in results["skipped"])
+    assert results["verdicts"][0]["budget"] == 0.05 and len(results["summary"]) == 9
+
+
+def test_nothing_is_deleted_before_the_settings_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    sweep_digits(path, "--baselines", "none")
+    kept = path.read_text()
+    answers_folder(path).mkdir()
+    arguments = ["sweep", "resnet20_digits", "--force", "-o", str(path)]
+    for wrong in (["--budgets", "0.0001"], ["--data", str(tmp_path / "nowhere")]):
+        assert CliRunner().invoke(app, [*arguments, *wrong]).exit_code == 2
+        assert path.read_text() == kept and answers_folder(path).is_dir()
+    sweep_digits(path, "--baselines", "none", "--force")
+    assert not answers_folder(path).exists() and path.is_file()
+
+
+def test_budgets_can_be_added_to_a_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    sweep_digits(path, "--baselines", "none")
+    first = json.loads(path.read_text())["points"]
+    arguments = ["--budgets", "0.1", "--baselines", "none"]
+    sweep_digits(path, *arguments)
+    points = json.loads(path.read_text())["points"]
+    assert points[:1] == first and [p["budget"] for p in points] == [0.05, 0.1]
+
+
+def test_what_cannot_be_reached_is_said_before_anything_is_tuned(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    arguments = ["sweep", "resnet20_digits", "--budgets", "0.4,0.015", "--fixed-bits", "32", "-o", str(path)]
+    result = CliRunner().invoke(app, [*arguments, "--bits", "16,32"])
+    assert result.exit_code == 2 and "budget 0.015" in result.stderr
+    assert not path.exists()
+
+
+def test_the_librarys_sweep_tunes_as_a_conversion_does_and_keeps_apart_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    data = DataConfig(dataset="digits", num_samples=192)
+    tuning = default_tuning(data).replace(epochs=1)
+    config = SweepConfig((0.05,), baselines=())
+    results = sweep("resnet20_digits", config, str(path), data, tuning=tuning)
+    assert results["tuning"]["batch_size"] == 64 and results["tuning"]["hflip"] == 0
+    dynamic = results["dynamic"]["0.05"]
+    assert tuple(dynamic["bits"]) == (0, 2, 3, 4, 5, 6, 8) and not dynamic["mirror"]
+    converted = convert("resnet20_digits", 0.05, data, tuning=tuning)
+    assert converted.manifest.validation is not None
+    assert results["points"][0]["cost"] == converted.manifest.validation.cost
+    for other in (
+        SweepConfig((0.05,), baselines=(), dynamic={0.05: DynamicConfig((0, 4, 8), gate="rnn")}),
+        SweepConfig((0.03,), baselines=(), dynamic={0.03: DynamicConfig((0, 4, 8), fixed_bits=4)}),
+    ):
+        with pytest.raises(OutputError, match="other settings"):
+            sweep("resnet20_digits", other, path, data, tuning=tuning)
+    with pytest.raises(OutputError, match="other settings"):
+        sweep("resnet20_digits", config, path, data.replace(num_samples=100), tuning=tuning)
+
+
+def test_a_sweep_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    sweep_digits(path, "--baselines", "none")
+    arguments = [
+        "sweep",
+        "resnet20_digits",
+        "--budgets",
+        "0.05",
+        "--epochs",
+        "2",
+        "--baselines",
+        "none",
+        "-o",
+        str(path),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "other settings" in result.stderr
+    path.write_text("[]")
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "not the result of a sweep" in result.stderr

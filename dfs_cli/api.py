@@ -90,7 +90,7 @@ def plan(
         >>> import dfs_cli
         >>> table = dfs_cli.plan("resnet18")
         >>> len(table.blocks), round(table.dense_macs / 1e9, 2), round(table.dearest, 3)
-        (8, 1.81, 0.126)
+        (8, 3.0, 0.125)
     """
     module = load_outline(model) if isinstance(model, str) else model
     preprocessing = preprocessing or resolve_preprocessing(module)

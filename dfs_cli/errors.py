@@ -10,6 +10,9 @@ class DfsError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
 
 class ConfigError(DfsError, ValueError):
     """A setting is out of range or contradicts another one."""

@@ -29,9 +29,7 @@ def main() -> None:
     model = dfs_cli.load_model("resnet20_digits")  # or any timm ResNet: timm.create_model("resnet50", pretrained=True)
     dynamic = dfs_cli.DynamicConfig(bits=(0, 2, 4, 8), gate="rnn")
     table = dfs_cli.plan(model, dynamic)
-    print(
-        f"{table.dense_macs / 1e6:.2f} MMACs; costs from {table.cheapest:.4f} to {table.dearest:.4f} can be reached"
-    )
+    print(f"{table.dense_macs / 1e6:.2f} MMACs; costs from {table.cheapest:.4f} to {table.dearest:.4f} can be reached")
 
     converted = dfs_cli.convert(
         model,  # left unchanged

@@ -36,7 +36,9 @@ def grow(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
             nn.init.zeros_(module.get_submodule("bn2").get_parameter("weight"))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or not all(name.startswith("layer") for name in missing):
-        raise SystemExit(f"the weights do not belong to a shallower network of this kind: {[*unexpected, *missing][:3]}")
+        raise SystemExit(
+            f"the weights do not belong to a shallower network of this kind: {[*unexpected, *missing][:3]}"
+        )
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,9 @@ from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery import swap
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs
+
+MakeFolder = Callable[..., Path]
+"""The type of the fixture ``make_folder``."""
 
 RNN = DynamicConfig(bits=(0, 4, 8, 16, 32), gate="rnn")
 """The settings of :func:`make_dynamic` where none are given."""

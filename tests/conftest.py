@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 # No test may reach a hub; those that test what happens then set their own endpoint.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# There is a process for each core. OpenMP reads this when torch is imported; processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-from common import tiny_resnet
+from common import MakeFolder, tiny_resnet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import dfs_cli
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark as fast what is neither medium nor slow."""
+    if not any(item.iter_markers("medium")) and not any(item.iter_markers("slow")):
+        item.add_marker("fast")
 
 
 @pytest.fixture(params=[BasicBlock, Bottleneck], ids=["BasicBlock", "Bottleneck"])
@@ -25,9 +32,6 @@ def tiny(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture(scope="session")
 def digits_model() -> nn.Module:
     return dfs_cli.load_model("resnet20_digits")
-
-
-MakeFolder = Callable[..., Path]
 
 
 @pytest.fixture

@@ -115,8 +115,9 @@ def test_unreadable_training_images_are_counted_over_the_whole_split(make_folder
     bad.write_bytes(b"no image")  # one of 160; more than 1% of the 16 that are held out, if it is among them
     model = timm.create_model("resnet20_digits", num_classes=4)
     converted = dfs_cli.convert(model, 0.3, root, tuning=SHORT.replace(epochs=1, batch_size=32))
-    assert converted.manifest.configuration["unreadable_training_images"] == [f"0/{bad.name}"]
-    assert converted.manifest.source["license"] is None, "weights given by the caller have no known licence"
+    assert converted.manifest.configuration is not None
+    assert converted.manifest.configuration.unreadable_training_images == (f"0/{bad.name}",)
+    assert converted.manifest.source.license is None, "weights given by the caller have no known licence"
     bad.with_name("x.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="more than 1% of the 161 training images"):
         dfs_cli.convert(model, 0.3, root, tuning=SHORT.replace(epochs=1, batch_size=32))
@@ -126,7 +127,7 @@ def test_examples_run(tmp_path: Path) -> None:
     examples = Path(__file__).parents[1] / "examples"
     for script in (
         ["train_digits.py", "--epochs", "1", "--output", "w.safetensors"],
-        ["python_api.py", "--epochs", "1"],
+        ["python_api.py", "--steps", "8"],
     ):
         command = [sys.executable, "-W", "ignore", str(examples / script[0]), *script[1:]]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
@@ -152,7 +153,8 @@ def test_convert_takes_splits_of_the_caller_and_other_gates() -> None:
     )
     validation = converted.manifest.validation
     assert validation is not None and validation.images == 90
-    assert converted.manifest.configuration["data"] is None
+    assert converted.manifest.configuration is not None
+    assert converted.manifest.configuration.data is None
     assert validation.cost == pytest.approx(
         dfs_cli.cost_report(converted)["gmacs_bitweighted"] * 1e9 / converted.manifest.table.dense_macs
     )
@@ -180,8 +182,10 @@ def test_evaluation_agrees_with_a_plain_loop(artifact: Path) -> None:
     assert found.top5 == pytest.approx(top5)
     assert found.cost == pytest.approx(cost.mean().item()) and found.cost_max == cost.max().item()
     assert found.cost_p50 == pytest.approx(cost.median().item(), rel=0.05)
-    assert [sum(row) for row in found.choices] == [int((output.decisions >= 0).sum()) // 9] * 9
-    assert found.choices[3][3] == int((output.decisions[:, [3, 12]] == 3).sum())
+    options = output.decisions.options
+    assert [sum(block) for block in found.choices[0]] == [50] * 9
+    assert [sum(block) for block in found.choices[1]] == [int((options[:, 1, 0] >= 0).sum())] * 9
+    assert found.choices[1][3][3] == int((options[:, 1, 3] == 3).sum())
 
 
 def test_report_adds_up(artifact: Path) -> None:

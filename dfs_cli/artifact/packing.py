@@ -28,7 +28,7 @@ def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
     Weights that consist of integer codes are stored as those, of all layers in one tensor: ``weight_codes.8`` (up to 8 bits)
     or ``weight_codes.16``. What layers have per bitwidth is one tensor of each kind as well: in a small network the names
     alone would take as much room. These tensors are packed (:func:`pack`), the layers in the order of their names. Layers
-    without step sizes of their own have ``weight_steps``. What says nothing is left out, and what half precision can hold is
+    without step sizes of their own have ``weight_steps``. What is neutral is left out, and what half precision can hold is
     stored in it.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
@@ -70,8 +70,8 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
     state = network.state_dict()
     for kind in _PER_BITWIDTH:
         if names := _names(state, kind):
-            if strangers := tensors.keys() & set(names):
-                raise ValueError(f"{min(strangers)} is there twice")
+            if repeated := tensors.keys() & set(names):
+                raise ValueError(f"{min(repeated)} is there twice")
             parts = unpack(tensors.pop(kind, _NOTHING), _TYPES[kind], [state[name].shape for name in names])
             tensors |= dict(zip(names, parts, strict=True))
     coded = [(name, layer) for name, layer in _weighted(network) if f"{name}.weight" not in tensors]
@@ -154,17 +154,17 @@ def unpack(packed: Tensor, kind: str, shapes: Sequence[torch.Size]) -> list[Tens
     """
     sizes = [shape.numel() for shape in shapes]
     count, width = sum(sizes), np.dtype(kind).itemsize
-    strangers = ValueError(f"{tuple(packed.shape)} of {packed.dtype} is not {count} packed numbers of {width} bytes")
+    mismatch = ValueError(f"{tuple(packed.shape)} of {packed.dtype} is not {count} packed numbers of {width} bytes")
     if packed.dtype != torch.uint8 or packed.dim() != 1:
-        raise strangers
+        raise mismatch
     decoder = zlib.decompressobj()
     try:
         # One byte more than there should be: a stream may claim to hold any amount.
         content = decoder.decompress(packed.numpy().tobytes(), width * count + 1)
     except zlib.error:
-        raise strangers from None
+        raise mismatch from None
     if len(content) != width * count or not decoder.eof or decoder.unused_data:
-        raise strangers
+        raise mismatch
     numbers = np.frombuffer(np.frombuffer(content, np.uint8).reshape(width, count).T.tobytes(), kind)
     parts = np.split(numbers, np.cumsum(sizes)[:-1])
     return [torch.from_numpy(part.astype(np.float32)).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

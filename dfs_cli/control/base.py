@@ -127,10 +127,6 @@ class Controller(nn.Module, ABC):
     @abstractmethod
     def cost_multiplier(self, value: float) -> None: ...
 
-    def reachable(self, table: CostTable) -> tuple[float, float]:
-        """The least and the largest mean cost that tuning can aim at."""
-        return table.cheapest, table.dearest
-
     def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:
         """The cost tables of the networks that are worth making; of several, the one that is closest to the original before
         tuning is tuned. The table itself where there is nothing to choose before tuning.

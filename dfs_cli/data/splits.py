@@ -53,8 +53,8 @@ def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0)
     if config.dataset == DIGITS:
         mode = _image_mode(preprocessing)
         opened = {
-            split: _limit(Images(digits.Digits(split), transform, mode=mode), config, own_seed)
-            for split, own_seed in (("train", seed), ("validation", _VALIDATION_SEED))
+            split: _limit(Images(digits.Digits(split), transform, mode=mode), config, split_seed)
+            for split, split_seed in (("train", seed), ("validation", _VALIDATION_SEED))
         }
         calibration = Images(digits.Digits("calibration"), transform, mode=mode)
         return Splits(opened["train"], calibration, opened["validation"], digits.CLASS_NAMES)
@@ -130,18 +130,18 @@ def _open(config: DataConfig, role: str, split: str | None, mode: str, class_nam
     if isinstance(source, IterableDataset):
         raise DataError(f"dataset {config.dataset!r} is a stream: held-out images need a reader with random access")
     if class_names is not None:
-        own = _class_names(source)
-        _check_class_names(own, class_names, f"dataset {config.dataset!r}")
-        if own != class_names:
+        names = _class_names(source)
+        _check_class_names(names, class_names, f"dataset {config.dataset!r}")
+        if names != class_names:
             raise DataError(f"dataset {config.dataset!r} has the classes in another order than the model")
     return source
 
 
-def _check_class_names(own: tuple[str, ...], expected: tuple[str, ...], where: str) -> None:
+def _check_class_names(names: tuple[str, ...], expected: tuple[str, ...], where: str) -> None:
     """Raises DataError unless both name the same classes."""
-    check_class_count(own, len(expected))
-    if strangers := sorted(set(own) - set(expected)):
-        raise DataError(f"{where} has a class {strangers[0]!r} that is not among {_shorten(expected)}")
+    check_class_count(names, len(expected))
+    if unknown := sorted(set(names) - set(expected)):
+        raise DataError(f"{where} has a class {unknown[0]!r} that is not among {_shorten(expected)}")
 
 
 def _open_folder(
@@ -155,10 +155,10 @@ def _open_folder(
         source = ImageDataset(str(folder), input_img_mode=mode)
     except RuntimeError:
         raise DataError(f"{folder} has no images in its class folders") from None
-    own = _class_names(source)
-    if class_names is None or own == class_names:
+    names = _class_names(source)
+    if class_names is None or names == class_names:
         return source
-    _check_class_names(own, class_names, str(folder))
+    _check_class_names(names, class_names, str(folder))
     return ImageDataset(str(folder), class_map={name: i for i, name in enumerate(class_names)}, input_img_mode=mode)
 
 

@@ -28,7 +28,7 @@ class BlockFamily:
         block: the class. Its ``conv1.in_channels`` is the width of its input.
         branch: modules inside it whose convolutions follow the block's bitwidth.
         skip: ``skip(block, x)`` is the block's output with its residual branch zeroed.
-        shortcut: the module whose convolutions always run, at the edge bitwidth.
+        shortcut: the module whose convolutions always run, at the bitwidth of the fixed layers.
         apart: modules whose normalisation keeps to the original's statistics: what runs before the first convolution, and
             attention, which stays in floating point.
 

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from common import make_dynamic, randomise, tiny_resnet
+from common import SIZE, make_dynamic, mixed_decisions, randomise, tiny_resnet
 from timm.layers import BatchNormAct2d, StdConv2d, create_conv2d
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnetv2 import ResNetV2
@@ -11,7 +11,7 @@ from torch import nn
 from dfs_cli.config import FULL_BITS, DynamicConfig
 from dfs_cli.freeze.batchnorm import fold_norms
 
-FLOATS = DynamicConfig(bits=(0, FULL_BITS), edge_bits=FULL_BITS, gate="rnn")
+FLOATS = DynamicConfig(bits=(0, FULL_BITS), fixed_bits=FULL_BITS, gate="rnn")
 
 
 def norms(model: nn.Module) -> int:
@@ -22,8 +22,8 @@ def norms(model: nn.Module) -> int:
 def test_every_norm_behind_a_convolution_is_folded(block: type[nn.Module]) -> None:
     network = make_dynamic(tiny_resnet(block), FLOATS)
     before = copy.deepcopy(network.state_dict())
-    images = torch.randn(6, 3, 32, 32)
-    choice = torch.randint(0, 2, (6, len(network.blocks)))
+    images = torch.randn(6, *SIZE)
+    choice = mixed_decisions(network, 6)
     folded = fold_norms(network)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -34,13 +34,13 @@ def test_every_norm_behind_a_convolution_is_folded(block: type[nn.Module]) -> No
 
 
 def test_convolutions_with_other_bitwidths_keep_their_norms() -> None:
-    config = DynamicConfig(bits=(0, 4, FULL_BITS), edge_bits=FULL_BITS, gate="rnn")
+    config = DynamicConfig(bits=(0, 4, FULL_BITS), fixed_bits=FULL_BITS, gate="rnn")
     network = make_dynamic(tiny_resnet(Bottleneck), config)
-    images = torch.randn(6, 3, 32, 32)
-    choice = torch.randint(0, 3, (6, len(network.blocks)))
+    images = torch.randn(6, *SIZE)
+    choice = mixed_decisions(network, 6)
     folded = fold_norms(network)
-    edges = 3 + sum(block.module.downsample is not None for block in network.blocks)
-    assert norms(folded.backbone) == norms(network.backbone) - edges
+    fixed = 3 + sum(block.module.downsample is not None for block in network.blocks)
+    assert norms(folded.backbone) == norms(network.backbone) - fixed
     with torch.no_grad():
         found, expected = folded.run(images, choice).logits, network.run(images, choice).logits
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()  # codes at a tie may differ
@@ -64,13 +64,12 @@ def test_activations_and_standardised_weights_survive() -> None:
             norm_layer=BatchNormAct2d,
         )
         network = make_dynamic(randomise(model), FLOATS)
-        images = torch.randn(3, 3, 32, 32)
-        choice = torch.ones(3, len(network.blocks), dtype=torch.long)
+        images = torch.randn(3, *SIZE)
         folded = fold_norms(network)
         assert norms(folded.backbone) < norms(network.backbone)
         with torch.no_grad():
-            expected = network.run(images, choice).logits
-            torch.testing.assert_close(folded.run(images, choice).logits, expected, rtol=1e-4, atol=1e-4)
+            expected = network.run_in_full(images)
+            torch.testing.assert_close(folded.run_in_full(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_else_reads_a_convolution_keeps_it_as_it_is() -> None:
@@ -84,7 +83,7 @@ def test_what_else_reads_a_convolution_keeps_it_as_it_is() -> None:
 
     block = network.blocks[1].module
     block.__class__ = Peeks
-    images = torch.randn(3, 3, 32, 32)
+    images = torch.randn(3, *SIZE)
     folded = fold_norms(network)
     peeking = folded.blocks[1].module
     assert isinstance(peeking.bn1, nn.BatchNorm2d) and isinstance(peeking.bn2, nn.Identity)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from common import make_dynamic, tiny_resnet
+from common import SIZE, make_dynamic, tiny_resnet
 from timm.models.resnet import Bottleneck
 
 from dfs_cli.config import DynamicConfig
@@ -8,8 +8,6 @@ from dfs_cli.freeze.biases import round_biases
 from dfs_cli.nn.layers import FractionalConv2d
 from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.quantization import nearest_integer_bias
-
-SIZE = (3, 32, 32)
 
 
 def test_the_nearest_fraction_by_hand() -> None:
@@ -23,7 +21,7 @@ def test_the_nearest_fraction_by_hand() -> None:
 def test_biases_are_integers_in_their_units(bits: int) -> None:
     network = make_dynamic(tiny_resnet(Bottleneck), DynamicConfig(bits=(0, 4, 8), gate="rnn"))
     image = torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(2))
-    before = network.run(image, torch.full((1, 5), 2)).logits
+    before, _ = network.follow(image, torch.full((1, 5), 2))
     round_biases(network, SIZE)
     block = network.blocks[1].module
     conv, norm = block.get_submodule("conv2"), block.get_submodule("bn2")
@@ -35,6 +33,6 @@ def test_biases_are_integers_in_their_units(bits: int) -> None:
     room = {4: 18, 8: 1}[bits]
     numerator, multiple = nearest_integer_bias(shift, room)
     torch.testing.assert_close(numerator / multiple, shift, atol=1e-2 / room**2, rtol=1e-5)
-    after = network.run(image, torch.full((1, 5), 2)).logits
+    after, _ = network.follow(image, torch.full((1, 5), 2))
     assert not torch.equal(after, before)
     torch.testing.assert_close(after, before, atol=0.05 * float(before.detach().abs().max()), rtol=0)

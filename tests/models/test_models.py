@@ -15,7 +15,8 @@ from torch import nn
 
 from dfs_cli.errors import UnsupportedModelError, WeightsError
 from dfs_cli.models.cifar import DEPTHS
-from dfs_cli.models.zoo import check_convertible, list_convertible, load_model, load_outline, read_weights
+from dfs_cli.models.catalogue import list_convertible
+from dfs_cli.models.zoo import check_convertible, load_model, load_outline, read_weights
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

@@ -13,18 +13,22 @@ import pytest
 import timm
 import torch
 from common import everywhere, mixed_decisions, randomise, start_controller
-from dfs_cli.surgery.convert import fit_scales, plan_costs, to_dynamic
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dfs_cli
 from dfs_cli.artifact.artifact import load_artifact, save_artifact
+from dfs_cli.artifact.manifest import ModelArgs
 from dfs_cli.config import FULL_BITS, DynamicConfig, Preprocessing
+from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.models.zoo import candidate_names
-from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.network import DynamicResNet, TuningTarget
 from dfs_cli.surgery.families import FAMILIES
+from dfs_cli.surgery.initialise import fit_steps
+from dfs_cli.surgery.plan import plan_costs
+from dfs_cli.surgery.swap import make_dynamic
 
 SIZE = (3, 64, 64)
 SHALLOW = (2, 1, 1, 1)

@@ -1,35 +1,23 @@
 import copy
-import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
-from common import make_dynamic, tiny_resnet
-from dfs_cli.surgery.convert import plan_costs
-from dfs_cli.tuning.calibration import calibrate
-from timm.models.resnet import BasicBlock
+from common import RNN, SIZE, make_dynamic, tiny_resnet
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from dfs_cli.config import DynamicConfig, TuningConfig
-from dfs_cli.cost.table import CostTable
+from dfs_cli.control.base import Request, Sensitivity, controller_of
 from dfs_cli.data.images import Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler, train_loader
 from dfs_cli.errors import ConfigError, DivergedError
-from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.tuning.loop import (
-    Goal,
-    StepRecord,
-    _taught_images,
-    _teacher_logits,
-    resolve_epochs,
-    seed_everything,
-    target_at,
-    tune,
-)
-from dfs_cli.tuning.losses import cost_excess, distillation_loss
-from dfs_cli.tuning.sensitivity import measure_damage, prefer_harmless_options
-from dfs_cli.tuning.state import TuningState, start_state
+from dfs_cli.nn.network import TuningTarget
+from dfs_cli.records import StepRecord
+from dfs_cli.surgery.plan import plan_costs
+from dfs_cli.tuning.loop import seed_everything, taught_images, target_at, teacher_logits, tune
+from dfs_cli.tuning.state import start_state
 
 CPU = torch.device("cpu")
 
@@ -41,57 +29,37 @@ def shift(image: torch.Tensor) -> torch.Tensor:
 
 def images(count: int = 64) -> Images:
     generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 5)
+    data = TensorDataset(torch.randn(count, *SIZE, generator=generator), torch.arange(count) % 5)
     return Images(data, shift)
+
+
+SETTINGS = TuningConfig(epochs=3, batch_size=16)
+"""Twelve steps."""
 
 
 class Run:
     """A short run on a tiny network."""
 
-    def __init__(self, config: TuningConfig, budget: float = 0.2, epochs: int = 3) -> None:
-        self.config, self.budget = config, budget
-        self.model = tiny_resnet(BasicBlock)
-        self.table: CostTable = plan_costs(self.model, DynamicConfig(gate="rnn"), (3, 32, 32))
-        self.network: DynamicResNet = make_dynamic(self.model)
+    def __init__(self, config: TuningConfig = SETTINGS, dynamic: DynamicConfig = RNN, budget: float = 0.2) -> None:
+        self.config = config
+        self.model = tiny_resnet()
+        self.table = plan_costs(self.model, dynamic, SIZE)
+        self.network = make_dynamic(self.model, dynamic)
+        harm = Sensitivity(torch.linspace(1.0, 0.1, len(dynamic.bits)).repeat(5, 1))
+        controller, request = controller_of(self.network), Request(budget, True, 64, 64)
+        self.target = TuningTarget(budget, approached=True)
+        if dynamic.gate not in ("rnn", "ff"):
+            self.target = controller.start(self.network, self.table, harm, request, torch.randn(8, *SIZE))
         self.data = images()
         self.sampler = EpochSampler(len(self.data), config.seed)
         self.loader = train_loader(self.data, self.sampler, config.batch_size, config.workers or 0, pin=False)
-        self.state: TuningState = start_state(self.network, config, len(self.data) // config.batch_size, epochs)
+        self.state = start_state(self.network, config, len(self.data) // config.batch_size)
         self.records: list[StepRecord] = []
 
-    def go(self, on_step: object = None) -> None:
+    def go(self, on_step: Callable[[StepRecord], None] | None = None) -> None:
         log = UnreadableLog("training", len(self.data))
         record = on_step or self.records.append
-        tune(self.state, self.model, self.table, Goal(self.budget), self.loader, self.config, CPU, log, record)  # type: ignore[arg-type]
-
-
-def test_cost_excess_by_hand() -> None:
-    cost, expected = torch.tensor([0.3, 0.5]), torch.tensor([0.2, 0.4], requires_grad=True)
-    excess = cost_excess(cost, expected, 0.1)
-    assert excess.item() == pytest.approx(math.log(4))
-    excess.backward()
-    # d log(c) = dc / 0.4, and the mean halves it.
-    assert expected.grad is not None and expected.grad.tolist() == pytest.approx([1.25, 1.25])
-
-
-def test_nothing_rewards_spending() -> None:
-    expected = torch.tensor([0.2], requires_grad=True)
-    excess = cost_excess(torch.tensor([0.2]), expected, 0.4)
-    excess.backward()
-    assert excess.item() == 0 and expected.grad is not None and expected.grad.item() == 0
-
-
-def test_cost_excess_does_not_depend_on_the_batch_size() -> None:
-    cost = torch.tensor([0.3, 0.5])
-    assert torch.equal(cost_excess(cost, cost, 0.1), cost_excess(cost.repeat(8), cost.repeat(8), 0.1))
-
-
-def test_distillation_loss_is_zero_for_the_teacher_and_agrees_with_its_definition() -> None:
-    logits, teacher = torch.randn(4, 6), torch.randn(4, 6)
-    assert distillation_loss(teacher, teacher, 2.0).item() == pytest.approx(0, abs=1e-6)
-    p, q = (teacher / 3).softmax(1), (logits / 3).softmax(1)
-    expected = 9 * (p * (p / q).log()).sum() / 4
-    assert distillation_loss(logits, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-5)
+        tune(self.state, self.model, self.table, self.target, self.loader, self.config, CPU, log, record)
 
 
 def test_target_falls_geometrically_and_stays() -> None:
@@ -99,16 +67,10 @@ def test_target_falls_geometrically_and_stays() -> None:
     assert values == pytest.approx([1.0, 0.1, 0.01, 0.01])
 
 
-def test_epochs_give_enough_steps() -> None:
-    assert resolve_epochs(TuningConfig(), 100) == 4
-    assert resolve_epochs(TuningConfig(), 5000) == 1
-    assert resolve_epochs(TuningConfig(epochs=3), 5000) == 3
-
-
 def test_warm_up_moves_the_gate_only_then_everything_moves() -> None:
-    run = Run(TuningConfig(batch_size=16, warmup=0.5))
+    run = Run(SETTINGS.replace(warmup=0.5))
     before = copy.deepcopy(run.network.state_dict())
-    changed_in: dict[str, set[str]] = {"gate": set(), "all": set()}
+    changed_in: dict[str, set[str]] = {"controller": set(), "all": set()}
 
     def watch(record: StepRecord) -> None:
         for name, value in run.network.state_dict().items():
@@ -117,22 +79,22 @@ def test_warm_up_moves_the_gate_only_then_everything_moves() -> None:
                 before[name] = value.clone()
 
     run.go(watch)
-    assert changed_in["gate"] and all(name.startswith("gate.") for name in changed_in["gate"])
+    assert changed_in["controller"] and all(name.startswith("controller.") for name in changed_in["controller"])
     assert any("log_weight_steps" in n for n in changed_in["all"])
     assert any(n.endswith("conv1.weight") for n in changed_in["all"])
 
 
 def test_frozen_backbone_does_not_move() -> None:
-    run = Run(TuningConfig(batch_size=16, freeze_backbone=True))
+    run = Run(SETTINGS.replace(freeze_backbone=True))
     before = copy.deepcopy(run.network.state_dict())
     run.go()
     changed = {n for n, v in run.network.state_dict().items() if not torch.equal(v, before[n])}
     assert any("log_input_steps" in n for n in changed)
-    assert all(n.startswith("gate.") or "log_" in n or ".bit_" in n for n in changed)
+    assert all(n.startswith("controller.") or "log_" in n or ".bit_" in n for n in changed)
 
 
 def test_statistics_and_teacher_stay() -> None:
-    run = Run(TuningConfig(batch_size=16))
+    run = Run()
     teacher = copy.deepcopy(run.model.state_dict())
     statistics = {k: v.clone() for k, v in run.network.state_dict().items() if "running" in k}
     run.go()
@@ -140,11 +102,11 @@ def test_statistics_and_teacher_stay() -> None:
     assert all(torch.equal(run.network.state_dict()[k], v) for k, v in statistics.items())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_where_it_was_saved(workers: int) -> None:
     def go(interrupt: int | None) -> dict[str, torch.Tensor]:
         seed_everything(7)
-        run = Run(TuningConfig(batch_size=16, workers=workers))
+        run = Run(SETTINGS.replace(workers=workers))
         seed_everything(7)
         if interrupt is None:
             run.go()
@@ -162,7 +124,7 @@ def test_a_run_goes_on_where_it_was_saved(workers: int) -> None:
         with pytest.raises(StopError):
             run.go(stop)
         seed_everything(99)
-        fresh = Run(TuningConfig(batch_size=16, workers=workers))
+        fresh = Run(SETTINGS.replace(workers=workers))
         fresh.state.load_state_dict(saved)
         fresh.go()
         assert fresh.records[0].step == interrupt + 1 and fresh.records[-1].step == 12
@@ -175,15 +137,15 @@ def test_a_run_goes_on_where_it_was_saved(workers: int) -> None:
 
 
 def test_a_saved_run_of_another_length_is_refused() -> None:
-    state = Run(TuningConfig(batch_size=16)).state.state_dict()
+    state = Run().state.state_dict()
     with pytest.raises(ConfigError, match="12 steps"):
-        Run(TuningConfig(batch_size=16), epochs=4).state.load_state_dict(state)
+        Run(SETTINGS.replace(epochs=4)).state.load_state_dict(state)
     with pytest.raises(ConfigError):
-        Run(TuningConfig(batch_size=32)).state.load_state_dict(state)
+        Run(SETTINGS.replace(batch_size=32)).state.load_state_dict(state)
 
 
 def test_an_interrupted_warm_up_freezes_nothing() -> None:
-    run = Run(TuningConfig(batch_size=16, warmup=1.0))
+    run = Run(SETTINGS.replace(warmup=1.0))
 
     def stop(_: StepRecord) -> None:
         raise KeyboardInterrupt
@@ -193,27 +155,8 @@ def test_an_interrupted_warm_up_freezes_nothing() -> None:
     assert all(p.requires_grad for p in run.network.parameters())
 
 
-def test_damage_by_hand_and_its_preference() -> None:
-    run = Run(TuningConfig(batch_size=16))
-    x = torch.randn(16, 3, 32, 32)
-    damage = measure_damage(run.network, run.table, x)
-    decisions = torch.full((16, 5), 4)
-    with torch.no_grad():
-        expected = run.network.run(x, decisions).logits.log_softmax(1)
-        decisions[:, 2] = 1
-        found = run.network.run(x, decisions).logits.log_softmax(1)
-    by_hand = (expected.exp() * (expected - found)).sum(1).mean()
-    assert damage[2, 1].item() == pytest.approx(by_hand.item(), rel=1e-3)
-    assert (damage[:, 4] == 0).all() and (damage[:, 0] > damage[:, 2]).all()
-    before = run.network.gate.preference.clone()
-    prefer_harmless_options(run.network, damage)
-    shift = run.network.gate.preference - before
-    assert int(shift[:, 0].argmax()) == int(damage[:, 0].argmin())
-    assert (shift[:, 4] == 0).all()
-
-
 def test_nan_loss_stops_with_step_and_learning_rate() -> None:
-    run = Run(TuningConfig(batch_size=16, lr=0.5, distillation=0.0))
+    run = Run(SETTINGS.replace(lr=0.5, distillation=0.0))
 
     def poison(record: StepRecord) -> None:
         if record.step == 4:
@@ -221,23 +164,6 @@ def test_nan_loss_stops_with_step_and_learning_rate() -> None:
 
     with pytest.raises(DivergedError, match=r"nan at step 5, learning rate \d"):
         run.go(poison)
-
-
-@pytest.mark.parametrize("gate", ["rnn", "ff"])
-@pytest.mark.parametrize("share", [0.9, 0.3, 0.02])
-def test_calibration_meets_the_budget(gate: str, share: float) -> None:
-    model = tiny_resnet(BasicBlock)
-    config = DynamicConfig(gate=gate)  # type: ignore[arg-type]
-    table = plan_costs(model, config, (3, 32, 32))
-    budget = table.cheapest + share * (table.dearest - table.cheapest)
-    network = make_dynamic(model, config)
-    held_out, others = torch.randn(2, 600, 3, 32, 32, generator=torch.Generator().manual_seed(1)).unbind()
-    point = calibrate(network, table, held_out.split(200), budget, validation_images=600)
-    assert network.operating_point == point.value
-    assert 0.92 * budget <= point.cost <= budget
-    with torch.no_grad():
-        cost = table.cost(network.run(others).decisions).mean().item()
-    assert 0.9 * budget <= cost <= 1.01 * budget
 
 
 def test_the_teacher_sees_both_views_of_images_that_enter_a_mirrored_second_pass() -> None:
@@ -249,14 +175,40 @@ def test_the_teacher_sees_both_views_of_images_that_enter_a_mirrored_second_pass
         return x[:, :, :, 0].flatten(1)  # what is on the left
 
     seen: list[int] = []
-    logits = _teacher_logits(teacher, images, 4)  # type: ignore[arg-type]
+    logits = teacher_logits(teacher, images, 4)  # type: ignore[arg-type]
     left, right = images[:, :, :, 0].flatten(1), images[:, :, :, 3].flatten(1)
     torch.testing.assert_close(logits[:4], (left[:4] + right[:4]) / 2)
     assert torch.equal(logits[4:], left[4:])
-    assert torch.equal(_teacher_logits(teacher, images, 0), left)  # type: ignore[arg-type]
+    assert torch.equal(teacher_logits(teacher, images, 0), left)  # type: ignore[arg-type]
     assert seen == [14, 10]
     unsure = torch.tensor([7, 1, 4])
     for mirrored, taught in ((0, 10), (3, 7)):
-        chosen = _taught_images(20, unsure, mirrored)
+        chosen = taught_images(20, unsure, mirrored)
         assert chosen[:3].tolist() == unsure.tolist()
         assert len(chosen) == taught == len(chosen.unique())
+
+
+def test_every_step_is_recorded_and_the_target_is_approached() -> None:
+    run = Run(SETTINGS.replace(warmup=0.25, ramp=0.5))
+    run.go()
+    assert [record.step for record in run.records] == list(range(1, 13)) and run.state.step == 12
+    assert [record.phase for record in run.records] == ["controller"] * 3 + ["all"] * 9
+    dearest = run.table.dearest
+    expected = [dearest ** (1 - step / 6) * 0.2 ** (step / 6) for step in range(6)] + [0.2] * 6
+    assert [record.target for record in run.records] == pytest.approx(expected)
+    rates = [record.lr for record in run.records]
+    # Five times the learning rate for the controller, then a cosine to zero.
+    assert rates[0] == pytest.approx(5e-3) and rates == sorted(rates, reverse=True)
+    assert run.records[-1].multiplier == run.network.controller.cost_multiplier > 0
+
+
+@pytest.mark.parametrize("gate", ["probe", "static"])
+def test_other_controllers_tune_by_the_same_loop(gate: str) -> None:
+    run = Run(SETTINGS.replace(epochs=1), RNN.replace(gate=gate))
+    before = {name: value.clone() for name, value in run.network.state_dict().items()}
+    run.go()
+    changed = {name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert any("log_input_steps" in name for name in changed) and any("conv1.weight" in name for name in changed)
+    assert any(name.startswith("controller.gate.") for name in changed) == (gate == "probe")
+    assert {record.target for record in run.records} == {run.target.cost}, "the target is not approached"
+    assert {record.phase for record in run.records} == {"all"}, "there is no warm-up"

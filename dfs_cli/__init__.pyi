@@ -83,4 +83,5 @@ from .api import (
     sweep as sweep,
 )
 
+__all__: list[str]
 __version__: str

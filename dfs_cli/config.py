@@ -1,25 +1,15 @@
-"""Frozen settings, validated by pydantic, that go to and from JSON. Nothing here imports torch."""
+"""Settings: frozen, validated, to and from JSON. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal, get_args
 
-import pydantic
 from pydantic import Field
-from pydantic.dataclasses import dataclass as pydantic_dataclass
-from typing_extensions import dataclass_transform
 
 from dfs_cli.errors import ConfigError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-T = TypeVar("T")
-
-FULL_BITS = 32
-"""The bitwidth that stands for running in floating point."""
+from dfs_cli.presets import FULL_BITS, PRESETS
+from dfs_cli.validation import Json, validated
 
 QUANTIZED_BITS = range(2, 17)
 """Bitwidths that a quantizer can have."""
@@ -38,107 +28,11 @@ LONGEST_EPOCH = 1.5
 """An epoch of more than so many times the recipe's steps is not run to its end unless that is asked for."""
 
 DEFAULT_MIX = "0:0.5,8:0.5"
-"""Shares of the blocks by bitwidth in ``dfs bench`` where decisions are not real and nobody named them."""
+"""Shares of the blocks by bitwidth in ``dfs bench`` where decisions are not real, by default."""
 COMPARED_IMAGES = 1000
-"""Real images on which a graph is compared with its network where nobody says how many."""
+"""Real images on which a graph is compared with its network, by default."""
 LARGE_BATCH = 64
 """Images per batch that ``dfs bench`` measures, besides single ones."""
-
-
-def first_problem(error: pydantic.ValidationError) -> str:
-    """The first problem that pydantic found, in one line: where, what was given, and what was expected."""
-    found = error.errors()[0]
-    reason = found.get("ctx", {}).get("error")
-    if isinstance(reason, Exception):
-        return str(reason)
-    place = ".".join(str(part) for part in found["loc"]) or error.title
-    return f"{place} {repr(found['input'])[:60]}: {found['msg'][:1].lower()}{found['msg'][1:]}"
-
-
-class Json:
-    """To and from JSON, for the dataclasses below and for records."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        values: dict[str, Any] = pydantic.TypeAdapter(type(self)).dump_python(self, mode="json")
-        return values
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The object that :meth:`to_dict` described.
-
-        Raises:
-            ConfigError: a key is unknown or missing, or a value is of another type or out of range.
-        """
-        try:
-            return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
-        except pydantic.ValidationError as error:
-            raise ConfigError(f"{cls.__name__}: {first_problem(error)}") from None
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some values changed, validated as any."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
-
-
-@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def validated(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose values must be of the declared types and ranges, or ConfigError is raised in one line."""
-    made: Any = pydantic_dataclass(
-        cls, frozen=True, config=pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    )
-    create = made.__init__
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        try:
-            create(self, *args, **kwargs)
-        except pydantic.ValidationError as error:
-            raise ConfigError(first_problem(error)) from None
-
-    # Nested values are validated by pydantic itself, which does not come this way: it then names the place.
-    __init__.__wrapped__ = create  # type: ignore[attr-defined]
-    made.__init__ = __init__
-    return made  # type: ignore[no-any-return]
-
-
-@validated
-class Preset(Json):
-    """A named choice of options, with all that belongs to it.
-
-    Args:
-        bits: bitwidth options of a block.
-        fixed_bits: bitwidth of what always runs.
-        source: where it comes from.
-    """
-
-    bits: tuple[int, ...]
-    fixed_bits: int = 8
-    source: str = ""
-
-
-PRESETS: dict[str, Preset] = {
-    "lowbit": Preset((0, 2, 3, 4, 5, 6, 8)),
-    "hardware": Preset((0, 4, 8, 16, 32)),
-    "static": Preset((0, 2, 3, 4, 5, 6, 8, 16, 32)),
-    "paper": Preset((0, 8, 10, 12, 14, 16, 32), FULL_BITS, "DFS (Shen et al., 2020)"),
-    "skipnet": Preset((0, FULL_BITS), FULL_BITS, "SkipNet (Wang et al., 2018)"),
-}
-"""Named option lists."""
-
-
-def parse_bits(text: str) -> Preset:
-    """What ``text`` names: a preset, or bitwidths separated by commas.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if text in PRESETS:
-        return PRESETS[text]
-    try:
-        return Preset(tuple(int(part) for part in text.split(",")))
-    except ValueError:
-        raise ConfigError(
-            f"--bits {text!r}: expected bitwidths separated by commas, as 0,4,8,32, or one of {', '.join(PRESETS)}"
-        ) from None
 
 
 def parse_mix(text: str) -> dict[int, float]:

@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
-from dfs_cli.config import Json, validated
+from dfs_cli.validation import Json, validated
 
 Percent = Annotated[float, Field(ge=0, le=100.001)]
 Share = Annotated[float, Field(ge=-1e-9, le=1 + 1e-9)]

@@ -24,6 +24,8 @@ from dfs_cli.surgery import swap
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs
 
+Block = type[BasicBlock] | type[Bottleneck]
+
 MakeFolder = Callable[..., Path]
 """The type of the fixture ``make_folder``."""
 
@@ -47,20 +49,27 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def tiny_resnet(block: type[nn.Module] = BasicBlock, seed: int = 0) -> nn.Module:
+def name(model: nn.Module) -> None:
+    """Give ``model`` what timm says about its own ones."""
+    model.pretrained_cfg = {"architecture": "tiny", "input_size": SIZE}  # type: ignore[assignment]
+
+
+def tiny_resnet(block: Block = BasicBlock, seed: int = 0) -> nn.Module:
     """A timm ResNet of five blocks for 32x32 images and five classes."""
     torch.manual_seed(seed)
-    model = ResNet(block, (2, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24), stem_type="deep", stem_width=8)
-    model.pretrained_cfg = {"architecture": "tiny", "input_size": SIZE}
+    channels = (8, 16, 16, 24)
+    # timm's annotation names instances; it means classes.
+    model = ResNet(block, (2, 1, 1, 1), 5, channels=channels, stem_type="deep", stem_width=8)  # type: ignore[arg-type]
+    name(model)
     return randomise(model, seed)
 
 
 def se_resnet() -> nn.Module:
     """A timm ResNet of four blocks with squeeze-and-excitation."""
     torch.manual_seed(0)
-    attention = {"attn_layer": "se"}
-    model = ResNet(Bottleneck, (1, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 24), block_args=attention)
-    model.pretrained_cfg = {"architecture": "tiny", "input_size": SIZE}
+    attention, channels = {"attn_layer": "se"}, (8, 16, 16, 24)
+    model = ResNet(Bottleneck, (1, 1, 1, 1), 5, channels=channels, block_args=attention)  # type: ignore[arg-type]
+    name(model)
     return randomise(model)
 
 
@@ -68,7 +77,7 @@ def preactivated_resnet() -> nn.Module:
     """A timm ResNetV2 of five blocks that normalise and activate first."""
     torch.manual_seed(0)
     model = ResNetV2(
-        (1, 1, 2, 1), channels=(32, 32, 64, 64), num_classes=5, stem_chs=16, stem_type="", preact=True,
+        [1, 1, 2, 1], channels=(32, 32, 64, 64), num_classes=5, stem_chs=16, stem_type="", preact=True,
         conv_layer=create_conv2d, norm_layer=BatchNormAct2d,
     )  # fmt: skip
     return randomise(model)

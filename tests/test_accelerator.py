@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch.utils.backend_registration
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
@@ -20,7 +22,7 @@ def test_networks_run_on_another_device_and_seldom_wait_for_it(artifact: Path, t
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for gate, most in (("rnn", 5), ("ff", 5), ("probe", 3)):
-        assert 0 < found[gate]["batch"] <= most, "a network of five blocks"
-        assert 0 < found[gate]["image"] <= most
+    for gate, most in (("rnn", 5), ("ff", 5), ("probe", 3), ("static", 1)):
+        for kind in ("batch", "image", "mixed"):
+            assert 0 < found[gate][kind] <= most, f"{kind} with {gate}: a network of five blocks"
     assert found["file"]["mixed_is_lower"] and found["file"]["mixed_top1"] > found["file"]["top1"] - 2

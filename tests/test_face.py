@@ -10,6 +10,8 @@ import pytest
 
 import dfs_cli
 
+pytestmark = pytest.mark.medium
+
 
 def test_every_public_callable_has_a_signature_and_a_docstring() -> None:
     for name in dfs_cli.__all__:

@@ -44,6 +44,21 @@ def test_only_the_factory_asks_which_method_it_has() -> None:
     assert checks == {"control/factory.py", "config.py"}
 
 
+def test_only_the_exporter_knows_single_controllers() -> None:
+    rooms = {f"dfs_cli.control.{module}" for module in ("gated", "gates", "probe", "static")}
+    importing = set()
+    for name, file in FILES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = {node.module} if isinstance(node, ast.ImportFrom) else set()
+            if isinstance(node, ast.Import):
+                modules = {alias.name for alias in node.names}
+            if isinstance(node, ast.ImportFrom) and node.module == "dfs_cli.control":
+                modules = {f"dfs_cli.control.{alias.name}" for alias in node.names}
+            if modules & rooms:
+                importing.add(name.partition("/")[0])
+    assert importing == {"control", "export"}
+
+
 def test_every_controller_is_known() -> None:
     from dfs_cli.control import factory  # noqa: F401  # imports them all
 

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field
 
-from dfs_cli.config import Budget, Configuration, DynamicConfig, Json, Preprocessing, first_problem, validated
+from dfs_cli.config import Budget, Configuration, DynamicConfig, Preprocessing
 from dfs_cli.cost.operating_point import keeps_budget
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ArtifactError, ConfigError
 from dfs_cli.records import Evaluation, Source, Tuned
+from dfs_cli.validation import Json, first_problem, validated
 
 FORMAT_VERSION = 6
 

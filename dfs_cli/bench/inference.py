@@ -15,8 +15,8 @@ from dfs_cli.bench.candidates import DENSE_OF, Candidate, Step, deciding_seconds
 from dfs_cli.bench.clock import check_repeats, in_turns, on_threads, percentiles
 from dfs_cli.bench.process import added_memory, peak_bytes, size_of
 from dfs_cli.bench.workload import Workload
-from dfs_cli.config import Json
 from dfs_cli.observer import Observer
+from dfs_cli.validation import Json
 
 _WARM_UP = 3
 _LARGE_EVERY = 4  # one batch for so many single images: it takes so much longer

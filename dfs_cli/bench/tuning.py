@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dfs_cli.bench.clock import Timing, check_repeats, in_turns, quartiles, seconds_of
 from dfs_cli.bench.process import peak_bytes, size_of
-from dfs_cli.config import DynamicConfig, Json, Preprocessing, TuningConfig
+from dfs_cli.config import DynamicConfig, Preprocessing, TuningConfig
 from dfs_cli.control.base import Request, Sensitivity, controller_of
 from dfs_cli.conversion.defaults import resolve_device
 from dfs_cli.cost.table import CostTable
@@ -24,6 +24,7 @@ from dfs_cli.surgery.plan import plan_costs, plan_surgery
 from dfs_cli.surgery.swap import make_dynamic
 from dfs_cli.tuning.loop import tuning_step
 from dfs_cli.tuning.state import start_state
+from dfs_cli.validation import Json
 
 _WARM_UP = 2
 _HELD_OUT, _VALIDATION = 5000, 50_000  # image counts of the conversion whose steps are measured

@@ -10,17 +10,9 @@ import typer
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
-from dfs_cli.config import (
-    COMPARED_IMAGES,
-    DEFAULT_MIX,
-    DataConfig,
-    DynamicConfig,
-    GateKind,
-    Preset,
-    parse_bits,
-    parse_mix,
-)
+from dfs_cli.config import COMPARED_IMAGES, DEFAULT_MIX, DataConfig, DynamicConfig, GateKind, parse_mix
 from dfs_cli.errors import ConfigError
+from dfs_cli.presets import Preset, parse_bits
 
 if TYPE_CHECKING:
     from dfs_cli.bench.workload import Workload

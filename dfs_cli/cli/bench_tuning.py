@@ -10,7 +10,8 @@ import typer
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
-from dfs_cli.config import TuningConfig, check_budget, parse_bits
+from dfs_cli.config import TuningConfig, check_budget
+from dfs_cli.presets import parse_bits
 
 EXAMPLES = """
 Examples:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from dfs_cli.config import DataConfig, DeviceKind, DynamicConfig, GateKind, TuningConfig, parse_bits
+from dfs_cli.config import DataConfig, DeviceKind, DynamicConfig, GateKind, TuningConfig
 from dfs_cli.errors import ConfigError
+from dfs_cli.presets import parse_bits
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dfs_cli.config import PRESETS, DynamicConfig, SweepConfig
+from dfs_cli.config import DynamicConfig, SweepConfig
+from dfs_cli.presets import PRESETS
 
 UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
 """Bitwidths of the uniform static networks."""

@@ -10,11 +10,11 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.config import FULL_BITS
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.operating_point import OperatingPoint
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet, Output, TuningTarget, View
+from dfs_cli.presets import FULL_BITS
 
 Tell = Callable[[float, float], None]
 """Told an operating point (or cost multiplier) that was tried, and the mean cost at it."""

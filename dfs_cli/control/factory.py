@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import Controller
 from dfs_cli.control.gated import GatedController
-from dfs_cli.control.gates import FeedForwardGate, RecurrentGate
-from dfs_cli.control.probe import ProbeController, SecondPassGate
+from dfs_cli.control.gates import FeedForwardGate, RecurrentGate, SecondPassGate
+from dfs_cli.control.probe import ProbeController
 from dfs_cli.control.static import StaticController
 from dfs_cli.cost.table import CostTable
 

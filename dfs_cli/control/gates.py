@@ -15,7 +15,8 @@ from dfs_cli.config import DynamicConfig
 State = tuple[Tensor, Tensor]
 
 _BIAS_SCALE = 6.0
-NOISE = 0.05
+_NOISE = 0.05
+_SCALARS = 2  # log-odds and margin of the first pass, in front of its pooled features
 _SMALL_INPUT = 1 << 16  # values of an image: with fewer, summing all images takes no longer than picking some
 
 
@@ -142,7 +143,7 @@ class RecurrentGate(Gate):
         super().__init__(channels, config)
         self.cell = nn.LSTMCell(config.embedding, config.hidden)
         self.head = nn.Linear(config.hidden, self.options, bias=False)
-        nn.init.normal_(self.head.weight, std=NOISE)
+        nn.init.normal_(self.head.weight, std=_NOISE)
 
     def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]:  #
         cell, dtype = self.cell, embedded.dtype
@@ -166,7 +167,7 @@ class FeedForwardGate(Gate):
         super().__init__(channels, config)
         self.heads = nn.ModuleList(nn.Linear(config.embedding, self.options, bias=False) for _ in channels)
         for head in self.heads:
-            nn.init.normal_(cast(nn.Linear, head).weight, std=NOISE)
+            nn.init.normal_(cast(nn.Linear, head).weight, std=_NOISE)
 
     def _score(self, block: int, embedded: Tensor, state: State) -> tuple[Tensor, State]:
         return linear(self.heads[block], embedded.relu()), state
@@ -177,6 +178,55 @@ class FeedForwardGate(Gate):
     @staticmethod
     def macs(channels: Sequence[int], config: DynamicConfig) -> tuple[int, ...]:
         return tuple(c * config.embedding + config.embedding * len(config.bits) for c in channels)
+
+
+class SecondPassGate(nn.Module):
+    """Scores K options for each of L blocks of the second pass, from what the first one found.
+
+    Args:
+        channels: width of the features that enter each block; the last pass's pooled features are as wide as ``features``.
+        features: width of the features that enter the classifier.
+        config: options and hidden width.
+
+    ``preference`` (L, K) is what a score is without a look at the image.
+    """
+
+    input_mean: Tensor
+    input_deviation: Tensor
+
+    def __init__(self, channels: Sequence[int], features: int, config: DynamicConfig) -> None:
+        super().__init__()
+        self.blocks, self.options = len(channels), len(config.bits)
+        width = _SCALARS + features
+        self.register_buffer("input_mean", torch.zeros(width))
+        self.register_buffer("input_deviation", torch.ones(width))
+        self.embed = nn.Linear(width, config.hidden)
+        self.head = nn.Linear(config.hidden, self.blocks * self.options, bias=False)
+        nn.init.normal_(self.head.weight, std=_NOISE)
+        self.preference = nn.Parameter(initial_preference(config.bits).repeat(len(channels), 1))
+
+    def forward(self, summary: Tensor) -> Tensor:
+        """Scores (N, L, K) for ``summary`` (N, 2 + features) as :func:`dfs_cli.control.probe.summarise` makes it."""
+        dtype = torch.float32 if self.training else torch.float64
+        with torch.autocast(summary.device.type, enabled=False):
+            x = (summary.to(dtype) - self.input_mean.to(dtype)) / self.input_deviation.to(dtype)
+            scores = linear(self.head, linear(self.embed, x).relu())
+            return scores.reshape(-1, self.blocks, self.options) + self.preference.to(dtype)
+
+    @torch.no_grad()
+    def normalise_input(self, summary: Tensor) -> None:
+        """Scale the input so that summaries like these have zero mean and unit deviation."""
+        self.input_mean.copy_(summary.mean(dim=0))
+        deviation = summary.std(dim=0, unbiased=False)
+        floor = 0.1 * float(deviation.mean()) or 1.0
+        self.input_deviation.copy_(deviation.clamp_min(floor))
+
+    @staticmethod
+    def macs(channels: Sequence[int], features: int, config: DynamicConfig) -> tuple[int, ...]:
+        """Multiply-accumulates of such a gate for one image, before each block of the second pass: all before the first."""
+        scores = len(channels) * len(config.bits)
+        total = (_SCALARS + features) * config.hidden + config.hidden * scores
+        return total, *[0] * (len(channels) - 1)
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:

@@ -7,14 +7,11 @@ others a gate that sees that answer chooses the bitwidths of a second pass, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity, Tell
-from dfs_cli.control.gates import NOISE, initial_preference, linear, pool, shift_preference
+from dfs_cli.control.gates import SecondPassGate, pool, shift_preference
 from dfs_cli.control.static import best_block_mix
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import (
@@ -34,7 +31,6 @@ ALWAYS_REFINE, NEVER_REFINE = -1e9, 1e9
 LEAST_MULTIPLIER = 1e-3
 """So low, a multiplier changes no decision."""
 
-_SCALARS = 2  # log-odds and margin, in front of the pooled features
 _TRAINED_SHARE = 0.2  # of a batch, at most, takes the second pass in tuning: a step stays cheap
 # Of the budget, what the first pass costs, unless the cheapest mix costs more.
 _FIRST_SHARE = 0.65
@@ -75,55 +71,6 @@ def summarise(logits: Tensor, features: Tensor) -> Tensor:
     top, others = _split_top(logits)
     scalars = torch.stack([top - others.logsumexp(dim=1), top - others[:, 0]], dim=1)
     return torch.cat([scalars, pool(features).double()], dim=1)
-
-
-class SecondPassGate(nn.Module):
-    """Scores K options for each of L blocks of the second pass, from what the first one found.
-
-    Args:
-        channels: width of the features that enter each block; the last pass's pooled features are as wide as ``features``.
-        features: width of the features that enter the classifier.
-        config: options and hidden width.
-
-    ``preference`` (L, K) is what a score is without a look at the image.
-    """
-
-    input_mean: Tensor
-    input_deviation: Tensor
-
-    def __init__(self, channels: Sequence[int], features: int, config: DynamicConfig) -> None:
-        super().__init__()
-        self.blocks, self.options = len(channels), len(config.bits)
-        width = _SCALARS + features
-        self.register_buffer("input_mean", torch.zeros(width))
-        self.register_buffer("input_deviation", torch.ones(width))
-        self.embed = nn.Linear(width, config.hidden)
-        self.head = nn.Linear(config.hidden, self.blocks * self.options, bias=False)
-        nn.init.normal_(self.head.weight, std=NOISE)
-        self.preference = nn.Parameter(initial_preference(config.bits).repeat(len(channels), 1))
-
-    def forward(self, summary: Tensor) -> Tensor:
-        """Scores (N, L, K) for ``summary`` (N, 2 + features) as :func:`dfs_cli.control.probe.summarise` makes it."""
-        dtype = torch.float32 if self.training else torch.float64
-        with torch.autocast(summary.device.type, enabled=False):
-            x = (summary.to(dtype) - self.input_mean.to(dtype)) / self.input_deviation.to(dtype)
-            scores = linear(self.head, linear(self.embed, x).relu())
-            return scores.reshape(-1, self.blocks, self.options) + self.preference.to(dtype)
-
-    @torch.no_grad()
-    def normalise_input(self, summary: Tensor) -> None:
-        """Scale the input so that summaries like these have zero mean and unit deviation."""
-        self.input_mean.copy_(summary.mean(dim=0))
-        deviation = summary.std(dim=0, unbiased=False)
-        floor = 0.1 * float(deviation.mean()) or 1.0
-        self.input_deviation.copy_(deviation.clamp_min(floor))
-
-    @staticmethod
-    def macs(channels: Sequence[int], features: int, config: DynamicConfig) -> tuple[int, ...]:
-        """Multiply-accumulates of such a gate for one image, before each block of the second pass: all before the first."""
-        scores = len(channels) * len(config.bits)
-        total = (_SCALARS + features) * config.hidden + config.hidden * scores
-        return total, *[0] * (len(channels) - 1)
 
 
 class ProbeController(Controller):

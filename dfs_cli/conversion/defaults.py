@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from dfs_cli.artifact.manifest import ModelArgs
-from dfs_cli.config import PRESETS, DataConfig, DynamicConfig, GateKind, Preset, TuningConfig
+from dfs_cli.config import DataConfig, DynamicConfig, GateKind, TuningConfig
 from dfs_cli.cost.operating_point import LOWEST_SHARE
 from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.data.splits import DIGITS, Splits
 from dfs_cli.errors import ConfigError, DataError, UnsupportedModelError
 from dfs_cli.models.cifar import DIGITS_MODEL
+from dfs_cli.presets import PRESETS, Preset
 from dfs_cli.records import Source
 
 _PASSES = {"probe": 2}

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dfs_cli.config import Json, validated
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import LOWEST_SHARE
 from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.errors import ConfigError
+from dfs_cli.validation import Json, validated
 
 Macs = Annotated[int, Field(ge=0)]
 

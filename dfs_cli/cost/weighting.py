@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dfs_cli.config import FULL_BITS
+from dfs_cli.presets import FULL_BITS
 
 UNIT = "bit-weighted MACs, as a fraction of the dense 32-bit network's MACs"
 """What every cost and every budget is measured in."""

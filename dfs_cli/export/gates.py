@@ -10,8 +10,7 @@ import numpy as np
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from dfs_cli.control.gates import FeedForwardGate, Gate, RecurrentGate
-from dfs_cli.control.probe import SecondPassGate
+from dfs_cli.control.gates import FeedForwardGate, Gate, RecurrentGate, SecondPassGate
 from dfs_cli.export.graph import Graph, Test
 from dfs_cli.export.part_writer import Pooled
 

@@ -14,10 +14,10 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
 from dfs_cli.nn.quantization import Convolution, code_range
+from dfs_cli.presets import FULL_BITS
 
 OPSET = 17
 DOMAIN, OPAQUE = "dfs", "Quantized"

@@ -11,10 +11,10 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 
-from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.layers import FractionalConv2d
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import norm_tensors
+from dfs_cli.presets import FULL_BITS
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-from dfs_cli.config import Json, validated
+from dfs_cli.validation import Json, validated
 
 CATALOGUE = Path(__file__).parent / "catalogue.json"
 

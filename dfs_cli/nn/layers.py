@@ -15,7 +15,6 @@ import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
-from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import (
     Convolution,
@@ -26,6 +25,7 @@ from dfs_cli.nn.quantization import (
     quantize_codes,
     quantized_convolution,
 )
+from dfs_cli.presets import FULL_BITS
 
 if TYPE_CHECKING:
     _Layer = nn.Module

@@ -10,12 +10,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.config import FULL_BITS
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.pooling import pools_after_one_convolution
 from dfs_cli.nn.precision import Precision, Routing
+from dfs_cli.presets import FULL_BITS
 
 
 class Layout(Protocol):

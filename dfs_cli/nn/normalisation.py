@@ -14,8 +14,8 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from dfs_cli.config import FULL_BITS
 from dfs_cli.nn.precision import Precision
+from dfs_cli.presets import FULL_BITS
 
 if TYPE_CHECKING:
     _Norm = nn.BatchNorm2d

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dfs_cli.config import FULL_BITS
+from dfs_cli.presets import FULL_BITS
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from dfs_cli.artifact.manifest import Manifest
-from dfs_cli.config import FULL_BITS
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.cost.weighting import RULE, UNIT, mac_cost
 from dfs_cli.errors import ConfigError
+from dfs_cli.presets import FULL_BITS
 from dfs_cli.records import Evaluation
 
 CONVENTIONS = (

@@ -9,11 +9,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.config import FULL_BITS
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import FractionalBatchNorm, match_statistics, moments
+from dfs_cli.presets import FULL_BITS
 
 
 @torch.no_grad()

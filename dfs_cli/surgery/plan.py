@@ -7,13 +7,14 @@ from typing import cast
 
 from torch import nn
 
-from dfs_cli.config import FULL_BITS, DynamicConfig
+from dfs_cli.config import DynamicConfig
 from dfs_cli.control.factory import controller_macs
 from dfs_cli.cost.count import count_macs
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.errors import UnsupportedModelError
 from dfs_cli.nn.layers import CONVOLUTIONS
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS
+from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
 
 

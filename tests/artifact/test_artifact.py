@@ -18,6 +18,8 @@ from dfs_cli.artifact.packing import packed_tensors
 from dfs_cli.control.probe import NEVER_REFINE
 from dfs_cli.errors import ArtifactError, DfsError, OutputError
 
+pytestmark = pytest.mark.medium
+
 
 def rewrite(source: Path, target: Path, **changes: object) -> Path:
     """Copy an artifact with another manifest value, the checksum left as it was."""
@@ -96,9 +98,7 @@ def test_damaged_and_foreign_files_are_refused(artifact: Path, tmp_path: Path) -
 
 
 def test_files_load_where_nothing_else_was_imported(artifact: Path) -> None:
-    code = (
-        f"from dfs_cli.artifact.artifact import load_artifact; load_artifact(__import__('pathlib').Path({str(artifact)!r}))"
-    )
+    code = f"from dfs_cli.artifact.artifact import load_artifact; load_artifact(__import__('pathlib').Path({str(artifact)!r}))"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0
 
 

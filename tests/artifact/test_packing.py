@@ -21,16 +21,16 @@ from dfs_cli.nn.quantization import byte_codes
 from dfs_cli.surgery import swap
 from dfs_cli.surgery.plan import plan_costs
 
+pytestmark = pytest.mark.medium
+
 Create = Callable[[], torch.nn.Module]
 
 
 def standardised_resnet() -> torch.nn.Module:
     """A small relative of BiT: its convolutions standardise their weights."""
     torch.manual_seed(0)
-    sizes = {"layers": (1, 1, 1, 1), "channels": (256, 256, 256, 256), "num_classes": 5}
-    model = ResNetV2(**sizes, conv_layer=partial(StdConv2d, eps=1e-8), stem_type="fixed").eval()
-    model.pretrained_cfg = {"architecture": "tiny", "input_size": (3, 32, 32)}
-    return model
+    convolution = partial(StdConv2d, eps=1e-8)
+    return ResNetV2([1] * 4, (256,) * 4, num_classes=5, conv_layer=convolution, stem_type="fixed").eval()
 
 
 def config_of(bits: tuple[int, ...], fixed_bits: int = 8) -> DynamicConfig:

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeFolder
+from common import MakeFolder
 from typer.testing import CliRunner
 
 from dfs_cli.bench import candidates
 from dfs_cli.cli.app import app
+
+pytestmark = pytest.mark.medium
 
 FILE, MODEL = ["bench", "missing.safetensors"], ["bench", "resnet20_cifar", "--no-pretrained"]
 TUNING = ["bench-tuning", "resnet20_cifar", "--no-pretrained"]

@@ -12,6 +12,8 @@ from dfs_cli.bench.inference import Run, bench_inference, make_rows
 from dfs_cli.bench.workload import workload_of_model
 from dfs_cli.config import DynamicConfig, GateKind
 
+pytestmark = pytest.mark.medium
+
 
 @pytest.mark.parametrize("gate", ["rnn", "probe", "static"])
 def test_an_observed_network_does_the_same(gate: GateKind) -> None:

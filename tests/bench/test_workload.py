@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import RNN, SIZE, make_dynamic, tiny_resnet
-from conftest import MakeFolder
+from common import RNN, SIZE, MakeFolder, make_dynamic, tiny_resnet
 
 import dfs_cli
 from dfs_cli.bench.workload import default_mix, draw_policies, workload_of_file, workload_of_model
@@ -11,6 +10,8 @@ from dfs_cli.config import DEFAULT_MIX, DataConfig, DynamicConfig, GateKind, par
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import NOT_RUN
 from dfs_cli.errors import ConfigError
+
+pytestmark = pytest.mark.medium
 
 
 def test_the_mix_of_a_network_has_its_options() -> None:

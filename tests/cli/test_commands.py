@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import MakeFolder
+from common import MakeFolder
 from typer.testing import CliRunner, Result
 
 import dfs_cli
@@ -18,7 +18,9 @@ from dfs_cli.artifact.artifact import read_manifest
 from dfs_cli.cli.app import app
 from dfs_cli.report.cost import layer_rows
 
-SHORT = ["--epochs", "2", "--workers", "0", "--device", "cpu"]
+pytestmark = pytest.mark.medium
+
+SHORT = ["--steps", "20", "--workers", "0", "--device", "cpu"]
 
 
 def run(*args: object) -> Result:
@@ -59,7 +61,7 @@ def test_convert_eval_profile() -> None:
         "budget",
         "options",
         "tuning",
-        "step 36/36",
+        "step 20/20",
         "more seconds on this machine",
         "wrote model.safetensors",
     ):
@@ -210,7 +212,7 @@ def test_list() -> None:
         (["vit_tiny_patch16_224", "--budget", "0.4"], "VisionTransformer"),
         (["resnet20_digits", "--budget", "0"], "(0, 1]"),
         (["resnet20_digits", "--budget", "1.5"], "(0, 1]"),
-        (["resnet20_digits", "--budget", "0.0005"], "smallest reachable one is 0.0006"),
+        (["resnet20_digits", "--budget", "0.0005"], "smallest reachable one is 0.0007"),
         (["resnet20_digits", "--budget", "0.4", "--bits", "0,1"], "bitwidth 1"),
         (["resnet20_digits", "--budget", "0.4", "--bits", "0,8,8"], "repeated"),
         (["resnet20_digits", "--budget", "0.4", "--bits", "8"], "at least two"),

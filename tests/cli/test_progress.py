@@ -7,6 +7,8 @@ import dfs_cli
 from dfs_cli.cli.progress import TerminalObserver, create_observer, estimate_text
 from dfs_cli.records import StepRecord
 
+pytestmark = pytest.mark.medium
+
 
 def shown(console: Console) -> str:
     return console.export_text(styles=False)
@@ -51,6 +53,7 @@ def test_a_terminal_keeps_one_bar_for_a_sweep_and_shows_an_interrupted_one() -> 
         observer.stage("validation", 8)
         observer.advance(1)
         raise KeyboardInterrupt
+    assert isinstance(observer, TerminalObserver)
     (task,) = observer.progress.tasks
     assert task.description == "validation" and not task.finished
     assert "dfs 0.03, seed 0 (1 of 2)" in shown(console)

@@ -13,6 +13,8 @@ from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.defaults import default_tuning
 from dfs_cli.errors import OutputError
 
+pytestmark = pytest.mark.medium
+
 
 def sweep_digits(path: Path, *more: str) -> str:
     arguments = [

@@ -9,13 +9,14 @@ import torch
 from common import SIZE, spread_gate, tiny_resnet
 from torch import nn
 
-from dfs_cli.config import FULL_BITS, DynamicConfig, GateKind
+from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import Controller, HeldOut, Need, Request, controller_of
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet, TuningTarget
+from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs, plan_surgery
 from dfs_cli.surgery.swap import make_dynamic
@@ -44,8 +45,8 @@ class Started(NamedTuple):
 
 def start(gate: GateKind, budget: float = BUDGET, spend: bool = False) -> Started:
     """A network of its own, as a conversion starts it."""
-    network, _, *rest = copy.deepcopy(start_once(gate, budget, spend))
-    return Started(network, controller_of(network), *rest)
+    started = copy.deepcopy(start_once(gate, budget, spend))
+    return started._replace(controller=controller_of(started.network))
 
 
 @cache
@@ -141,7 +142,7 @@ def test_a_forced_policy_is_what_every_image_gets(gate: GateKind) -> None:
 
 @all_gates
 def test_a_frozen_controller_fits_into_half_precision_and_hardly_changes(gate: GateKind) -> None:
-    network, controller, *_ = undecided(start(gate))
+    controller = undecided(start(gate)).controller
     before = copy.deepcopy(controller.state_dict())
     controller.freeze()
     for name, parameter in controller.named_parameters():
@@ -180,7 +181,8 @@ def test_the_operating_point_keeps_the_budget_and_says_what_it_gives(gate: GateK
     if spend:
         assert cost >= 0.9 * BUDGET
     elif point.top1 is not None:
-        assert point.top1 == pytest.approx(100 * (answers == held_out.targets).double().mean().item())
+        assert held_out.targets is not None
+        assert point.top1 == pytest.approx(100 * answers.eq(held_out.targets).double().mean().item())
     low, high = controller.movable(table)
     assert low - 1e-9 <= point.cost <= high + 1e-9
 

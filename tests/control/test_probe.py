@@ -123,7 +123,9 @@ def test_a_lower_threshold_sends_more_images_on() -> None:
         controller.operating_point = ALWAYS_REFINE
         assert network.run(x).decisions.ran.all()
     assert costs == sorted(costs)
-    assert costs[0] == pytest.approx(table.cost(Decisions.of_pass(torch.full((1, 5), 1))).item()), "the first pass alone"
+    assert costs[0] == pytest.approx(table.cost(Decisions.of_pass(torch.full((1, 5), 1))).item()), (
+        "the first pass alone"
+    )
 
 
 def test_a_cost_multiplier_lowers_the_bits_of_the_second_pass_alone() -> None:
@@ -224,7 +226,9 @@ def test_the_budget_is_spent_by_threshold_or_by_multiplier(factor: float) -> Non
     assert (controller.operating_point == ALWAYS_REFINE) == (factor == 9.0)
     # It can be moved back: the multiplier that tuning ended with is kept.
     low, _ = controller.movable(table)
-    again = controller.set_operating_point(network, table, HeldOut(held_out.split(200)), request._replace(budget=1.1 * low))
+    again = controller.set_operating_point(
+        network, table, HeldOut(held_out.split(200)), request._replace(budget=1.1 * low)
+    )
     assert 0.9 * 1.1 * low <= again.cost <= 1.1 * low and controller.cost_multiplier == 300.0
 
 

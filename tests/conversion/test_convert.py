@@ -36,16 +36,16 @@ class Log(Observer):
         self.tried_costs: list[float] = []
         self.tables: list[CostTable] = []
 
-    def configured(self, configuration: Configuration, table: CostTable) -> None:
+    def configured(self, configuration: Configuration, table: CostTable) -> None:  # noqa: ARG002
         self.tables.append(table)
 
-    def stage(self, name: str, total: int | None) -> None:
+    def stage(self, name: str, total: int | None) -> None:  # noqa: ARG002
         self.told.append(name)
 
     def step(self, record: StepRecord) -> None:
         self.steps.append(record)
 
-    def tried(self, value: float, cost: float) -> None:
+    def tried(self, value: float, cost: float) -> None:  # noqa: ARG002
         self.tried_costs.append(cost)
 
 
@@ -141,11 +141,12 @@ def test_a_tuned_network_moves_to_other_budgets_and_is_left_as_it_was() -> None:
 def test_held_out_images_themselves_will_do() -> None:
     original, _ = converted("static")
     low, _ = controller_of(original.network).movable(original.manifest.table)
-    images = Images(TensorDataset(torch.rand(6, 1, 8, 8), torch.arange(6)))
+    pixels = torch.rand(6, 1, 8, 8)
+    images = Images(TensorDataset(pixels, torch.arange(6)))
     moved = recalibrate(original, 2 * low, images)
     assert moved.manifest.held_out is not None and moved.manifest.held_out.cost == pytest.approx(low)
     with torch.no_grad():
-        answers = original.network(torch.stack([images[i][0] for i in range(6)])).argmax(dim=1)  # type: ignore[index]
+        answers = original.network(pixels).argmax(dim=1)
     assert moved.manifest.held_out.top1 == pytest.approx(100 * (answers == torch.arange(6)).double().mean().item())
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import dfs_cli.models.cifar  # noqa: F401  # registers our own
 from dfs_cli.artifact.manifest import ModelArgs
-from dfs_cli.config import PRESETS, DataConfig, GateKind, Preset, TuningConfig
+from dfs_cli.config import DataConfig, GateKind, TuningConfig
 from dfs_cli.conversion.defaults import (
     default_data,
     default_dynamic,
@@ -17,6 +17,7 @@ from dfs_cli.conversion.defaults import (
     resolve_device,
 )
 from dfs_cli.errors import ConfigError, DataError, UnsupportedModelError
+from dfs_cli.presets import PRESETS, Preset
 
 
 @pytest.mark.parametrize(

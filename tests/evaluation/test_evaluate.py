@@ -16,7 +16,7 @@ TABLE = plan_costs(tiny_resnet(), RNN, SIZE)
 def batches(images: int = 50) -> list[Batch]:
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(images, *SIZE, generator=generator), torch.randint(5, (images,), generator=generator)
-    return [Batch(a, b, []) for a, b in zip(x.split(20), y.split(20), strict=True)]
+    return [Batch(a, b, ()) for a, b in zip(x.split(20), y.split(20), strict=True)]
 
 
 def test_what_is_measured_agrees_with_a_plain_loop_over_single_images() -> None:
@@ -64,7 +64,7 @@ def evaluation(choices: tuple[tuple[tuple[int, ...], ...], ...]) -> Evaluation:
 def test_unreadable_images_are_left_out_and_named() -> None:
     network = make_dynamic(tiny_resnet())
     good, *_ = batches(20)
-    mixed = [Batch(good.images, good.targets, [Unreadable("a.jpg", "broken")]), empty("b.jpg")]
+    mixed = [Batch(good.images, good.targets, (Unreadable("a.jpg", "broken"),)), empty("b.jpg")]
     found = evaluate_network(network, TABLE, mixed, CPU, UnreadableLog("validation", 1000))
     assert found.images == 20 and found.unreadable == ("a.jpg", "b.jpg")
     with pytest.raises(DataError, match="no image to evaluate"):
@@ -74,13 +74,13 @@ def test_unreadable_images_are_left_out_and_named() -> None:
 
 
 def empty(name: str) -> Batch:
-    return Batch(torch.empty(0, *SIZE), torch.empty(0, dtype=torch.long), [Unreadable(name, "broken")])
+    return Batch(torch.empty(0, *SIZE), torch.empty(0, dtype=torch.long), (Unreadable(name, "broken"),))
 
 
 def test_accuracy_of_any_classifier() -> None:
     logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [0, 1, 2, 3, 4, 5], [5, 0, 0, 0, 0, 1]])
     targets = torch.tensor([0, 0, 5])
-    batch = Batch(logits, targets, [])
+    batch = Batch(logits, targets, ())
     # Right, not even among five, and second.
     top1, top5 = evaluate_accuracy(torch.nn.Identity(), [batch], CPU, UnreadableLog("validation", 3))
     assert (top1, top5) == pytest.approx((100 / 3, 200 / 3))

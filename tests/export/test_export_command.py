@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from dfs_cli.cli.app import app
 from dfs_cli.export import runtime
 
+pytestmark = pytest.mark.medium
+
 
 def test_export_command(artifact: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"

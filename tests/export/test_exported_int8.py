@@ -28,6 +28,8 @@ from dfs_cli.export.scales import measure_scales
 from dfs_cli.export.trace import Traced
 from dfs_cli.export.write import random_batches
 
+pytestmark = pytest.mark.medium
+
 
 def kernels_of(writer: PartWriter, folder: Path) -> list[list[str]]:
     """The kernels that ONNX Runtime really runs, a list for each branch."""

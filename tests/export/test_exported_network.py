@@ -36,6 +36,8 @@ from dfs_cli.export.network import BITS, IMAGES, LOGITS, OPERATING_POINT, export
 from dfs_cli.export.parts import Parts
 from dfs_cli.nn.network import DynamicResNet
 
+pytestmark = pytest.mark.medium
+
 # Where a value lies between two codes, the last digit of a floating point number decides.
 CLOSE = 0.02
 

@@ -13,6 +13,8 @@ from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Parts
 from dfs_cli.nn.network import DynamicResNet
 
+pytestmark = pytest.mark.medium
+
 TENSORRT_TAKES = {
     "Add", "AveragePool", "BatchNormalization", "Clip", "Conv", "DequantizeLinear", "Flatten", "Gemm", "GlobalAveragePool",
     "Identity", "MaxPool", "Mul", "Pad", "QuantizeLinear", "ReduceMean", "Relu", "Reshape", "Sigmoid", "Slice", "Sub",

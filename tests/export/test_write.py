@@ -25,6 +25,8 @@ from dfs_cli.export.write import (
     write_onnx,
 )
 
+pytestmark = pytest.mark.medium
+
 
 def test_features_are_int8_where_the_graph_then_passes_the_comparison(tmp_path: Path) -> None:
     network = gated_network(tiny_resnet())

@@ -2,14 +2,15 @@ import copy
 
 import pytest
 import torch
-from common import SIZE, make_dynamic, mixed_decisions, randomise, tiny_resnet
+from common import SIZE, Block, make_dynamic, mixed_decisions, randomise, tiny_resnet
 from timm.layers import BatchNormAct2d, StdConv2d, create_conv2d
 from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
-from dfs_cli.config import FULL_BITS, DynamicConfig
+from dfs_cli.config import DynamicConfig
 from dfs_cli.freeze.batchnorm import fold_norms
+from dfs_cli.presets import FULL_BITS
 
 FLOATS = DynamicConfig(bits=(0, FULL_BITS), fixed_bits=FULL_BITS, gate="rnn")
 
@@ -19,7 +20,7 @@ def norms(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_every_norm_behind_a_convolution_is_folded(block: type[nn.Module]) -> None:
+def test_every_norm_behind_a_convolution_is_folded(block: Block) -> None:
     network = make_dynamic(tiny_resnet(block), FLOATS)
     before = copy.deepcopy(network.state_dict())
     images = torch.randn(6, *SIZE)
@@ -55,7 +56,7 @@ def test_activations_and_standardised_weights_survive() -> None:
     torch.manual_seed(0)
     for layer in (create_conv2d, StdConv2d):
         model = ResNetV2(
-            (1, 1),
+            [1, 1],
             channels=(32, 64),
             num_classes=5,
             stem_chs=16,
@@ -79,7 +80,8 @@ def test_what_else_reads_a_convolution_keeps_it_as_it_is() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.conv1(x)
             y = self.conv2(self.act1(self.bn1(y)) + y)
-            return self.act2(self.bn2(y) + x)
+            result: torch.Tensor = self.act2(self.bn2(y) + x)
+            return result
 
     block = network.blocks[1].module
     block.__class__ = Peeks

@@ -9,9 +9,7 @@ from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 
 
-def random_network(
-    bits: tuple[int, ...], fixed_bits: int = 8, model: torch.nn.Module | None = None
-) -> DynamicResNet:
+def random_network(bits: tuple[int, ...], fixed_bits: int = 8, model: torch.nn.Module | None = None) -> DynamicResNet:
     """A network whose statistics and affine parameters differ from bitwidth to bitwidth, as after tuning."""
     network = make_dynamic(model or tiny_resnet(), DynamicConfig(bits, fixed_bits, mirror=True))
     generator = torch.Generator().manual_seed(4)

@@ -1,17 +1,19 @@
 import copy
+from typing import cast
 
 import pytest
 import torch
-from common import RNN, everywhere, make_dynamic, mixed_decisions, spread_gate, timm_model, tiny_resnet
+from common import RNN, Block, everywhere, make_dynamic, mixed_decisions, spread_gate, timm_model, tiny_resnet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfs_cli.config import FULL_BITS, DynamicConfig
+from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.layers import FractionalLayer
-from dfs_cli.nn.network import TuningTarget, View
+from dfs_cli.nn.network import Choose, TuningTarget, View
+from dfs_cli.presets import FULL_BITS
 from dfs_cli.tuning.state import parameter_groups
 
 FLOAT_FIXED = RNN.replace(fixed_bits=FULL_BITS)
@@ -66,10 +68,10 @@ def test_skipping_equals_a_zeroed_residual_branch(tiny: nn.Module) -> None:
     network = make_dynamic(tiny, FLOAT_FIXED)
     zeroed = copy.deepcopy(tiny)
     for module in zeroed.modules():
-        if hasattr(module, "zero_init_last"):
+        if isinstance(module, BasicBlock | Bottleneck):
             module.zero_init_last()
             last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-            nn.init.zeros_(last.bias)
+            nn.init.zeros_(cast(torch.Tensor, last.bias))
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(network.run(x, everywhere(network, 0, 4)).logits, zeroed(x))
@@ -130,7 +132,7 @@ def test_only_the_chosen_option_runs_and_skipped_images_run_nothing() -> None:
 
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
-def test_grouping_without_gradients_gives_what_grouping_with_gradients_gives(block: type[nn.Module]) -> None:
+def test_grouping_without_gradients_gives_what_grouping_with_gradients_gives(block: Block) -> None:
     """The one may write into a block's input, the other may not; both, and single images, agree."""
     network = make_dynamic(tiny_resnet(block))
     images = torch.randn(12, 3, 32, 32)
@@ -200,8 +202,13 @@ def test_a_view_mirrors_along_the_width() -> None:
     assert View(mirrored=True).of(image).flatten().tolist() == [2, 1, 0, 5, 4, 3]
 
 
+def follow(options: torch.Tensor) -> Choose:
+    """Chooses ``options`` (N, L)."""
+    return lambda block, _: (options[:, block], None)
+
+
 def test_an_accelerator_is_waited_for_once_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted on the CPU, where gradients are recorded: what is read of tensors in a pass is the options of each block, once."""
+    """Counted on the CPU, where gradients are recorded: a pass reads the options of each block, once, and nothing else."""
     network = make_dynamic(tiny_resnet(), DynamicConfig(bits=(0, 4, 8), gate="rnn"))
     images = torch.randn(4, 3, 32, 32)
     waits: list[str] = []
@@ -214,13 +221,18 @@ def test_an_accelerator_is_waited_for_once_per_block(monkeypatch: pytest.MonkeyP
             return func(*args, **(kwargs or {}))
 
     read = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append("tolist") or read(tensor))
+
+    def tolist(tensor: torch.Tensor) -> object:
+        waits.append("tolist")
+        return read(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     for column in ([2, 0, 1, 0], [1, 1, 1, 1], [0, 0, 2, 2]):
         options = torch.tensor(column)[:, None].expand(-1, 5)
         expected = network.run(images, Decisions.of_pass(options)).logits  # what is read once is read
         waits.clear()
         with Waits():
-            logits, _ = network.run_pass(images, lambda block, x, options=options: (options[:, block], None))
+            logits, _ = network.run_pass(images, follow(options))
         assert len(waits) == len(network.blocks), waits
         torch.testing.assert_close(logits, expected)
 

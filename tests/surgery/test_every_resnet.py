@@ -7,7 +7,7 @@ more of the same blocks.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -19,12 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import dfs_cli
 from dfs_cli.artifact.artifact import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import ModelArgs
-from dfs_cli.config import FULL_BITS, DynamicConfig, Preprocessing
+from dfs_cli.config import DynamicConfig, Preprocessing
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.models.zoo import candidate_names
 from dfs_cli.nn.network import DynamicResNet, TuningTarget
+from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.families import FAMILIES
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs
@@ -33,7 +34,15 @@ from dfs_cli.surgery.swap import make_dynamic
 SIZE = (3, 64, 64)
 SHALLOW = (2, 1, 1, 1)
 CONFIG = DynamicConfig(bits=(0, 4, 8, 32), fixed_bits=FULL_BITS, gate="rnn")
-FAMILY_NAMES = ("resnet18", "resnet26", "res2net50_48w_2s", "resnest14d", "skresnet18", "resnetv2_18", "resnetv2_50x1_bit")
+FAMILY_NAMES = (
+    "resnet18",
+    "resnet26",
+    "res2net50_48w_2s",
+    "resnest14d",
+    "skresnet18",
+    "resnetv2_18",
+    "resnetv2_50x1_bit",
+)
 """One of each family of blocks that is quick to build."""
 NAMES = [name for name in candidate_names() if not name.endswith(("_cifar", "_digits"))]
 
@@ -49,7 +58,7 @@ def register_shallow(name: str) -> str:
         except TypeError:  # BiT entrypoints fix their depth
             model = timm.create_model(name, pretrained=pretrained, **kwargs)
             for stage, depth in zip(model.get_submodule("stages").children(), SHALLOW, strict=True):
-                stage.blocks = stage.blocks[:depth]  # type: ignore[operator]
+                stage.blocks = cast(nn.Sequential, stage.blocks)[:depth]
             return model
 
     entrypoint.__name__, entrypoint.__module__ = f"shallow_{name}", __name__

@@ -26,7 +26,9 @@ def test_the_plan_finds_every_role_once() -> None:
     branch = {f"{path}.conv{i}": b for b, path in enumerate(BLOCKS) for i in (1, 2, 3)}
     assert plan.branch == branch
     shortcuts = [f"{path}.downsample.0" for path in BLOCKS if path != "layer1.1"]
-    assert set(plan.fixed) == {"conv1.0", "conv1.3", "conv1.6", "fc", *shortcuts} and len(set(plan.fixed)) == len(plan.fixed)
+    assert set(plan.fixed) == {"conv1.0", "conv1.3", "conv1.6", "fc", *shortcuts} and len(set(plan.fixed)) == len(
+        plan.fixed
+    )
     assert plan.norms == {f"{path}.bn{i}": f"{path}.conv{i}" for path in BLOCKS for i in (1, 2, 3)}
 
 
@@ -44,11 +46,11 @@ def test_what_was_replaced_by_what_is_told() -> None:
     model = tiny_resnet()
     plan = plan_surgery(model)
     surgery = make_dynamic(model, RNN, plan_costs(model, RNN, SIZE, plan), plan)
-    expected: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
-        name: (nn.Conv2d, FractionalConv2d) for name in (*plan.branch, *plan.fixed)
-    }
+    expected: dict[str, tuple[type[nn.Module], type[nn.Module]]] = dict.fromkeys(
+        (*plan.branch, *plan.fixed), (nn.Conv2d, FractionalConv2d)
+    )
     expected["fc"] = nn.Linear, FractionalLinear
-    expected |= {name: (nn.BatchNorm2d, FractionalBatchNorm2d) for name in plan.norms}
+    expected |= dict.fromkeys(plan.norms, (nn.BatchNorm2d, FractionalBatchNorm2d))
     expected["maxpool"] = nn.MaxPool2d, MaxPool2d
     assert surgery.replaced == expected
     for name, (old, new) in expected.items():
@@ -72,7 +74,7 @@ def test_a_model_in_which_nothing_would_follow_a_bitwidth_is_refused() -> None:
             layer = block.get_submodule(name)
             block.set_submodule(name, nn.Sequential(layer))
             layer.__class__ = type("OtherConv2d", (nn.Conv2d,), {})
-            block.get_submodule(name).in_channels = layer.in_channels  # type: ignore[assignment]
+            block.get_submodule(name).in_channels = layer.in_channels
     with pytest.raises(UnsupportedModelError, match="nothing was replaced"):
         make_dynamic(model, RNN, table)
 
@@ -117,6 +119,7 @@ def test_step_sizes_and_statistics_are_those_of_the_sample() -> None:
         network.run_in_full(sample)
         network.run(sample, Decisions.alike(torch.full((5,), 1), 16))
     # What 4 bits shift and spread, normalisation takes back.
+    assert norm.running_mean is not None and norm.running_var is not None
     (mean, variance), (mean_4, variance_4) = ((x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) for x in seen)
     torch.testing.assert_close(norm.bit_mean[0], norm.running_mean + mean_4 - mean)
     torch.testing.assert_close(norm.bit_var[0], norm.running_var * (variance_4 + norm.eps) / (variance + norm.eps))

@@ -16,8 +16,10 @@ from dfs_cli.errors import ConfigError, DivergedError
 from dfs_cli.nn.network import TuningTarget
 from dfs_cli.records import StepRecord
 from dfs_cli.surgery.plan import plan_costs
-from dfs_cli.tuning.loop import seed_everything, taught_images, target_at, teacher_logits, tune
+from dfs_cli.tuning.loop import seed_everything, target_at, taught_images, teacher_logits, tune
 from dfs_cli.tuning.state import start_state
+
+pytestmark = pytest.mark.medium
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,50 @@
+"""Named choices of options, with all that belongs to them."""
+
+from __future__ import annotations
+
+from dfs_cli.errors import ConfigError
+from dfs_cli.validation import Json, validated
+
+FULL_BITS = 32
+"""The bitwidth that stands for running in floating point."""
+
+
+@validated
+class Preset(Json):
+    """A named choice of options, with all that belongs to it.
+
+    Args:
+        bits: bitwidth options of a block.
+        fixed_bits: bitwidth of what always runs.
+        source: where it comes from.
+    """
+
+    bits: tuple[int, ...]
+    fixed_bits: int = 8
+    source: str = ""
+
+
+PRESETS: dict[str, Preset] = {
+    "lowbit": Preset((0, 2, 3, 4, 5, 6, 8)),
+    "hardware": Preset((0, 4, 8, 16, 32)),
+    "static": Preset((0, 2, 3, 4, 5, 6, 8, 16, 32)),
+    "paper": Preset((0, 8, 10, 12, 14, 16, 32), FULL_BITS, "DFS (Shen et al., 2020)"),
+    "skipnet": Preset((0, FULL_BITS), FULL_BITS, "SkipNet (Wang et al., 2018)"),
+}
+"""Named option lists."""
+
+
+def parse_bits(text: str) -> Preset:
+    """What ``text`` names: a preset, or bitwidths separated by commas.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text in PRESETS:
+        return PRESETS[text]
+    try:
+        return Preset(tuple(int(part) for part in text.split(",")))
+    except ValueError:
+        raise ConfigError(
+            f"--bits {text!r}: expected bitwidths separated by commas, as 0,4,8,32, or one of {', '.join(PRESETS)}"
+        ) from None

@@ -10,6 +10,7 @@ import torch.utils.backend_registration
 pytestmark = pytest.mark.medium
 
 
+@pytest.mark.medium
 @pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices made of Python",

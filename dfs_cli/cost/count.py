@@ -14,7 +14,7 @@ _FREE = ("batch_norm", "group_norm", "layer_norm", "instance_norm", "adaptive_av
 
 
 class MacCount(NamedTuple):
-    """MACs of one image: of each layer (by module path, in order), and what was not counted, by operation."""
+    """MACs of each layer for one image, by module path in order, and how often each operation without a count occurs."""
 
     layers: dict[str, int]
     not_counted: dict[str, int]
@@ -23,7 +23,7 @@ class MacCount(NamedTuple):
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> MacCount:
     """Count the convolutions and linear maps of ``model`` for one image of ``input_size`` (C, H, W).
 
-    The count is fvcore's, in which one multiply-accumulate counts one. Normalisation, pooling, activations and additions
+    The count is fvcore's, which counts a multiply-accumulate as one. Normalisation, pooling, activations and additions
     are listed as not counted. The model runs once, in evaluation mode, and is left as it was.
     """
     parameter = next(model.parameters())
@@ -40,15 +40,15 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> MacCount:
         model.train(was_training)
     layers = {}
     for name, module in model.named_modules():
-        own = dict(per_module.get(name, {}))
-        # What fvcore attributes to a module includes its children; take the rest.
+        counts = dict(per_module.get(name, {}))
+        # fvcore's counts of a module include its children's: subtract them.
         for child, _ in module.named_children():
             path = f"{name}.{child}" if name else child
-            for op in own:
-                own[op] -= per_module.get(path, {}).get(op, 0)
-        if macs := int(sum(n for op, n in own.items() if op in _COUNTED)):
+            for op in counts:
+                counts[op] -= per_module.get(path, {}).get(op, 0)
+        if macs := int(sum(n for op, n in counts.items() if op in _COUNTED)):
             layers[name] = macs
         for op in _FREE:
-            if own.get(op):
+            if counts.get(op):
                 not_counted[op] = not_counted.get(op, 0) + 1
     return MacCount(layers, dict(sorted(not_counted.items())))

@@ -1,4 +1,4 @@
-"""What was decided for images: which passes they took, and which option each block had in them."""
+"""Decisions for images: which passes they took, and which option each block had in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Decisions:
 
     @classmethod
     def alike(cls, policy: Tensor, images: int) -> Decisions:
-        """The same ``policy``, (L,) for one pass or (P, L), for so many images."""
+        """The same ``policy``, (L,) for one pass or (P, L), for each of the ``images``."""
         rows = policy if policy.dim() == 2 else policy[None]
         return cls(rows.expand(images, -1, -1))
 
@@ -51,7 +51,7 @@ class Decisions:
 
     @property
     def blocks(self) -> int:
-        """L."""
+        """L: how many blocks there are."""
         return self.options.shape[2]
 
     @property
@@ -64,14 +64,14 @@ class Decisions:
         return self.options[:, index]
 
     def followed_by(self, options: Tensor) -> Decisions:
-        """The same with one more pass, with ``options`` (N, L)."""
+        """The same decisions and one more pass, with ``options`` (N, L)."""
         return Decisions(torch.cat([self.options, options[:, None]], dim=1))
 
     def cpu(self) -> Decisions:
         return Decisions(self.options.cpu())
 
     def equal(self, other: Decisions) -> Tensor:
-        """(N,), whether the decisions are those of ``other``, which is for as many images or for one."""
+        """(N,), whether the decisions equal those of ``other``, which is for N images or for one."""
         return (self.options == other.options).flatten(1).all(dim=1)
 
     def distinct(self) -> int:
@@ -79,14 +79,14 @@ class Decisions:
         return len(self.options.flatten(1).unique(dim=0))
 
     def most_common(self) -> Decisions:
-        """The decisions, for one image, that most images share; of equally common ones the first in ascending order."""
+        """The decisions, for one image, that most images share; of equally common ones, the first in ascending order."""
         policies, counts = self.options.flatten(1).unique(dim=0, return_counts=True)
         return Decisions(policies[counts.argmax()].reshape(1, self.passes, self.blocks))
 
     def counts(self, options: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """(P, L, K), how often each of K options was taken."""
-        found = torch.stack([(self.options == option).sum(dim=0) for option in range(options)], dim=-1)
-        return tuple(tuple(tuple(block) for block in blocks) for blocks in found.tolist())
+        """(P, L, K), how many images have each of the K options; ``options`` is K."""
+        counts = torch.stack([(self.options == option).sum(dim=0) for option in range(options)], dim=-1)
+        return tuple(tuple(tuple(block) for block in blocks) for blocks in counts.tolist())
 
     def bits(self, bits: tuple[int, ...]) -> Tensor:
         """(N, P * L), the bitwidths that the options stand for, pass after pass; -1 where a pass was not run."""

@@ -9,13 +9,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 LOWEST_SHARE, HIGHEST_SHARE = 0.9, 1.01
-"""The promise: the mean cost is at most the second of these shares of the budget (1% above it is for sampling); of a network
-that is to spend its budget, at least the first."""
+"""The promise: the mean cost is at most ``HIGHEST_SHARE`` of the budget (1% is for sampling) and, where the budget is to be
+spent, at least ``LOWEST_SHARE``."""
 
 
 class OperatingPoint(NamedTuple):
-    """A value of the operating point, and what it gives on the held-out images: their mean cost, and their top-1 in percent
-    where it was looked at."""
+    """A value of the operating point, the mean cost of the held-out images at it, and their top-1 in percent, if measured."""
 
     value: float
     cost: float
@@ -23,12 +22,12 @@ class OperatingPoint(NamedTuple):
 
 
 def keeps_budget(cost: float, budget: float, spend: bool) -> bool:
-    """Whether a mean cost keeps what is promised."""
+    """Whether a mean cost keeps the promise."""
     return (LOWEST_SHARE * budget if spend else 0.0) <= cost <= HIGHEST_SHARE * budget
 
 
 def cheapest_of_the_best(points: list[OperatingPoint]) -> OperatingPoint:
-    """Of the points with the highest top-1 the one of least cost."""
+    """The cheapest of the points with the highest top-1."""
     return min(points, key=lambda point: (-(point.top1 or 0.0), point.cost))
 
 
@@ -57,13 +56,14 @@ def find_operating_point(
     tolerance: float = 0.002,
     max_evaluations: int = 60,
 ) -> OperatingPoint:
-    """Bisection for a value at which the mean cost is at most ``target`` and as close to it as can be found.
+    """Find by bisection a value at which the mean cost is at most ``target``, and close to it.
 
     Args:
-        cost_at: gives the cost of every calibration image, (N,), at a value. Its mean falls with the value, in steps.
+        cost_at: returns the costs (N,) of the held-out images at a value; their mean falls in steps as the value rises.
         target: mean cost, in the units of ``cost_at``.
-        start: where to look first.
-        tolerance: how far below the target is good enough, relative to it.
+        start: the first value tried.
+        tolerance: how far below the target the cost may end, relative to it.
+        max_evaluations: the most values tried.
 
     Returns:
         Of the values tried, the one with the largest mean cost not above the target; where all were above it, the one
@@ -71,7 +71,7 @@ def find_operating_point(
     """
     tried: list[OperatingPoint] = []
 
-    def too_dear(value: float) -> bool:
+    def is_too_expensive(value: float) -> bool:
         tried.append(OperatingPoint(value, float(cost_at(value).mean())))
         return tried[-1].cost > target
 
@@ -79,21 +79,21 @@ def find_operating_point(
         return len(tried) >= max_evaluations or target * (1 - tolerance) <= tried[-1].cost <= target
 
     # Bracket the target by steps that grow, away from the start; a negative multiplier rewards spending.
-    dear = cheap = start
+    expensive = cheap = start
     stride = max(1.0, abs(start) / 8)
-    if too_dear(start):
+    if is_too_expensive(start):
         cheap = start + stride
-        while not done() and too_dear(cheap):
+        while not done() and is_too_expensive(cheap):
             stride *= 4
-            dear, cheap = cheap, cheap + stride
+            expensive, cheap = cheap, cheap + stride
     else:
-        dear = start - stride
-        while not done() and abs(dear) < 1e9 and not too_dear(dear):
+        expensive = start - stride
+        while not done() and abs(expensive) < 1e9 and not is_too_expensive(expensive):
             stride *= 4
-            cheap, dear = dear, dear - stride
-    while not done() and (middle := (dear + cheap) / 2) not in (dear, cheap):
-        if too_dear(middle):
-            dear = middle
+            cheap, expensive = expensive, expensive - stride
+    while not done() and (middle := (expensive + cheap) / 2) not in (expensive, cheap):
+        if is_too_expensive(middle):
+            expensive = middle
         else:
             cheap = middle
     affordable = [point for point in tried if point.cost <= target]

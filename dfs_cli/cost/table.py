@@ -29,7 +29,7 @@ class LayerCost(Json):
         name: module path.
         macs: multiply-accumulates.
         block: index of the residual block whose option it follows; None: it always runs.
-        bits: bitwidth of its own, whatever the option of its block is, as long as that is not skipped; None: the option's.
+        bits: the layer's individual bitwidth, whichever option its block has, unless skipped; None: the option's.
     """
 
     name: str
@@ -46,8 +46,8 @@ class CostTable(Json):
         options: the K bitwidths, ascending.
         blocks: names of the L blocks.
         layers: every layer with MACs, in the order of the network.
-        controller_macs: (P, L), what deciding costs the images that take a pass, in MACs at 32 bits, before each block; the
-            dense network does not have them.
+        controller_macs: (P, L), MACs at 32 bits of deciding before each block, for an image that takes the pass; the dense
+            network has none.
         not_counted: operations that have no MACs, and how often they occur.
 
     Raises:
@@ -93,15 +93,15 @@ class CostTable(Json):
     def option_costs(self) -> Tensor:
         """Cost of each option of each block in each pass, (P, L, K) in float64."""
         options = torch.tensor([mac_cost(b) for b in self.options], dtype=torch.float64)
-        follows, own = [0] * len(self.blocks), [0.0] * len(self.blocks)
+        option_macs, individual_costs = [0] * len(self.blocks), [0.0] * len(self.blocks)
         for layer in self.layers:
             if layer.block is not None and layer.bits is None:
-                follows[layer.block] += layer.macs
+                option_macs[layer.block] += layer.macs
             elif layer.block is not None and layer.bits is not None:
-                own[layer.block] += layer.macs * mac_cost(layer.bits)
+                individual_costs[layer.block] += layer.macs * mac_cost(layer.bits)
         runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
-        costs = torch.tensor(follows, dtype=torch.float64)[:, None] / self.dense_macs * options
-        costs += torch.tensor(own, dtype=torch.float64)[:, None] / self.dense_macs * runs
+        costs = torch.tensor(option_macs, dtype=torch.float64)[:, None] / self.dense_macs * options
+        costs += torch.tensor(individual_costs, dtype=torch.float64)[:, None] / self.dense_macs * runs
         return costs.expand(self.passes, -1, -1)
 
     @cached_property
@@ -116,7 +116,7 @@ class CostTable(Json):
         return fixed / self.dense_macs
 
     def fixed_cost(self, index: int) -> float:
-        """What an image that takes a pass pays for it, whatever is decided for its blocks."""
+        """Cost of a pass for an image that takes it, whatever its blocks' options: fixed layers and controller."""
         return self.fixed_layers_cost + self.controller_costs[index]
 
     @property
@@ -162,8 +162,11 @@ class CostTable(Json):
         return mac_cost(bits)
 
     def check_budget(self, budget: float, spend: bool = False) -> None:
-        """Raises ConfigError where no decision costs as little as ``budget``, or as much where it is to be spent; the
-        message names what can be reached."""
+        """Check that decisions can keep ``budget`` and, where it is to be spent, reach it.
+
+        Raises:
+            ConfigError: they cannot; the message says what can be reached.
+        """
         options = ",".join(map(str, self.options))
         if budget < self.cheapest:
             raise ConfigError(
@@ -177,7 +180,7 @@ class CostTable(Json):
             )
 
     def with_layer_bits(self, bits: Mapping[str, int]) -> CostTable:
-        """The costs of the network whose blocks' layers, by name, have bitwidths of their own; 0: their block is skipped."""
+        """The costs with individual bitwidths of the blocks' layers, by layer name; 0: the block is skipped."""
         layers = tuple(
             layer if layer.block is None else dataclasses.replace(layer, bits=bits[layer.name]) for layer in self.layers
         )
@@ -185,5 +188,5 @@ class CostTable(Json):
 
     @property
     def layer_bits(self) -> dict[str, int]:
-        """Bitwidths that layers of the blocks have of their own, by name; 0: their block is skipped."""
+        """Individual bitwidths of layers of the blocks, by layer name; 0: the block is skipped."""
         return {layer.name: layer.bits for layer in self.layers if layer.block is not None and layer.bits is not None}

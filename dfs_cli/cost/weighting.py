@@ -1,14 +1,14 @@
-"""What a multiply-accumulate costs at a bitwidth, and in which unit: the one place that says so."""
+"""What a multiply-accumulate costs at a bitwidth, and in which unit: defined only here."""
 
 from __future__ import annotations
 
 from dfs_cli.presets import FULL_BITS
 
 UNIT = "bit-weighted MACs, as a fraction of the dense 32-bit network's MACs"
-"""What every cost and every budget is measured in."""
+"""The unit of every cost and every budget."""
 
 RULE = "A b-bit MAC costs (b/32)^2 of a 32-bit one; costs are fractions of the dense 32-bit network's MACs."
-"""How the unit is defined, for reports."""
+"""The definition of the unit, for reports."""
 
 
 def mac_cost(bits: int) -> float:

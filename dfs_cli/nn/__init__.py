@@ -1,1 +1,1 @@
-"""What runs: quantizers, fractional layers, gates and the dynamic network."""
+"""What runs: quantizers, fractional layers and the dynamic network."""

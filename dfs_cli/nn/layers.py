@@ -2,8 +2,8 @@
 
 They keep the parameter names of the layers they replace (``weight``, ``bias``) and add step sizes. Weights have a step
 size per output channel and bitwidth, inputs one per layer and bitwidth. Training runs quantized values; evaluation runs
-integer codes and scales the result, as integer hardware does: up to 8 bits the sums are integers that floating point
-holds exactly, except very long ones, whatever the order in which they are added.
+integer codes and scales the result, as integer hardware does: up to 8 bits all but very long sums are integers that
+floating point holds exactly, so the order of addition does not matter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-# PyTorch sends a lone image with fewer values than this to another CPU convolution, which rounds differently.
+# For a single image with at most this many values PyTorch uses another CPU convolution, which rounds differently.
 _SMALL_INPUT = 20480
 _SAMPLED_OPTIONS = 2
 
@@ -44,12 +44,12 @@ class QuantizedWeight(NamedTuple):
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:
-    """Changes when the tensor is replaced or changed in place (tensors made in inference mode do not change)."""
+    """A key that changes when the tensor is replaced or changed in place (tensors made in inference mode do not change)."""
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class FractionalLayer(_Layer):
-    """What :class:`FractionalConv2d` and :class:`FractionalLinear` share."""
+    """Shared by :class:`FractionalConv2d` and :class:`FractionalLinear`: a layer with Q quantized bitwidths and C_out outputs."""
 
     weight: Tensor
     bias: Tensor | None
@@ -72,14 +72,14 @@ class FractionalLayer(_Layer):
 
     @torch.no_grad()
     def fit_weight_steps(self) -> None:
-        """Set the weights' step sizes to those of least squared error."""
+        """Set the step sizes of the weight to those with the least squared error."""
         rows = self.effective_weight().detach().flatten(1)
         for i, bits in enumerate(self.bitwidths):
             self.log_weight_steps[i] = best_step(rows, bits, signed=True).log().flatten()
 
     @torch.no_grad()
     def fit_input_steps(self, x: Tensor) -> None:
-        """Set the input's step sizes, and whether it is signed, from a sample of it of any shape."""
+        """Set the step sizes of the input, and whether it is signed, from ``x``, a sample of any shape."""
         values = x.detach().float().reshape(1, -1)
         if values.shape[1] > 1 << 18:
             values = values[:, :: values.shape[1] >> 18]
@@ -88,7 +88,7 @@ class FractionalLayer(_Layer):
             self.log_input_steps[i] = best_step(values, bits, bool(self.input_signed)).log().squeeze()
 
     def weight_codes(self) -> Tensor | None:
-        """The integer codes (as floating point numbers) at the widest bitwidth, where the weight consists of them alone."""
+        """The weight's integer codes at the widest bitwidth, as floating point numbers; None unless they restore it exactly."""
         if not self.bitwidths or self.effective_weight() is not self.weight:
             return None
         codes = self.quantized_weight(max(self.bitwidths)).codes
@@ -96,17 +96,19 @@ class FractionalLayer(_Layer):
 
     @torch.no_grad()
     def set_weight_codes(self, codes: Tensor | None = None) -> None:
-        """Set the weight to ``codes`` at the widest bitwidth (None: those nearest to it now). It is final: narrower bitwidths
-        quantize it further, and it is standardised no more."""
+        """Set the weight to integer ``codes`` at the widest bitwidth (None: those with the least error over all bitwidths).
+
+        This is final: narrower bitwidths quantize the result further, and the weight is no longer standardised.
+        """
         if codes is None:
             codes = self._codes_for_all()
         self.weight.copy_(codes * self._widest_step())
 
     def _codes_for_all(self) -> Tensor:
-        """The widest bitwidth's codes from which all bitwidths together are restored with the least squared error.
+        """Codes at the widest bitwidth with the least squared error summed over all bitwidths.
 
-        Rounded to the nearest code, a weight that is close to a threshold of a narrower bitwidth may cross it, and be wrong by
-        one of its much larger steps; the code on the other side of the threshold is one away.
+        Rounding to the nearest code may move a weight across a threshold of a narrower bitwidth: an error of one of its much
+        larger steps. The code on the right side of that threshold is one away.
         """
         weight, widest = self.effective_weight(), self._widest_step()
         low, high = code_range(max(self.bitwidths), signed=True)
@@ -119,8 +121,8 @@ class FractionalLayer(_Layer):
             for step, bits in zip(steps, self.bitwidths, strict=True):
                 if bits < max(self.bitwidths):
                     step, limits = step.reshape(self._weight_shape()), code_range(bits, signed=True)
-                    wrong = quantize_codes(codes * widest, step, *limits) - quantize_codes(weight, step, *limits)
-                    error += (wrong * step).square_()
+                    difference = quantize_codes(codes * widest, step, *limits) - quantize_codes(weight, step, *limits)
+                    error += (difference * step).square_()
             best, least = torch.where(error < least, codes, best), torch.minimum(error, least)
         return best
 
@@ -130,7 +132,7 @@ class FractionalLayer(_Layer):
         return logarithms.cpu().exp().to(logarithms.device).reshape(self._weight_shape())
 
     def effective_weight(self) -> Tensor:
-        """The weight that is applied, and quantized."""
+        """The weight that the layer applies or quantizes."""
         return self.weight
 
     def _weight_shape(self) -> tuple[int, ...]:
@@ -161,7 +163,7 @@ class FractionalLayer(_Layer):
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:
         weight = self.effective_weight()
         if bits == FULL_BITS:
-            # The gate's gradient is a small difference of large sums: not in the 8 bits of bfloat16.
+            # The gate's gradient is a small difference of large sums: the 8 bits of bfloat16 cannot hold it.
             x = x if self.precision.routing is None else x.float()
             return self._apply_quantized(x, None, None, weight)
         row = self.bitwidths.index(bits)
@@ -174,12 +176,12 @@ class FractionalLayer(_Layer):
     def _apply_quantized(
         self, x: Tensor, step: Tensor | None, limits: tuple[int, int] | None, weight: Tensor
     ) -> Tensor:
-        """The layer applied to ``x`` (training), quantized with ``step`` and code ``limits``, or as it is without them."""
+        """Apply the layer, in training, to ``x`` quantized with ``step`` and code ``limits``, or unquantized without them."""
         quantized = x if step is None or limits is None else fake_quantize(x, step, *limits)
         return self._apply_weight(quantized, weight, self.bias)
 
     def _others(self) -> OtherOptions | None:
-        """What the gate's gradient needs to know of the options that were not taken."""
+        """The block's other options, from which the gate's gradient is computed; None where no gate needs one."""
         if (routing := self.precision.routing) is None:
             return None
         rows = tuple(
@@ -189,18 +191,19 @@ class FractionalLayer(_Layer):
             for column, other in enumerate(routing.bits)
             if other not in (0, self.precision.bits)
         )
-        # Each option costs a pass over the input: a sample of them has the same gradient in the mean.
+        # Each option costs a pass over the input. A random sample of them has the same expected gradient.
         sample = [rows[i] for i in torch.randperm(len(rows))[:_SAMPLED_OPTIONS].tolist()]
         scale = len(rows) / max(1, len(sample))
         return OtherOptions(routing.probs, self.log_input_steps.detach().exp(), tuple(sample), scale)
 
     @staticmethod
     def _exact(bits: int, x: Tensor) -> AbstractContextManager[object]:
-        """Keeps automatic mixed precision away from codes of more than the 8 bits that bfloat16 holds."""
+        """Disable automatic mixed precision for codes of more than 8 bits, which bfloat16 cannot hold."""
         return torch.autocast(x.device.type, enabled=False) if 8 < bits < FULL_BITS else nullcontext()
 
     def is_signed(self) -> bool:
-        # Read once per device placement: a buffer on an accelerator would make every call wait for it.
+        """Whether the codes of the input are signed."""
+        # Cached: reading a buffer on an accelerator is a device synchronisation.
         cached = self.__dict__.get("_signed_value")
         key = _identity(self.input_signed)
         if cached is None or cached[0] != key:
@@ -209,7 +212,7 @@ class FractionalLayer(_Layer):
         return cached[1]
 
     def quantized_weight(self, bits: int) -> QuantizedWeight:
-        """Integer codes and scales (C_out,) of the weight, kept until the weight or its step sizes change."""
+        """Integer codes of the weight, in its shape, and scales (C_out,), cached until the weight or its step sizes change."""
         key = (*_identity(self.weight), *_identity(self.log_weight_steps))
         cached = self._cache.get(bits)
         if cached is None or cached.key != key:
@@ -223,17 +226,17 @@ class FractionalLayer(_Layer):
 
 
 FloatLayer = nn.Conv1d | nn.Conv2d | nn.Linear
-"""What attention, which is not quantized, consists of; fractional layers are of these classes, too."""
+"""The layers of attention, which is not quantized. Fractional layers are instances of these classes, too."""
 
 CONVOLUTIONS: tuple[type[nn.Conv2d], ...] = (nn.Conv2d, StdConv2d)
-"""The classes of convolution that :class:`FractionalConv2d` stands in for."""
+"""The classes of convolution that :class:`FractionalConv2d` replaces."""
 
 
 class FractionalConv2d(FractionalLayer, nn.Conv2d):
     """A 2-d convolution that runs at ``precision.bits``.
 
-    In place of a weight-standardised convolution (BiT; Qiao et al., 2019, arXiv 1903.10520) it standardises the weight
-    as that one does, and quantizes the standardised weight.
+    Where it replaces a weight-standardised convolution (BiT; Qiao et al., 2019, arXiv 1903.10520), it standardises the
+    weight in the same way and quantizes the result.
     """
 
     standardise_eps: float | None = None

@@ -19,7 +19,10 @@ from dfs_cli.presets import FULL_BITS
 
 
 class Layout(Protocol):
-    """How a family of models is divided: what comes before the residual blocks, and what after."""
+    """The parts of a model before and after its residual blocks.
+
+    ``stem`` maps images (N, C, H, W) to the first block's input, ``head`` the last block's output to logits (N, classes).
+    """
 
     def stem(self, model: nn.Module, images: Tensor) -> Tensor: ...
 
@@ -31,7 +34,7 @@ class View:
     """What a pass sees of the images.
 
     Args:
-        mirrored: along their width.
+        mirrored: the images are flipped along their width.
     """
 
     mirrored: bool = False
@@ -50,8 +53,8 @@ class Block:
         module: the block itself.
         skip: ``skip(module, x)`` is the block with its residual branch zeroed.
         precision: the bitwidth of its convolutions.
-        channels: width of its input.
-        keeps_input: skipping it gives its input, the very tensor.
+        channels: number of channels of its input.
+        keeps_input: when skipped, it returns its input tensor itself.
     """
 
     name: str
@@ -63,13 +66,13 @@ class Block:
 
 
 class Answer(NamedTuple):
-    """What is known after a pass.
+    """The network's answer after a pass.
 
     Args:
         rows: indices (M,) of the images that took the pass; None: all of them.
-        logits: (M, classes), the network's answer after the pass.
-        probs: in training, the probabilities (M, L, K) of the options from which something chose block by block; None: nothing
-            did.
+        logits: (M, classes).
+        probs: (M, L, K), in training, the probabilities with which the controller chose options block by block; None where it
+            gives none.
     """
 
     rows: Tensor | None
@@ -78,12 +81,12 @@ class Answer(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a network makes of a batch of N images.
+    """The result of a network for a batch of N images.
 
     Args:
         logits: (N, classes).
         decisions: which passes the images took, and with which options.
-        answers: one for each pass that any image took.
+        answers: one for each pass that at least one image took.
     """
 
     logits: Tensor
@@ -95,11 +98,11 @@ class TuningTarget(NamedTuple):
     """What a network is tuned for.
 
     Args:
-        cost: mean cost of the pass for which something chooses block by block, or of the static network.
+        cost: mean cost of the pass for which the controller chooses block by block, or of the static network.
         share: share of a batch's images that take the second pass, where there is one.
-        approached: the target is approached slowly, from full execution, after a warm-up of what decides.
-        explored: the probability per block that images which skip it run its residual branch as well, without a gradient of its
-            own, so that what chose learns what skipping cost them.
+        approached: the target falls gradually from full execution to ``cost``, after a warm-up of the controller.
+        explored: the probability per block that images which skip it run its residual branch as well, without training its
+            weights, so that the controller learns what skipping costs.
     """
 
     cost: float
@@ -109,8 +112,7 @@ class TuningTarget(NamedTuple):
 
 
 class Decider(Protocol):
-    """What a network asks of its controller, and what others ask of it through the network; see
-    :class:`dfs_cli.control.base.Controller`."""
+    """The interface of a controller as seen from the network; see :class:`dfs_cli.control.base.Controller`."""
 
     views: tuple[View, ...]
     operating_point: float
@@ -132,15 +134,15 @@ class Decider(Protocol):
 
 
 Choose = Callable[[int, Tensor], tuple[Tensor, Tensor | None]]
-"""From a block's index and its input (N, C, H, W) to the images' options (N,) and, in training, the probabilities (N, K) of
-all options where something chose from them."""
+"""From a block's index and input (N, C, H, W) to the options (N,) of the images and, in training, the probabilities (N, K) with
+which they were chosen; None where there are none."""
 
 
 class DynamicResNet(nn.Module):
-    """A residual network that runs each block of each image with one of K options, as its controller says.
+    """A residual network that runs each block of each image with one of K options, as its controller decides.
 
     ``forward`` returns logits as any classifier does; :meth:`run` returns the decisions too. Images are grouped by the
-    option that was chosen for them, each group runs once, and an option that no image has runs nothing.
+    option that was chosen for them, each group runs once, and an option that no image has does not run.
 
     Args:
         backbone: the model whose layers were replaced by fractional ones.
@@ -148,7 +150,7 @@ class DynamicResNet(nn.Module):
         blocks: its residual blocks, in order.
         fixed: the precision of the fixed layers.
         bits: the K options, ascending bitwidths.
-        controller: what decides, a :class:`dfs_cli.control.base.Controller`.
+        controller: chooses the options, a :class:`dfs_cli.control.base.Controller`.
     """
 
     controller: Decider
@@ -189,17 +191,17 @@ class DynamicResNet(nn.Module):
         return self.run(images).logits
 
     def run(self, images: Tensor, decisions: Decisions | None = None, target: TuningTarget | None = None) -> Output:
-        """Classify ``images`` and tell what was decided.
+        """Classify ``images`` and return the decisions, too.
 
         Args:
             images: (N, C, H, W).
-            decisions: to follow instead of the controller's own; they may have fewer passes.
-            target: in training, what for.
+            decisions: followed instead of the controller's; they may have fewer passes.
+            target: what the network is tuned for, in training.
         """
         return self.controller.run(self, images, decisions, target)
 
     def run_pass(self, images: Tensor, choose: Choose, explored: float = 0.0) -> tuple[Tensor, Tensor]:
-        """One pass over ``images`` (N, C, H, W), with the options that ``choose`` names block by block.
+        """One pass over ``images`` (N, C, H, W), with the options that ``choose`` returns block by block.
 
         Args:
             explored: see :class:`TuningTarget`.
@@ -215,15 +217,15 @@ class DynamicResNet(nn.Module):
     def follow(
         self, images: Tensor, options: Tensor, probs: Tensor | None = None, explored: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """One pass with ``options`` (N, L), which are known before, chosen with ``probs`` (N, L, K).
+        """One pass over ``images`` with ``options`` (N, L), known in advance and chosen with ``probs`` (N, L, K).
 
-        An accelerator is waited for once, not for each block.
+        One device synchronisation, not one per block. Returns as :meth:`run_pass`.
         """
         known = options.cpu()
         return self.run_pass(images, lambda i, _: (known[:, i], None if probs is None else probs[:, i]), explored)
 
     def _stem(self, images: Tensor) -> Tensor:
-        """The first block's input, laid out as ``images`` are."""
+        """The first block's input, in the memory layout of ``images``."""
         is_planar = images.device.type == "cpu" and images.is_contiguous() and not torch.is_grad_enabled()
         if not self.pools_first or not is_planar:
             return self.layout.stem(self.backbone, images)
@@ -231,7 +233,7 @@ class DynamicResNet(nn.Module):
 
     @torch.no_grad()
     def run_in_full(self, images: Tensor) -> Tensor:
-        """Logits in floating point throughout: before tuning, those of the model that this network was made from."""
+        """Logits (N, classes) with every layer in floating point: before tuning, those of the original model."""
         layers = (m for m in self.backbone.modules() if isinstance(m, (FractionalLayer, FractionalBatchNorm)))
         with ExitStack() as stack:
             for precision in {layer.precision for layer in layers}:
@@ -255,7 +257,7 @@ class DynamicResNet(nn.Module):
         return torch.cat(outputs)[torch.cat([rows for _, rows in groups]).argsort()]
 
     def _infer(self, block: Block, x: Tensor, choice: Tensor) -> Tensor:
-        """:meth:`_route` where no gradient is recorded: nothing is moved that need not be. It may write into ``x``."""
+        """:meth:`_route` without gradients: it copies as little as possible, and may write into ``x``."""
         groups = self._groups(choice, x.device)
         if len(groups) <= 1:
             return self._execute(block, x, groups[0][0] if groups else 0, None, 0.0)
@@ -272,22 +274,22 @@ class DynamicResNet(nn.Module):
         return result
 
     def _groups(self, choice: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
-        """The options that ``choice`` (N,) names, ascending, and the indices, on ``device``, of the images that took each.
+        """The options in ``choice`` (N,), ascending, each with the indices, on ``device``, of the images that have it.
 
-        A single option comes with ``choice`` itself: there is nothing to pick. An accelerator is waited for once, if that is
-        where ``choice`` is.
+        A single option comes with ``choice`` itself, as its indices are not needed. One device synchronisation, if ``choice``
+        is on an accelerator.
         """
         if len(choice) == 1:
             return [(int(choice), choice)]
-        # Not by torch.bincount, which on an accelerator waits for the smallest and the largest value first.
+        # Not by torch.bincount, which first synchronises with an accelerator for the smallest and the largest value.
         options = torch.arange(len(self.bits), device=choice.device)
         counts = (choice[:, None] == options).sum(dim=0).tolist()
-        taken = [(option, count) for option, count in enumerate(counts) if count]
-        if len(taken) <= 1:
-            return [(option, choice) for option, _ in taken]
+        present = [(option, count) for option, count in enumerate(counts) if count]
+        if len(present) <= 1:
+            return [(option, choice) for option, _ in present]
         order = choice.argsort(stable=True).to(device, non_blocking=True)
-        rows = order.split([count for _, count in taken])
-        return [(option, r) for (option, _), r in zip(taken, rows, strict=True)]
+        rows = order.split([count for _, count in present])
+        return [(option, r) for (option, _), r in zip(present, rows, strict=True)]
 
     def _execute(self, block: Block, x: Tensor, option: int, probs: Tensor | None, explored: float) -> Tensor:
         bits = self.bits[option]
@@ -322,7 +324,7 @@ def _empty_batch(images: int, like: Tensor) -> Tensor:
 
 
 def _put(y: Tensor, result: Tensor, rows: Tensor) -> None:
-    """Write the images ``y`` to the places ``rows`` (M,) of ``result``."""
+    """Write the M images ``y`` to the ``rows`` (M,) of ``result``."""
     if result.device.type != "cpu":
         result[rows] = y.to(result.dtype)
         return

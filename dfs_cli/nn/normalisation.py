@@ -1,9 +1,9 @@
-"""Batch normalisation with statistics and affine parameters of its own for each bitwidth.
+"""Batch normalisation with separate statistics and affine parameters for each bitwidth.
 
-Quantizing shifts the mean and the spread of what a convolution gives, the more the fewer the bits; normalisation per
-bitwidth takes that back (AdaBits, Jin et al., 2020; Any-Precision DNNs, Yu et al., 2021). In floating point the
-original's statistics and parameters are used. Statistics are set once, before tuning, and stay: a group of images may
-be too small to estimate them from.
+Quantization shifts the mean and the variance of a convolution's output, more with fewer bits; normalisation per bitwidth
+corrects that (AdaBits, Jin et al., 2020; Any-Precision DNNs, Yu et al., 2021). In floating point the original's
+statistics and parameters are used. Statistics are set once, before tuning, and then kept: a group of images may be too
+small to estimate them.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ NEUTRAL = {
     "bit_mean": 0.0,
     "bit_var": 1.0,
 }
-"""What the tensors that :meth:`FractionalBatchNorm.fold_statistics` makes useless are set to."""
+"""The values of the tensors that are no longer needed after :meth:`FractionalBatchNorm.fold_statistics`."""
 
 
 class NormTensors(NamedTuple):
-    """What a batch-norm normalises with, (C,) each."""
+    """The statistics and affine parameters of a batch-norm, (C,) each."""
 
     mean: Tensor
     variance: Tensor
@@ -45,7 +45,7 @@ class NormTensors(NamedTuple):
     bias: Tensor | None
 
     def as_affine(self, eps: float) -> tuple[Tensor, Tensor]:
-        """Gain and shift (C,), in double precision: the same as ``gain * x + shift``."""
+        """Gain and shift (C,), in double precision: the batch-norm is ``gain * x + shift``."""
         gain = (self.variance.double() + eps).rsqrt()
         gain = gain if self.weight is None else gain * self.weight.double()
         shift = -self.mean.double() * gain
@@ -55,7 +55,7 @@ class NormTensors(NamedTuple):
 class FractionalBatchNorm(_Norm):
     """Shared by :class:`FractionalBatchNorm2d` and :class:`FractionalBatchNormAct2d`.
 
-    ``bit_weight``, ``bit_bias``, ``bit_mean`` and ``bit_var`` are (Q, C), a row per bitwidth.
+    ``bit_weight``, ``bit_bias``, ``bit_mean`` and ``bit_var`` are (Q, C), a row for each of Q quantized bitwidths.
     """
 
     bit_weight: nn.Parameter
@@ -83,7 +83,7 @@ class FractionalBatchNorm(_Norm):
 
     @torch.no_grad()
     def fold_statistics(self) -> None:
-        """Express each bitwidth's statistics by its affine parameters, and forget what only floating point uses."""
+        """Fold each bitwidth's statistics into its affine parameters, and reset the tensors that only floating point uses."""
         factor = ((1 + self.eps) / (self.bit_var + self.eps)).sqrt()
         self.bit_bias.sub_(self.bit_mean * self.bit_weight / (self.bit_var + self.eps).sqrt())
         self.bit_weight.mul_(factor)
@@ -113,11 +113,11 @@ FRACTIONAL_NORMS: dict[type[nn.Module], type[FractionalBatchNorm]] = {
     nn.BatchNorm2d: FractionalBatchNorm2d,
     BatchNormAct2d: FractionalBatchNormAct2d,
 }
-"""Which class stands in for which; other normalisations (of groups, of layers) have no statistics to shift."""
+"""The class that replaces each class of batch-norm; group and layer normalisation have no statistics to correct."""
 
 
 def norm_tensors(norm: nn.BatchNorm2d, bits: int) -> NormTensors:
-    """What ``norm``, of any kind, normalises with at a bitwidth: its own tensors, not copies."""
+    """The tensors, not copies, with which ``norm``, fractional or not, normalises at a bitwidth."""
     if isinstance(norm, FractionalBatchNorm) and bits != FULL_BITS:
         row = norm.bitwidths.index(bits)
         return NormTensors(norm.bit_mean[row], norm.bit_var[row], norm.bit_weight[row], norm.bit_bias[row])
@@ -128,10 +128,10 @@ def norm_tensors(norm: nn.BatchNorm2d, bits: int) -> NormTensors:
 def match_statistics(norm: FractionalBatchNorm, row: int, expected: tuple[Tensor, Tensor], x: Tensor) -> None:
     """Set a bitwidth's statistics from a sample of its input.
 
-    The sample's own error cancels: what is applied to the original's statistics is the difference that the bitwidth makes on
-    the sample.
+    The original's statistics are corrected by the difference that the bitwidth makes on the sample: the sampling error cancels.
 
     Args:
+        row: index of the bitwidth among the Q quantized ones.
         expected: mean and variance (C,) of the sample in floating point.
         x: (N, C, H, W), the sample at that bitwidth.
     """

@@ -1,4 +1,4 @@
-"""Max-pooling that uses all of the processor."""
+"""Max-pooling that is fast on CPUs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """``nn.MaxPool2d``, whose CPU kernel is several times faster on channels that lie next to each other in memory.
+    """``nn.MaxPool2d`` in the channels-last layout, in which its CPU kernel is several times faster.
 
-    The result is the same, and laid out as the input was.
+    The result is the same, in the memory layout of the input.
     """
 
     @classmethod
@@ -31,10 +31,10 @@ class MaxPool2d(nn.MaxPool2d):
 
 
 def pools_after_one_convolution(model: nn.Module, blocks: Iterable[str]) -> bool:
-    """Whether the stem, what is not in ``blocks`` (paths), is one convolution, batch-norm and max-pooling.
+    """Whether the stem, all modules outside ``blocks`` (paths), is one convolution, batch-norm and max-pooling.
 
-    Its convolution may as well give the layout that pooling wants: it rounds alike in both, and alike for any number of images.
-    Of later convolutions and of group normalisation neither is true.
+    Then the convolution may run in the layout that is fast for pooling: it rounds the same in both layouts and for any number of
+    images. Neither holds for later convolutions and for group normalisation.
     """
     inside = tuple(f"{path}." for path in blocks)
     stem = [module for name, module in model.named_modules() if not name.startswith(inside)]

@@ -48,7 +48,7 @@ class Precision:
 
     @contextmanager
     def at(self, bits: int, routing: Routing | None = None) -> Iterator[None]:
-        """Run at ``bits`` within the context; what was set before is restored, whatever happens."""
+        """Run at ``bits`` within the context; the previous setting is restored after it."""
         before = self.bits, self.routing
         self.bits, self.routing = bits, routing
         try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_SMALLEST_STEP = 2.0**-100  # of a channel of zeros
+_SMALLEST_STEP = 2.0**-100  # the step size of a channel of zeros
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
@@ -51,7 +51,7 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _open_ends(low: float, high: float) -> tuple[float, float]:
-    """The range in which the gradient passes; its ends do not, but for zero: there ReLU has put half of the values."""
+    """The open range in which the gradient passes; without a lower end at zero, where ReLU puts half of the values."""
     return (low if low else -float("inf")), high
 
 
@@ -81,7 +81,7 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 
 
 def best_step(x: Tensor, bits: int, signed: bool, candidates: int = 24) -> Tensor:
-    """The step size with the least squared error per row of ``x``, found on a grid of clipping ranges.
+    """The step size with the least squared error per row of ``x``, from a grid of clipping ranges.
 
     Args:
         x: (rows, values).
@@ -110,8 +110,8 @@ LARGEST_BYTE = 127
 def byte_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest 8-bit codes to ``weight``, (C_out, ...), and the step size of each output channel, (C_out, 1, ...).
 
-    The largest weight of a channel is the largest code, and its step size has no more digits than bfloat16: of
-    ``codes * steps`` they are found again, exactly.
+    The largest weight of a channel gets the largest code, and step sizes are bfloat16 numbers, so that both can be restored
+    exactly from ``codes * steps``.
     """
     largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
     steps = (largest / LARGEST_BYTE).clamp_min(_SMALLEST_STEP).bfloat16().to(weight.dtype)
@@ -119,14 +119,14 @@ def byte_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_integer_bias(bias: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """``numerator / multiple``, the fractions nearest to ``bias`` (C,) with a multiple from 1 to ``limit``, as (C,) each.
+    """``numerator`` and ``multiple``, (C,) each, of the fractions nearest to ``bias`` (C,), with multiples from 1 to ``limit``.
 
-    Integer hardware adds a bias in units of weight step times input step. Weight codes of few bits leave room in their bytes:
-    multiplied by ``multiple`` they make the unit that much finer.
+    Integer hardware adds a bias in units of weight step times input step. Weight codes of few bits do not fill a byte:
+    multiplied by ``multiple`` they make the unit finer by that factor.
     """
     multiples = torch.arange(1, limit + 1, dtype=bias.dtype, device=bias.device)[:, None]
     error = ((bias * multiples).round() / multiples - bias).abs()
-    # Of multiples that serve as well, but for the last digits, the smallest.
+    # The smallest of the multiples that are equally good up to rounding.
     best = multiples[(error <= error.amin(dim=0) + 1e-9 * bias.abs() + 1e-12).to(torch.uint8).argmax(dim=0), 0]
     return (bias * best).round(), best
 
@@ -141,7 +141,7 @@ class Convolution(NamedTuple):
 
 
 class OtherOptions(NamedTuple):
-    """Options that a block might have taken: what the gate's gradient is computed from.
+    """The other options of a block, from which the gate's gradient is computed.
 
     Args:
         probs: (N, K), the gate's probabilities.
@@ -191,10 +191,10 @@ class _QuantizedConvolution(torch.autograd.Function):
         grad_step = effect = None
         if needs_probs:
             effect = x.new_zeros(ctx.shape)
-            taken = _rowwise_dot(grad, quantized)
+            actual = _rowwise_dot(grad, quantized)
             for column, row, low, high in ctx.rows:
                 other = x if row is None else _quantize(x, steps[row], (low, high))
-                effect[:, column] = (_rowwise_dot(grad, other) - taken) * ctx.scale
+                effect[:, column] = (_rowwise_dot(grad, other) - actual) * ctx.scale
         if needs_step:
             grad_step = _dot(grad, quantized)
         del quantized
@@ -211,7 +211,7 @@ def _quantize(x: Tensor, step: Tensor, limits: tuple[int, int] | None) -> Tensor
 
 
 def _rows_in_memory(x: Tensor) -> Tensor:
-    """``x`` (N, C, H, W) as (N, values), in the order in which it lies in memory."""
+    """``x`` (N, C, H, W) as (N, values), in memory order."""
     if x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(len(x), -1)
@@ -244,14 +244,17 @@ def quantized_convolution(
     convolution: Convolution,
     others: OtherOptions | None = None,
 ) -> Tensor:
-    """``conv2d(fake_quantize(x, step, *code_limits), weight)`` in about the memory of a dense convolution.
+    """``conv2d(fake_quantize(x, step, *code_limits), weight)`` with about the memory of a dense convolution.
 
     Args:
         x: (N, C, H, W).
         step: (), positive; None with ``code_limits`` None: ``x`` is not quantized.
-        weight: quantized already.
+        weight: (C_out, C / groups, height, width), already quantized.
         others: gives ``others.probs`` the gradient ``<dL/dq, Q_k(x) - q>`` for each other option k, the first-order
             effect of taking it. This is elementwise work only: no other option is run.
+
+    Returns:
+        (N, C_out, H', W').
     """
     if step is None:
         step = x.new_ones(())

@@ -97,6 +97,7 @@ def test_damaged_and_foreign_files_are_refused(artifact: Path, tmp_path: Path) -
         load_artifact(tmp_path)
 
 
+@pytest.mark.medium
 def test_files_load_where_nothing_else_was_imported(artifact: Path) -> None:
     code = f"from dfs_cli.artifact.artifact import load_artifact; load_artifact(__import__('pathlib').Path({str(artifact)!r}))"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False).returncode == 0

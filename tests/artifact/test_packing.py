@@ -213,6 +213,7 @@ SMALL = [((0, 2, 3, 4, 5, 6, 8), 8, 0.27), ((0, 4), 4, 0.15), ((0, 4), 8, 0.15)]
 """Options, bitwidth of the fixed layers, and the largest share of the original's size."""
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("name", "gate", "bits", "fixed_bits", "share"),
     [

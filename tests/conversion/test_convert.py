@@ -89,6 +89,7 @@ def test_splits_of_other_classes_are_refused() -> None:
         prepare(MODEL, 0.1, Splits(images, images, images, ("a", "b", "c")))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("gate", ["probe", "static", pytest.param("rnn", marks=pytest.mark.slow)])
 def test_a_conversion_tells_what_it_does_and_keeps_the_budget(gate: GateKind) -> None:
     (network, manifest), log = converted(gate)
@@ -105,6 +106,7 @@ def test_a_conversion_tells_what_it_does_and_keeps_the_budget(gate: GateKind) ->
     assert log.tables[0].layer_bits == {}
 
 
+@pytest.mark.medium
 def test_a_static_network_costs_what_its_table_says() -> None:
     (network, manifest), _ = converted("static")
     decisions = network.run(torch.rand(3, 1, 8, 8)).decisions
@@ -118,6 +120,7 @@ def test_a_static_network_costs_what_its_table_says() -> None:
     assert low == high == pytest.approx(manifest.validation.cost)
 
 
+@pytest.mark.medium
 def test_a_tuned_network_moves_to_other_budgets_and_is_left_as_it_was() -> None:
     original, _ = converted("probe")
     before = original.network.controller.operating_point
@@ -138,6 +141,7 @@ def test_a_tuned_network_moves_to_other_budgets_and_is_left_as_it_was() -> None:
     assert recalibrate(original, 1.0, DATA).manifest.budget == 1.0, "it need not be spent"
 
 
+@pytest.mark.medium
 def test_held_out_images_themselves_will_do() -> None:
     original, _ = converted("static")
     low, _ = controller_of(original.network).movable(original.manifest.table)
@@ -182,6 +186,7 @@ def test_the_callers_generators_are_left_as_they_were() -> None:
     assert (random.random(), torch.rand(1).item()) == expected
 
 
+@pytest.mark.medium
 def test_one_policy_for_all_has_one_pass() -> None:
     (network, _), _ = converted("probe")
     policy = torch.zeros(9, dtype=torch.long)

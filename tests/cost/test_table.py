@@ -125,7 +125,7 @@ def test_table_goes_to_json_and_back() -> None:
     ("changes", "message"),
     [
         ({"controller_macs": ((0,), (1, 2))}, "another number of blocks"),
-        ({"controller_macs": ()}, "controller_macs"),
+        ({"controller_macs": ()}, "controller.macs"),
         ({"blocks": ("a",), "controller_macs": ((0,),)}, "a block that is not there"),
         ({"layers": (*LAYERS, LayerCost("free", 10))}, "fixed layer without a bitwidth"),
         ({"layers": (LayerCost("stem", 0, bits=8),)}, "no MACs"),

@@ -178,6 +178,7 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.medium
 def test_pretrained_weights_come_from_the_hub(hub: str, tmp_path: Path) -> None:
     torch.manual_seed(5)
     original = timm.create_model("resnet10t")

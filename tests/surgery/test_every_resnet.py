@@ -158,6 +158,7 @@ def check_file(name: str, network: DynamicResNet, table: CostTable, images: torc
 _seen: set[str] = set()
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     "name", [name if name in FAMILY_NAMES else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 )

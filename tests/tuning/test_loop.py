@@ -104,6 +104,7 @@ def test_statistics_and_teacher_stay() -> None:
     assert all(torch.equal(run.network.state_dict()[k], v) for k, v in statistics.items())
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_goes_on_where_it_was_saved(workers: int) -> None:
     def go(interrupt: int | None) -> dict[str, torch.Tensor]:
@@ -133,7 +134,7 @@ def test_a_run_goes_on_where_it_was_saved(workers: int) -> None:
         return fresh.network.state_dict()
 
     expected = go(None)
-    for interrupt in (3, 4, 9):
+    for interrupt in (4, 9):  # at the end of an epoch, and within one
         found = go(interrupt)
         assert all(torch.equal(v, found[k]) for k, v in expected.items()), interrupt
 

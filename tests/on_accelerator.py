@@ -126,7 +126,8 @@ def network_waits(gate: str) -> dict[str, int]:
         spread_gate(network)
     if gate == "probe":
         network.controller.operating_point = -1.0
-    images = torch.randn(24, 3, 32, 32)
+    # Images for which no sum is a tie between two codes: the last bit, in which devices differ, would round it.
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     expected = network.run(images)
     assert (expected.decisions.distinct() > 2) == (gate != "static"), "the images must be decided on differently"
     found = {}
@@ -141,8 +142,7 @@ def network_waits(gate: str) -> dict[str, int]:
             options = output.decisions.options
             assert isinstance(output.logits, There) and isinstance(options, There)
             assert torch.equal(options.here, expected.decisions.options[: len(batch)])
-            # A sum that is a tie between two codes is rounded by its last bit.
-            torch.testing.assert_close(output.logits.here, expected.logits[: len(batch)], rtol=0, atol=2e-3)
+            torch.testing.assert_close(output.logits.here, expected.logits[: len(batch)], rtol=1e-4, atol=1e-4)
         batch = images.to(DEVICE)
         waits.clear()
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):

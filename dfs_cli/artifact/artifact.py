@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-import dfs_cli.models.cifar  # noqa: F401  # a file may be of one of our own, which it registers with timm
+import dfs_cli.models.cifar  # noqa: F401  # registers the CIFAR and digits models, which a file may hold
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.artifact.packing import load_packed, packed_tensors
 from dfs_cli.atomic import check_writable, write_atomically
@@ -24,11 +24,11 @@ _MANIFEST, _DIGEST = "dfs_manifest", "dfs_sha256"
 
 
 def save_artifact(path: Path, network: DynamicResNet, manifest: Manifest, force: bool = False) -> None:
-    """Write ``network`` and ``manifest`` to one safetensors file, atomically, once it has proved to load.
+    """Write ``network`` and ``manifest`` to one safetensors file, atomically, after a check that it loads.
 
     Raises:
         OutputError: the file exists (unless ``force``) or cannot be written.
-        ArtifactError: loaded back, the file gives other logits or decisions than ``network``.
+        ArtifactError: the loaded file gives other logits or decisions than ``network``.
     """
     check_writable([path], force)
     tensors = packed_tensors(network)
@@ -47,11 +47,11 @@ def _check_identical(path: Path, network: DynamicResNet, manifest: Manifest) -> 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, *manifest.preprocessing.input_size, generator=generator).to(device)
     was_training = network.training
-    expected, found = network.eval().run(images), loaded.run(images)
+    expected, actual = network.eval().run(images), loaded.run(images)
     network.train(was_training)
-    same = torch.equal(expected.logits, found.logits) and bool(expected.decisions.equal(found.decisions).all())
+    same = torch.equal(expected.logits, actual.logits) and bool(expected.decisions.equal(actual.decisions).all())
     if not same:
-        raise ArtifactError("the file that was written gives other logits than the network: nothing was kept")
+        raise ArtifactError("the written file gives other logits than the network: it was not kept")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -67,7 +67,7 @@ def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[Dynam
     """The network, in evaluation mode, and its manifest. Nothing in the file is executed.
 
     Raises:
-        ArtifactError: the file is missing, truncated, not one of dfs, or was changed after it was written.
+        ArtifactError: the file is missing, truncated, not written by dfs, or was changed after it was written.
     """
     manifest, tensors = _read(path)
     try:
@@ -82,7 +82,7 @@ def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[Dynam
 def _rebuild(manifest: Manifest) -> DynamicResNet:
     if not timm.is_model(manifest.architecture) or ":" in manifest.architecture:
         raise ArtifactError(f"unknown architecture {manifest.architecture!r}")
-    with torch.random.fork_rng(devices=[]):  # loading must not use up the caller's random numbers
+    with torch.random.fork_rng(devices=[]):  # loading must not change the caller's random state
         model = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args.to_dict())
         network = make_dynamic(model.eval(), manifest.dynamic, manifest.table).network
     network.controller.operating_point = manifest.operating_point
@@ -101,7 +101,7 @@ def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
         raise ArtifactError(f"{path} is not an intact safetensors file: {' '.join(str(error).split())[:160]}") from None
     if _MANIFEST not in metadata:
         raise ArtifactError(f"{path} is a safetensors file, but not one that dfs convert wrote: it has no manifest")
-    # Old and future versions say so before their checksum is looked at: it may be of another kind.
+    # The format version is checked before the checksum: another version may compute it differently.
     manifest = Manifest.from_json(metadata[_MANIFEST])
     if metadata.get(_DIGEST) != tensor_digest(tensors, metadata[_MANIFEST]):
         raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")

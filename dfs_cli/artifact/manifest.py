@@ -1,4 +1,4 @@
-"""What an artifact says about itself."""
+"""The manifest of an artifact."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Manifest(Json):
         preprocessing: of the images.
         dynamic: options and controller.
         table: the cost table, from which every cost is derived.
-        budget: what was asked for; None for a network that was never tuned.
+        budget: the budget asked for; None for a network that was never tuned.
         operating_point: of the controller, see :class:`dfs_cli.control.base.Controller`.
         configuration: the resolved settings of the conversion; None where there was none.
         source: the original weights.
@@ -46,7 +46,7 @@ class Manifest(Json):
         validation: what the network achieves on the validation split; None if it was not evaluated.
 
     Raises:
-        ConfigError: a value is of another type or out of range, or two contradict each other.
+        ConfigError: a value has the wrong type or is out of range, or two values contradict each other.
     """
 
     architecture: str
@@ -64,19 +64,19 @@ class Manifest(Json):
 
     def __post_init__(self) -> None:
         if self.table.options != self.dynamic.bits:
-            raise ConfigError("the cost table is of other options than the network")
+            raise ConfigError("the cost table has other options than the network")
         if self.class_names and len(self.class_names) != self.model_args.num_classes:
             raise ConfigError(f"{len(self.class_names)} class names for {self.model_args.num_classes} classes")
 
     @property
     def spend(self) -> bool:
-        """Whether the budget itself was to be reached."""
+        """Whether the whole budget was to be spent."""
         return self.configuration is not None and self.configuration.spend
 
     @property
     def keeps_budget(self) -> bool | None:
-        """Whether the cost on the validation split keeps what is promised: at most 1.01 of the budget, and at least 0.9 of
-        it where it was to be spent; None: there is no budget, or nothing was measured."""
+        """Whether the cost on the validation split keeps the promise: at most 1.01 of the budget, and at least 0.9 of it
+        where it was to be spent; None: there is no budget or no evaluation."""
         if self.budget is None or self.validation is None:
             return None
         return keeps_budget(self.validation.cost, self.budget, self.spend)
@@ -89,7 +89,7 @@ class Manifest(Json):
         """The manifest that :meth:`to_json` wrote.
 
         Raises:
-            ArtifactError: the text is no manifest of this format version.
+            ArtifactError: the text is not a manifest of this format version.
         """
         try:
             values: Any = json.loads(text)

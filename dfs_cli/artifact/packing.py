@@ -1,4 +1,4 @@
-"""What a file holds in place of a network's tensors: weights as integer codes, what layers have per bitwidth, packed."""
+"""A network's tensors as a file holds them: weights as integer codes, and one packed tensor per kind."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _BYTES, _PAIRS = "weight_codes.8", "weight_codes.16"
 _STEPS = "weight_steps"
 _PER_BITWIDTH = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
 _TYPES = {_BYTES: "<i1", _PAIRS: "<i2"} | dict.fromkeys(_PER_BITWIDTH, "<f4")
-_NOTHING = torch.empty(0)
+_EMPTY = torch.empty(0)
 _Weighted = FractionalLayer | FloatLayer
 
 
 def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
-    """The network's tensors on the CPU, as a file holds them; nothing is lost.
+    """The network's tensors on the CPU, as a file holds them, without loss.
 
-    Weights that consist of integer codes are stored as those, of all layers in one tensor: ``weight_codes.8`` (up to 8 bits)
-    or ``weight_codes.16``. What layers have per bitwidth is one tensor of each kind as well: in a small network the names
-    alone would take as much room. These tensors are packed (:func:`pack`), the layers in the order of their names. Layers
-    without step sizes of their own have ``weight_steps``. What is neutral is left out, and what half precision can hold is
-    stored in it.
+    Weights that consist of integer codes are stored as codes, those of all layers in one tensor: ``weight_codes.8`` (up to
+    8 bits) or ``weight_codes.16``. Each kind of tensor with values per bitwidth is one tensor for all layers as well: in a
+    small network the names alone would take as much space. These tensors are packed (:func:`pack`), the layers in the order
+    of their names. Layers without learned step sizes get ``weight_steps``. Tensors of neutral values are left out, and those
+    that half precision can hold exactly are stored in it.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     for name, module in network.named_modules():
@@ -49,7 +49,7 @@ def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
 
 
 def _codes(layer: _Weighted) -> tuple[Tensor | None, Tensor | None]:
-    """The integer codes of the layer's weight, where it consists of them alone, and the step sizes that it does not have."""
+    """The layer's integer codes, None unless they restore its weight exactly, and the step sizes of a layer that has none."""
     if isinstance(layer, FractionalLayer):
         return layer.weight_codes(), None
     codes, steps = byte_codes(layer.weight.detach())
@@ -57,11 +57,11 @@ def _codes(layer: _Weighted) -> tuple[Tensor | None, Tensor | None]:
 
 
 def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
-    """Load what :func:`packed_tensors` gave into a network on the CPU, strictly.
+    """Load the result of :func:`packed_tensors` into a network on the CPU, strictly.
 
     Raises:
         RuntimeError: names or shapes differ.
-        ValueError: what is packed is of more or fewer numbers, or codes have more bits than their layer.
+        ValueError: a packed tensor holds more or fewer numbers, or codes have more bits than their layer.
     """
     tensors = dict(tensors)
     for name, module in network.named_modules():
@@ -71,14 +71,14 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
     for kind in _PER_BITWIDTH:
         if names := _names(state, kind):
             if repeated := tensors.keys() & set(names):
-                raise ValueError(f"{min(repeated)} is there twice")
-            parts = unpack(tensors.pop(kind, _NOTHING), _TYPES[kind], [state[name].shape for name in names])
+                raise ValueError(f"{min(repeated)} is stored twice")
+            parts = unpack(tensors.pop(kind, _EMPTY), _TYPES[kind], [state[name].shape for name in names])
             tensors |= dict(zip(names, parts, strict=True))
     coded = [(name, layer) for name, layer in _weighted(network) if f"{name}.weight" not in tensors]
     codes: dict[_Weighted, Tensor] = {}
     for kind in (_BYTES, _PAIRS):
         if layers := [layer for _, layer in coded if _kind_of_codes(layer) == kind]:
-            parts = unpack(tensors.pop(kind, _NOTHING), _TYPES[kind], [layer.weight.shape for layer in layers])
+            parts = unpack(tensors.pop(kind, _EMPTY), _TYPES[kind], [layer.weight.shape for layer in layers])
             codes |= dict(zip(layers, parts, strict=True))
     for name, layer in coded:
         low, high = code_range(_bits_of_codes(layer), signed=True)
@@ -86,7 +86,7 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"the codes of {name} have more than {_bits_of_codes(layer)} bits")
         tensors[f"{name}.weight"] = codes[layer]
         if not isinstance(layer, FractionalLayer):
-            steps = tensors.pop(f"{name}.{_STEPS}", _NOTHING)
+            steps = tensors.pop(f"{name}.{_STEPS}", _EMPTY)
             if steps.shape != (len(layer.weight),) + (1,) * (layer.weight.dim() - 1):
                 raise ValueError(f"{name} has other step sizes: {tuple(steps.shape)}")
             tensors[f"{name}.weight"] = codes[layer] * steps.float()
@@ -97,7 +97,7 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
 
 
 def _weighted(network: DynamicResNet) -> Iterator[tuple[str, _Weighted]]:
-    """The layers whose weights may consist of integer codes, and their names, in the order of these."""
+    """The layers whose weights may consist of integer codes, with their names, sorted by name."""
     for name, module in sorted(network.named_modules(), key=lambda named: named[0]):
         if isinstance(module, FloatLayer):
             yield name, module
@@ -112,12 +112,12 @@ def _kind_of_codes(layer: _Weighted) -> str:
 
 
 def _names(tensors: Iterable[str], kind: str) -> list[str]:
-    """Those of the names ``tensors`` that are of a kind, sorted."""
+    """The names of a kind among ``tensors``, sorted."""
     return sorted(name for name in tensors if name.endswith(f".{kind}"))
 
 
 def _neutral_values(module: nn.Module) -> dict[str, float]:
-    """Names of tensors of ``module`` that a file does not hold where all their elements have this value."""
+    """By name, the values of tensors of ``module`` that a file leaves out where all their elements have this value."""
     if isinstance(module, FractionalLayer):
         return {"input_signed": False}
     return NEUTRAL if isinstance(module, FractionalBatchNorm) else {}
@@ -130,10 +130,10 @@ def _narrowed(tensor: Tensor) -> Tensor:
 
 def pack(tensors: Sequence[Tensor], kind: str) -> Tensor:
     """``tensors`` of any shapes, their values side by side as numbers of the NumPy type ``kind``, as a zlib stream: all lowest
-    bytes, then all second ones, and so on, with Huffman codes of their own (DEFLATE, RFC 1951).
+    bytes, then all second ones, and so on, each with separate Huffman codes (DEFLATE, RFC 1951).
 
-    Codes near zero are the most frequent, and the exponents of floating point numbers much the same: they need fewer bits so.
-    Nothing repeats: the search for repetitions is left out.
+    Codes near zero are the most frequent, and the exponents of floating point numbers vary little: such bytes need fewer bits.
+    Sequences of bytes do not repeat, so the search for repetitions is left out.
 
     Returns:
         (bytes,), uint8.
@@ -147,10 +147,10 @@ def pack(tensors: Sequence[Tensor], kind: str) -> Tensor:
 
 
 def unpack(packed: Tensor, kind: str, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """What :func:`pack` packed, as single-precision tensors of ``shapes``.
+    """The tensors that :func:`pack` packed, in single precision and of ``shapes``.
 
     Raises:
-        ValueError: ``packed`` is not of as many numbers.
+        ValueError: ``packed`` does not hold as many numbers.
     """
     sizes = [shape.numel() for shape in shapes]
     count, width = sum(sizes), np.dtype(kind).itemsize
@@ -159,7 +159,7 @@ def unpack(packed: Tensor, kind: str, shapes: Sequence[torch.Size]) -> list[Tens
         raise mismatch
     decoder = zlib.decompressobj()
     try:
-        # One byte more than there should be: a stream may claim to hold any amount.
+        # At most one byte more than expected: a damaged stream may expand to any length.
         content = decoder.decompress(packed.numpy().tobytes(), width * count + 1)
     except zlib.error:
         raise mismatch from None

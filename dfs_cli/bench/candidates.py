@@ -20,7 +20,7 @@ from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.nn.network import Choose, DynamicResNet, Output, TuningTarget
 
 DENSE_OF = {"pytorch-dfs": "pytorch-dense", "ort-dfs": "ort-fp32", "ort-int8-static": "ort-fp32"}
-"""By the name of a candidate, the name of the dense network that runs in the same way."""
+"""By the name of a candidate, the name of the dense network in the same runtime."""
 
 Step = Callable[[Tensor], object]
 
@@ -29,12 +29,12 @@ class Candidate(NamedTuple):
     """One way to run the network.
 
     Args:
-        name: of its row.
+        name: name of its row.
         batch: images per run.
-        build: makes what runs; it is called once.
-        size: bytes of its file.
+        build: returns the function that runs it; called once.
+        size: size of its file, in bytes.
         cost: mean cost of an image, as a fraction of the dense network's.
-        in_pytorch: it is a module, whose memory PyTorch counts.
+        in_pytorch: whether it is a module, whose memory PyTorch counts.
     """
 
     name: str
@@ -46,14 +46,15 @@ class Candidate(NamedTuple):
 
 
 class ObservedNetwork(DynamicResNet):
-    """A copy of a network that notes how long its controller takes.
+    """A copy of a network that measures the time of its controller.
 
-    ``deciding_seconds`` sums up what runs take beside the stem, the blocks and the head. It means something on the CPU alone.
+    ``deciding_seconds`` is the total time of runs outside the stem, the blocks and the head; it is valid on the CPU only.
     """
 
     def __init__(self, network: DynamicResNet) -> None:
-        own = copy.deepcopy(network)
-        super().__init__(own.backbone, own.layout, own.blocks, own.fixed, own.bits, cast(nn.Module, own.controller))
+        copied = copy.deepcopy(network)
+        controller = cast(nn.Module, copied.controller)
+        super().__init__(copied.backbone, copied.layout, copied.blocks, copied.fixed, copied.bits, controller)
         self.deciding_seconds = 0.0
 
     def run(self, images: Tensor, decisions: Decisions | None = None, target: TuningTarget | None = None) -> Output:
@@ -79,7 +80,7 @@ class ObservedNetwork(DynamicResNet):
 
 
 def list_candidates(workload: Workload, threads: int) -> tuple[list[Candidate], dict[str, Any] | None]:
-    """Everything that can run here, and what is known of the dynamic network's graph; None without ONNX Runtime."""
+    """All candidates that can run here, and facts about the dynamic network's graph; None without ONNX Runtime."""
     candidates = _in_pytorch(workload)
     if not has_onnx():
         return candidates, None
@@ -128,8 +129,8 @@ def _in_onnxruntime(workload: Workload, threads: int) -> tuple[list[Candidate], 
 
 
 def _dynamic_graph(workload: Workload) -> tuple[bytes, dict[str, Any]]:
-    """The dynamic network's graph as ``dfs export`` writes it, and what is known of it: the type of its features, and on real
-    images the comparison with the network."""
+    """The dynamic network's graph as ``dfs export`` writes it, and facts about it: the type of its features and, on real
+    images, the comparison with the network."""
     from dfs_cli.export.write import make_graph, make_unchecked_graph
 
     size = _size(workload.images)
@@ -147,5 +148,5 @@ def _size(images: Tensor) -> tuple[int, int, int]:
 
 
 def deciding_seconds(step: Step) -> float:
-    """What the controller of ``step`` has taken so far; 0 where it is not observed."""
+    """Seconds that the controller of ``step`` has taken so far; 0 where it is not observed."""
     return step.deciding_seconds if isinstance(step, ObservedNetwork) else 0.0

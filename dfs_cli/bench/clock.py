@@ -1,4 +1,4 @@
-"""Time: what is compared is measured in turns within one run, and given as medians and quartiles."""
+"""Timing: candidates are measured in turns within one run, and compared by medians and quartiles."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Timing:
 
 @contextmanager
 def on_threads(threads: int) -> Iterator[int]:
-    """Run PyTorch on so many threads, and the process on as many cores, within the context.
+    """Run PyTorch on ``threads`` threads, and the process on as many cores, within the context.
 
     Yields:
-        How many cores it may use; 0: not known.
+        The number of cores it may use; 0: unknown.
 
     Raises:
         ConfigError: ``threads`` is below 1.
@@ -54,14 +54,14 @@ def in_turns(
     every: Sequence[int] | None = None,
     on_round: Callable[[int], None] = lambda rounds: None,
 ) -> list[list[T]]:
-    """Call all ``measures`` in every round, one after the other: what slows the machine for a while then slows all of them.
+    """Call all ``measures`` in every round, one after the other: a temporary slowdown of the machine affects all of them.
 
     Args:
         measures: each gets the number of the round, from 0, and returns what it measured.
         repeats: rounds that count.
         warm_up: rounds before these, whose results are dropped.
         every: for each measure, n: it takes part in every n-th of the rounds that count, from the first on, and with n above 1
-            in no other round. None: in all rounds.
+            in no warm-up. None: in all rounds.
         on_round: called with 1 after each round.
 
     Returns:
@@ -74,32 +74,32 @@ def in_turns(
     results: list[list[T]] = [[] for _ in measures]
     for turn in range(warm_up + repeats):
         counted = turn - warm_up
-        for measure, nth, found in zip(measures, every or [1] * len(measures), results, strict=True):
+        for measure, nth, measured in zip(measures, every or [1] * len(measures), results, strict=True):
             if nth > 1 and (counted < 0 or counted % nth):
                 continue
             result = measure(turn)
             if counted >= 0:
-                found.append(result)
+                measured.append(result)
         on_round(1)
     return results
 
 
 def check_repeats(repeats: int) -> None:
-    """Raises ConfigError where there is no round."""
+    """Raises ConfigError where ``repeats`` is below 1."""
     if repeats < 1:
         raise ConfigError(f"repeats {repeats} is below 1")
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:
-    """How long ``step`` takes, what it starts on an accelerator included."""
-    _wait_for(device)
+    """Seconds that ``step`` takes, including the work that it starts on an accelerator."""
+    _synchronise(device)
     began = time.perf_counter()
     step()
-    _wait_for(device)
+    _synchronise(device)
     return time.perf_counter() - began
 
 
-def _wait_for(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -111,5 +111,5 @@ def percentiles(values: Sequence[float]) -> list[float]:
 
 def quartiles(seconds: Sequence[float]) -> Timing:
     """Median and quartiles of ``seconds``."""
-    found = percentiles(seconds)
-    return Timing(median=statistics.median(seconds), low=found[24], high=found[74])
+    values = percentiles(seconds)
+    return Timing(median=statistics.median(seconds), low=values[24], high=values[74])

@@ -1,4 +1,4 @@
-"""What inference costs on the clock: dense and dynamic, in PyTorch and in ONNX Runtime, measured in turns within one run."""
+"""The time of inference: dense and dynamic, in PyTorch and in ONNX Runtime, measured in turns within one run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dfs_cli.observer import Observer
 from dfs_cli.validation import Json
 
 _WARM_UP = 3
-_LARGE_EVERY = 4  # one batch for so many single images: it takes so much longer
-# Seconds for which a candidate runs untimed when its turn comes: cores wake up, the threads of the one before, which go on
-# waiting busily for some 15 ms, come to rest, and the caches hold its own weights.
-_SETTLING = 0.03
+_LARGE_EVERY = 4  # one batch per this many single images, as it takes longer
+# Seconds for which a candidate runs untimed before each measurement: cores wake up, the threads of the previous candidate,
+# which wait busily for some 15 ms, come to rest, and the caches fill with the candidate's weights.
+_UNTIMED = 0.03
 
 
 class Run(NamedTuple):
-    """Seconds of one run, and of deciding within it."""
+    """Seconds of a run, and of deciding within it."""
 
     seconds: float
     deciding: float
@@ -34,19 +34,18 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Row(Json):
-    """What was measured of one candidate.
+    """The measurements of one candidate.
 
     Args:
         name, batch: of the candidate; images per run.
         p50_ms, p25_ms, p75_ms, p95_ms: percentiles over the runs, in milliseconds.
-        controller_ms: mean time of deciding in a run; None where that is not observed.
+        controller_ms: mean time of deciding in a run, in milliseconds; None where it is not observed.
         runs: how many were timed.
-        images_per_second: by the median.
-        peak_bytes: the most memory it held at a time, as PyTorch counts it, or the growth of the process with ONNX Runtime;
-            None: not known.
+        images_per_second: from the median.
+        peak_bytes: peak memory, as PyTorch counts it, or the growth of the process with ONNX Runtime; None: unknown.
         file_bytes: size of its file.
         cost: mean cost of an image, as a fraction of the dense network's.
-        speedup: by the names of the other candidates of this batch size, how many times as many images per second as they.
+        speedup: images per second relative to each other candidate of this batch size, by its name.
         time: share of the dense network's time in the same runtime.
     """
 
@@ -72,13 +71,13 @@ class InferenceBench(Json):
 
     Args:
         rows: one for each.
-        threads, cores: that all ran on; 0 cores: not known.
+        threads, cores: on which all ran; 0 cores: unknown.
         repeats: rounds.
         options, gate: of the dynamic network.
         image_size: (C, H, W).
-        images: how many were run in turn.
+        images: number of different images.
         decisions: where they come from, for people.
-        graph: what is known of the dynamic network's graph: its ``features``, int8 or float, and, where there are real images,
+        graph: facts about the dynamic network's graph: its ``features``, int8 or float, and, where there are real images,
             its comparison with the network; None: ONNX Runtime is not installed.
     """
 
@@ -137,7 +136,7 @@ def bench_inference(
 
 
 def _images(workload: Workload, batch: int, turn: int) -> Tensor:
-    """The images of a turn: the same for all candidates of a batch size."""
+    """The images (N, C, H, W) of a turn: the same for all candidates of a batch size."""
     total = len(workload.images)
     if batch == 1:
         return workload.images[turn % total : turn % total + 1]
@@ -145,7 +144,7 @@ def _images(workload: Workload, batch: int, turn: int) -> Tensor:
 
 
 def _prepare(workload: Workload, candidate: Candidate) -> tuple[Step, int | None]:
-    """What runs, and the most bytes that it holds at a time."""
+    """The function that runs the candidate, and its peak memory in bytes; None: unknown."""
     images = _images(workload, candidate.batch, 0)
     if not candidate.in_pytorch:
         return added_memory(candidate.build, lambda step: step(images))
@@ -155,12 +154,12 @@ def _prepare(workload: Workload, candidate: Candidate) -> tuple[Step, int | None
 
 
 def _measure(workload: Workload, candidate: Candidate, step: Step) -> Callable[[int], Run]:
-    """Times one run of a turn."""
+    """A function that measures the run of a turn."""
 
     def run(turn: int) -> Run:
         images = _images(workload, candidate.batch, turn)
         began = time.perf_counter()
-        while time.perf_counter() - began < _SETTLING:
+        while time.perf_counter() - began < _UNTIMED:
             step(images)
         before, began = deciding_seconds(step), time.perf_counter()
         step(images)
@@ -174,7 +173,7 @@ def make_rows(
     candidates: Sequence[Candidate], runs: Sequence[Sequence[Run]], peaks: Sequence[int | None]
 ) -> tuple[Row, ...]:
     """A row for each candidate, compared with the others of its batch size."""
-    rows = [_row(*found) for found in zip(candidates, runs, peaks, strict=True)]
+    rows = [_row(*measured) for measured in zip(candidates, runs, peaks, strict=True)]
     return tuple(_compared(row, [other for other in rows if other.batch == row.batch]) for row in rows)
 
 
@@ -188,7 +187,7 @@ def _row(candidate: Candidate, runs: Sequence[Run], peak: int | None) -> Row:
         p25_ms=values[24],
         p75_ms=values[74],
         p95_ms=values[94],
-        # A mean: there may be images for which little is decided, too many for a median.
+        # The mean: a median would hide deciding if most images need little of it.
         controller_ms=statistics.fmean(deciding) if any(deciding) else None,
         runs=len(runs),
         images_per_second=1000 * candidate.batch / values[49],

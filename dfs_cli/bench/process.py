@@ -1,4 +1,4 @@
-"""What this process uses: its cores, and its memory."""
+"""The cores and the memory of this process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _STATUS, _RESET, _TASKS = Path("/proc/self/status"), Path("/proc/self/clear_refs
 
 @contextlib.contextmanager
 def pinned_to(cores: int) -> Iterator[int]:
-    """Keep the process, with all its threads and those to come, to so many cores within the context, where the system lets it.
+    """Restrict the process, with all present and future threads, to ``cores`` cores within the context, where the system can.
 
     Yields:
-        How many cores it may use; 0: not known.
+        The number of cores it may use; 0: unknown.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield 0
@@ -52,12 +52,12 @@ def _threads() -> list[int]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """The size of ``tensors``."""
+    """The size of ``tensors`` in bytes."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def size_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, images: Tensor | None = None) -> int:
-    """Bytes that stay from step to step."""
+    """Bytes of the model, the optimizer's state and the images: they stay from step to step."""
     tensors = [*model.parameters(), *model.buffers()]
     if optimizer is not None:
         tensors += [v for values in optimizer.state.values() for v in values.values() if isinstance(v, Tensor)]
@@ -67,7 +67,7 @@ def size_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, im
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors that ``step`` holds at a time, beyond what was there before."""
+    """The peak of the bytes in tensors during ``step``, beyond those before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -86,9 +86,9 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 
 def added_memory(build: Callable[[], T], use: Callable[[T], object]) -> tuple[T, int | None]:
-    """What ``build`` makes, and by how many bytes the process grew, at its peak, while that was made and used.
+    """The result of ``build``, and the peak growth of the process, in bytes, while it is built and used.
 
-    None where the system does not tell. Memory that was free before and is used again is not counted.
+    The growth is None where the system does not report it. Free memory that is reused is not counted.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError, TypeError):

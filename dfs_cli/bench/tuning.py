@@ -1,4 +1,4 @@
-"""What tuning costs: one of its steps against a step of fine-tuning the dense network."""
+"""The cost of tuning: a tuning step against a step of fine-tuning the dense network."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dfs_cli.validation import Json
 
 _WARM_UP = 2
 _HELD_OUT, _VALIDATION = 5000, 50_000  # image counts of the conversion whose steps are measured
-_TOTAL_STEPS = 10**6  # so many that the learning rate stays what it is
+_TOTAL_STEPS = 10**6  # so many that the learning rate stays constant
 _DENSE_RATE = 1e-5
 
 
@@ -80,7 +80,7 @@ def bench_tuning(
 
     Args:
         model: the dense network, which is left unchanged.
-        preprocessing: whose training size the images have.
+        preprocessing: its training size is that of the images.
         repeats: steps of each kind, in turns.
         observer: told about progress.
 
@@ -155,7 +155,7 @@ def _random_batch(
 def _ready_to_tune(
     teacher: nn.Module, dynamic: DynamicConfig, budget: float, input_size: tuple[int, int, int], images: Tensor
 ) -> tuple[DynamicResNet, CostTable, TuningTarget]:
-    """The network as tuning would start with it, its costs, and what it is tuned for."""
+    """The network as tuning would start with it, its costs and its target."""
     plan = plan_surgery(teacher)
     planned = plan_costs(teacher, dynamic, input_size, plan)
     planned.check_budget(budget, spend=True)
@@ -170,7 +170,7 @@ def _ready_to_tune(
 
 
 def supposed_sensitivity(table: CostTable, device: torch.device) -> Sensitivity:
-    """The fewer bits, the more harm: a sensitivity that needs no measuring, for a network that is tuned for its speed alone."""
+    """An assumed sensitivity, with more harm for fewer bits: enough to measure the speed of tuning."""
     options = torch.tensor(table.options, device=device)
     harm = (1 - options / max(table.options)).square()
     layers = sum(layer.block is not None for layer in table.layers)

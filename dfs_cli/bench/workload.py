@@ -1,4 +1,4 @@
-"""What is measured: a network, its images, and decisions that are real or forced."""
+"""The workload of a benchmark: a network, its images, and decisions that are real or forced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs, plan_surgery
 from dfs_cli.surgery.swap import make_dynamic
 
-_STEP_IMAGES = 4  # that step sizes are set from
+_STEP_IMAGES = 4  # number of images from which step sizes are set
 
 Mix = Mapping[int, float]
 """Shares of the blocks by bitwidth."""
@@ -34,18 +34,18 @@ Mix = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured.
+    """The workload of a benchmark.
 
     Args:
         dense: the network before its conversion.
         network: the dynamic one, on the CPU, in evaluation mode.
         table: its costs.
-        gate: what decides, for people.
-        images: (N, C, H, W); runs go through them in turn.
+        gate: name of the controller, for people.
+        images: (N, C, H, W); runs take them in turn.
         decisions: where decisions come from, for people.
         cost, batch_cost: mean cost of an image, alone and in a batch; they differ where the decisions in a batch are forced.
-        file_size: bytes of the dynamic network's file; None: as many as it would have.
-        known: images and their classes, on which the network's graph is compared with it; None: there are none.
+        file_size: bytes of the dynamic network's file; None: there is no file.
+        known: real images and their classes, on which graph and network are compared; None: there are none.
     """
 
     dense: nn.Module
@@ -68,7 +68,7 @@ def default_mix(options: Sequence[int]) -> dict[int, float]:
 
 
 def draw_policies(mix: Mix, options: Sequence[int], blocks: int, seed: int, images: int = 1) -> Tensor:
-    """Option indices (N, L): for each image as many blocks at each bitwidth as its share says, drawn by ``seed``.
+    """Option indices (N, L): for each image, blocks at each bitwidth in the shares of ``mix``, drawn with ``seed``.
 
     Args:
         blocks: L.
@@ -79,7 +79,7 @@ def draw_policies(mix: Mix, options: Sequence[int], blocks: int, seed: int, imag
     """
     if unknown := sorted(set(mix) - set(options)):
         raise ConfigError(f"--mix: {unknown[0]} bits is none of the options {','.join(map(str, options))}")
-    # Rounded so that the counts add up: the rest goes to those that lost most.
+    # Rounded so that the counts add up: the rest goes to those that rounding reduced most.
     counts = {bits: int(share * blocks + 1e-9) for bits, share in mix.items()}
     for bits in sorted(mix, key=lambda b: counts[b] - mix[b] * blocks)[: blocks - sum(counts.values())]:
         counts[bits] += 1
@@ -91,7 +91,7 @@ def draw_policies(mix: Mix, options: Sequence[int], blocks: int, seed: int, imag
 def workload_of_model(
     model: nn.Module, dynamic: DynamicConfig, input_size: tuple[int, int, int], mix: Mix | None = None, seed: int = 0
 ) -> Workload:
-    """``model`` made dynamic, not tuned, on random images, with forced decisions.
+    """The workload of ``model`` made dynamic without tuning: random images, forced decisions.
 
     Args:
         input_size: (C, H, W) of the images.
@@ -99,7 +99,7 @@ def workload_of_model(
         seed: of the images, and of which blocks get which bitwidth.
 
     Raises:
-        ConfigError: the mix is of other bitwidths than the options.
+        ConfigError: the mix has a bitwidth that is none of the options.
         UnsupportedModelError: the model cannot be converted.
     """
     plan = plan_surgery(model)
@@ -116,18 +116,18 @@ def workload_of_model(
 
 
 def workload_of_file(path: Path, mix: Mix | None = None, data: DataConfig | None = None, seed: int = 0) -> Workload:
-    """A converted network on real images, with its own decisions; without ``data`` on random images, with forced ones.
+    """The workload of a converted network: real images and real decisions; without ``data``, random images and forced ones.
 
-    A network whose decisions are the same for every image has its own on random images, too.
+    Decisions that are the same for every image are real on random images, too.
 
     Args:
         mix: None: :func:`default_mix`.
         seed: of random images, and of which blocks get which bitwidth.
 
     Raises:
-        ArtifactError: the file is missing, damaged, or not one of dfs.
-        ConfigError: a mix is given where decisions are real; or it is of other bitwidths than the options.
-        DataError: images are missing or unreadable, or of other classes.
+        ArtifactError: the file is missing, damaged, or not written by dfs.
+        ConfigError: a mix is given where decisions are real, or has a bitwidth that is none of the options.
+        DataError: images are missing or unreadable, or have other classes.
     """
     network, manifest = load_artifact(path)
     # Weights make no difference to the time.
@@ -167,17 +167,17 @@ def _forced(
     file_size: int | None = None,
 ) -> Workload:
     """The workload of a network whose decisions are forced to those of ``mix``."""
-    taken = network.run(images).decisions
+    decisions = network.run(images).decisions
     how = f"{','.join(f'{bits}:{share:g}' for bits, share in sorted(mix.items()))} of the blocks, drawn by seed {seed}"
-    how += ", in batches anew for each image" if taken.distinct() > 1 else ""
+    how += ", in batches anew for each image" if decisions.distinct() > 1 else ""
     how += ", the first pass alone" if len(controller_of(network).views) > 1 else ""
-    cost, batch_cost = (_mean_cost(network, table, some) for some in (images[:1], images))
+    cost, batch_cost = (_mean_cost(network, table, batch) for batch in (images[:1], images))
     return Workload(dense, network, table, gate, images, how, cost, batch_cost, file_size)
 
 
 @torch.inference_mode()
 def _mean_cost(network: DynamicResNet, table: CostTable, images: Tensor) -> float:
-    """Of ``images`` (N, C, H, W), with the decisions that they get."""
+    """Mean cost of ``images`` (N, C, H, W) with the network's decisions."""
     return float(table.cost(network.run(images).decisions).mean())
 
 

@@ -1,1 +1,1 @@
-"""Dynamic networks beside their rivals at equal cost."""
+"""Dynamic networks compared with baselines at equal cost."""

@@ -1,4 +1,4 @@
-"""A cascade of two static networks: the plain alternative to a network that adapts."""
+"""A cascade of two static networks: the simple alternative to a dynamic network."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dfs_cli.cost.operating_point import target_cost
 
 
 class Answers(NamedTuple):
-    """The softmax confidence (N,) in the most likely classes (N,) of N images."""
+    """The most likely classes (N,) of N images, and the softmax confidence (N,) in them."""
 
     confidence: Tensor
     answers: Tensor
 
 
 class StaticNetwork(NamedTuple):
-    """What one static network costs, and what it answers."""
+    """The mean cost of a static network, and its answers."""
 
     cost: float
     held_out: Answers
@@ -33,7 +33,7 @@ class StaticNetwork(NamedTuple):
 
 
 def save_answers(path: Path, network: StaticNetwork, held_out_targets: Tensor, validation_targets: Tensor) -> None:
-    """Keep what a static network answers: cascades are made of it later."""
+    """Save the answers of a static network, from which cascades are made later."""
     tensors = {
         "held_out_confidence": network.held_out.confidence,
         "held_out_answers": network.held_out.answers,
@@ -48,7 +48,7 @@ def save_answers(path: Path, network: StaticNetwork, held_out_targets: Tensor, v
 
 
 def load_answers(path: Path) -> tuple[StaticNetwork, Tensor, Tensor]:
-    """What :func:`save_answers` kept: the network, and the targets of held-out and validation images."""
+    """What :func:`save_answers` saved: the network, and the class indices of held-out and validation images."""
     tensors = load_file(path)
     held_out, validation = (
         Answers(tensors[f"{split}_confidence"], tensors[f"{split}_answers"]) for split in ("held_out", "validation")
@@ -58,16 +58,16 @@ def load_answers(path: Path) -> tuple[StaticNetwork, Tensor, Tensor]:
 
 
 def confident_answers(logits: Iterable[Tensor]) -> Answers:
-    """What ``logits``, each (N, classes), say."""
-    found = [batch.double().softmax(dim=1).max(dim=1) for batch in logits]
-    return Answers(torch.cat([f.values.cpu() for f in found]), torch.cat([f.indices.cpu() for f in found]))
+    """The answers in ``logits``, a tensor (N, classes) for each batch."""
+    tops = [batch.double().softmax(dim=1).max(dim=1) for batch in logits]
+    return Answers(torch.cat([top.values.cpu() for top in tops]), torch.cat([top.indices.cpu() for top in tops]))
 
 
 class Cascade(NamedTuple):
-    """Two networks, by index; the share of validation images that both ran, and what came of it."""
+    """Two networks, by index; the share of validation images that ran both; mean cost, and top-1 in percent."""
 
     cheap: int
-    dear: int
+    expensive: int
     share: float
     cost: float
     top1: float
@@ -78,15 +78,15 @@ def best_cascade(
 ) -> Cascade | None:
     """The pair with the best top-1 on held-out images whose mean cost keeps ``budget`` there.
 
-    All images run the cheap network; those whose softmax confidence is below a threshold, set on held-out images, run the
-    dear one too, which then answers. Both are paid.
+    All images run the cheap network. Those whose softmax confidence is below a threshold, set on held-out images, also run the
+    expensive one, which then answers; its cost is added.
 
     Returns:
         None where no pair fits the budget.
     """
     best: tuple[float, int, int, float] | None = None
-    for cheap, dear in permutations(range(len(networks)), 2):
-        first, second = networks[cheap], networks[dear]
+    for cheap, expensive in permutations(range(len(networks)), 2):
+        first, second = networks[cheap], networks[expensive]
         if (
             second.cost <= first.cost
             or (threshold := _threshold(first, second, budget, len(validation_targets))) is None
@@ -94,12 +94,12 @@ def best_cascade(
             continue
         top1, _ = _evaluate(first.held_out, second.held_out, threshold, held_out_targets)
         if best is None or top1 > best[0]:
-            best = top1, cheap, dear, threshold
+            best = top1, cheap, expensive, threshold
     if best is None:
         return None
-    _, cheap, dear, threshold = best
-    top1, share = _evaluate(networks[cheap].validation, networks[dear].validation, threshold, validation_targets)
-    return Cascade(cheap, dear, share, networks[cheap].cost + share * networks[dear].cost, top1)
+    _, cheap, expensive, threshold = best
+    top1, share = _evaluate(networks[cheap].validation, networks[expensive].validation, threshold, validation_targets)
+    return Cascade(cheap, expensive, share, networks[cheap].cost + share * networks[expensive].cost, top1)
 
 
 def _threshold(first: StaticNetwork, second: StaticNetwork, budget: float, validation_images: int) -> float | None:

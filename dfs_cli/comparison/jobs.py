@@ -14,7 +14,7 @@ UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One network to tune: ``budget`` of all but uniform ones, ``bits`` of those."""
+    """One network to tune; a uniform one has ``bits``, every other one a ``budget``."""
 
     method: str
     seed: int
@@ -31,7 +31,7 @@ class Job:
 
 
 def jobs(config: SweepConfig, seed: int) -> list[Job]:
-    """The networks to tune, dynamic ones first; a cascade needs none of its own."""
+    """The networks to tune, dynamic ones first; a cascade uses the static ones."""
     planned = [Job("dfs", seed, budget=budget) for budget in config.budgets]
     if "uniform" in config.baselines or "cascade" in config.baselines:
         planned += [Job("uniform", seed, bits=bits) for bits in UNIFORM_BITS]
@@ -56,5 +56,5 @@ def settings(job: Job, config: SweepConfig) -> tuple[float, DynamicConfig, bool]
 
 
 def static_fixed_bits(config: SweepConfig) -> int:
-    """Bitwidth of the fixed layers of static networks: the dynamic ones'."""
+    """Bitwidth of the fixed layers of static networks: the widest among the dynamic ones."""
     return max(settings.fixed_bits for settings in config.dynamic.values())

@@ -1,4 +1,4 @@
-"""The results of a sweep on disk: one JSON file, written after every network, and what static networks answered beside it."""
+"""The results of a sweep on disk: a JSON file, written after every network, and the static networks' answers beside it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dfs_cli.data.splits import open_splits
 from dfs_cli.errors import OutputError
 
 RECIPE = 6
-"""Raised with every change of how networks are tuned: results of different recipes do not belong into one file."""
+"""Raised with every change of how networks are tuned: results of different recipes must not share a file."""
 
 
 class Results:
@@ -28,7 +28,7 @@ class Results:
 
     Args:
         path: the JSON file.
-        record: its content: what identifies the sweep, ``points``, ``skipped``, ``summary`` and ``verdicts``.
+        record: its content: the identity of the sweep, ``points``, ``skipped``, ``summary`` and ``verdicts``.
     """
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
@@ -39,29 +39,29 @@ class Results:
         return any(job.matches(point) for point in (*self.record["points"], *self.record["skipped"]))
 
     def add(self, job: Job, **values: Any) -> None:
-        """A point, or, with a ``reason``, what could not be had; the file is written anew."""
+        """Record a point or, with a ``reason``, a skipped job, and write the file."""
         self.drop(job)
         self.record["skipped" if "reason" in values else "points"].append({**dataclasses.asdict(job), **values})
         self.write()
 
     def drop(self, job: Job) -> None:
-        """Forget what is recorded of a job."""
+        """Remove the records of a job."""
         for kind in ("points", "skipped"):
             self.record[kind] = [point for point in self.record[kind] if not job.matches(point)]
 
     def write(self) -> None:
-        """Write the file, with summary and verdicts made anew."""
+        """Update summary and verdicts, and write the file."""
         self.record["summary"], self.record["verdicts"] = summarise(self.record), verdicts(self.record)
         write_atomically(self.path, json.dumps(self.record, indent=1) + "\n")
 
     def answers_path(self, job: Job) -> Path:
-        """Where the answers of a static network lie."""
+        """The file of a static network's answers."""
         name = job.name.replace(", ", "-").replace(" ", "-")
         return answers_folder(self.path) / f"{name}.safetensors"
 
 
 def answers_folder(path: Path) -> Path:
-    """Where the static networks' answers lie, for the results ``path``."""
+    """The folder of the static networks' answers, for the results ``path``."""
     return path.with_suffix(".answers")
 
 
@@ -74,10 +74,10 @@ def open_results(
     preprocessing: Preprocessing,
     restart: bool,
 ) -> Results:
-    """The results so far; an empty record where there are none, or none are wanted.
+    """The results so far; an empty record where there are none, or with ``restart``.
 
     Raises:
-        OutputError: the file is of another sweep, or of none.
+        OutputError: the file is the result of another sweep, or of none.
     """
     splits = open_splits(data, preprocessing, tuning.seed)
     identity = {
@@ -110,5 +110,5 @@ def open_results(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} exists and is not the result of a sweep: {error}") from None
     if not same:
-        raise OutputError(f"{path} is of a sweep with other settings: pass --force to start again, or another --output")
+        raise OutputError(f"{path} holds a sweep with other settings: pass --force to start again, or another --output")
     return Results(path, record)

@@ -1,4 +1,4 @@
-"""What a sweep found: summary over seeds, and a verdict for each budget."""
+"""The outcome of a sweep: summary over seeds, and a verdict for each budget."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "dynamics": {
                     key: statistics.fmean(d[key] for d in dynamics) for key in (dynamics[0] if dynamics else ())
                 },
-                # Other seeds may have found other pairs.
+                # The best pair may differ between seeds.
                 "members": list(members.pop()) if len(members) == 1 else [],
             }
         )
@@ -44,8 +44,8 @@ def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
 def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
     """For each budget: DFS, the best baseline within the budget, and the difference in points of top-1.
 
-    A baseline counts where it costs no more than the budget allows, or than DFS did: DFS may end a little below it. Of equally
-    accurate ones the cheapest is the best.
+    A baseline counts if it costs no more than the budget allows, or than DFS does. The best baseline is the most accurate one;
+    of equally accurate ones, the cheapest.
     """
 
     def best_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -55,8 +55,8 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
     verdict_rows = []
     for dfs in sorted((r for r in rows if r["method"] == "dfs"), key=lambda r: -r["budget"]):
         limit = max(dfs["cost"], HIGHEST_SHARE * dfs["budget"])
-        rivals = [r for r in rows if r["method"] != "dfs" and r["cost"] <= limit * (1 + 1e-9)]
-        best, best_static = best_of(rivals), best_of([r for r in rivals if r["method"] in STATIC])
+        baselines = [r for r in rows if r["method"] != "dfs" and r["cost"] <= limit * (1 + 1e-9)]
+        best, best_static = best_of(baselines), best_of([r for r in baselines if r["method"] in STATIC])
         verdict_rows.append(
             {
                 "budget": dfs["budget"],

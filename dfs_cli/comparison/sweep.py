@@ -1,4 +1,4 @@
-"""Dynamic networks beside what a user would run instead, at equal cost, steps, data and starting weights."""
+"""Dynamic networks compared with alternatives at equal cost, steps, data and starting weights."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def sweep(
 ) -> dict[str, Any]:
     """Tune and evaluate every network of a sweep, and write what was measured to ``path`` after each.
 
-    A sweep whose file exists goes on where it stopped. The answers of the static networks, from which cascades are made, lie
+    A sweep whose file exists goes on where it stopped. The answers of the static networks, from which cascades are made, are
     in a folder beside it.
 
     Args:
         model: as for :func:`dfs_cli.convert`; so are the other arguments.
         path: the results, JSON: ``points`` is a list with ``method``, ``budget``, ``bits``, ``cost``, ``top1``, ``seed``,
-            ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` names what could not be had, and why;
+            ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` lists jobs that failed, and why;
             ``summary`` and ``verdicts`` as :mod:`dfs_cli.comparison.summary` makes them.
-        restart: delete what is there of an earlier sweep, once the settings have been checked.
+        restart: delete the results of an earlier sweep, once the settings have been checked.
 
     Returns:
         The results.
@@ -88,7 +88,7 @@ def sweep(
                 setup = prepare(module, budget, data, dynamic, tuning.replace(seed=seed), preprocessing, spend=spend)
                 _measure(job, setup, results, observer)
             except (ConfigError, DivergedError) as error:
-                # What a baseline cannot reach is a result, not a failure; of ours, what could not be foreseen is.
+                # A budget that a baseline cannot reach is a result, not a failure; so is any run that diverged.
                 if job.method == "dfs" and isinstance(error, ConfigError):
                     raise
                 results.add(job, reason=str(error))
@@ -105,7 +105,7 @@ def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> No
     if known is None:
         results.record["original"] = {"top1": manifest.source.top1, "top5": manifest.source.top5}
     evaluation = manifest.validation
-    assert evaluation is not None, "a conversion ends with it"
+    assert evaluation is not None, "a conversion ends with an evaluation"
     point: dict[str, Any] = {
         "cost": evaluation.cost,
         "top1": evaluation.top1,
@@ -125,7 +125,7 @@ def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> No
 
 @torch.inference_mode()
 def _save_answers(path: Path, setup: Setup, converted: Converted, observer: Observer) -> None:
-    """Keep what a static network answers, and how sure it is: cascades are made of them."""
+    """Save the answers of a static network and its confidence in them, from which cascades are made."""
     network, manifest = converted
     splits, log = setup.splits, UnreadableLog("held-out", len(setup.splits.calibration))
     held_out = stages.held_out_images(
@@ -147,10 +147,9 @@ def _save_answers(path: Path, setup: Setup, converted: Converted, observer: Obse
 
 
 def _update_cascades(seed: int, config: SweepConfig, results: Results) -> None:
-    """Make the best cascade of two of the static networks for each budget anew, of all that there are by now.
+    """Update the best cascade of two static networks for each budget, from all static networks so far.
 
-    Where the answers of some of them are not there any more, a cascade of the others might be a poorer one: what is recorded
-    stays then.
+    Where the answers of some of them are missing, a cascade of the others might be worse: an earlier record is kept.
     """
     points = results.record["points"]
     static = [
@@ -158,12 +157,12 @@ def _update_cascades(seed: int, config: SweepConfig, results: Results) -> None:
         for p in points
         if p["method"] in STATIC and p["seed"] == seed
     ]
-    lost = [job for job in static if not results.answers_path(job).is_file()]
-    loaded = [] if lost else [load_answers(results.answers_path(job)) for job in static]
+    missing = [job for job in static if not results.answers_path(job).is_file()]
+    loaded = [] if missing else [load_answers(results.answers_path(job)) for job in static]
     steps = {p["steps"] for p in points if p["seed"] == seed}
     for budget in sorted({*config.budgets, *(p["budget"] for p in points if p["budget"])}, reverse=True):
         job = Job("cascade", seed, budget)
-        if lost and any(job.matches(p) for p in results.record["points"]):
+        if missing and any(job.matches(p) for p in results.record["points"]):
             continue
         cascade = best_cascade([network for network, _, _ in loaded], budget, *loaded[0][1:]) if loaded else None
         if cascade is not None:
@@ -172,12 +171,12 @@ def _update_cascades(seed: int, config: SweepConfig, results: Results) -> None:
                 cost=cascade.cost,
                 top1=cascade.top1,
                 steps=max(steps),
-                members=[static[i].name.partition(",")[0] for i in (cascade.cheap, cascade.dear)],
+                members=[static[i].name.partition(",")[0] for i in (cascade.cheap, cascade.expensive)],
                 second_share=cascade.share,
             )
-        elif lost:
+        elif missing:
             results.add(
-                job, reason=f"the answers of {len(lost)} static networks are not in {answers_folder(results.path)}"
+                job, reason=f"the answers of {len(missing)} static networks are not in {answers_folder(results.path)}"
             )
         else:
             results.add(job, reason=f"no two of {len(static)} static networks fit the budget")

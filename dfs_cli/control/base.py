@@ -23,7 +23,6 @@ Tell = Callable[[float, float], None]
 class Need(Enum):
     """What a controller needs to have measured before tuning."""
 
-    NOTHING = "nothing"
     BLOCKS = "what each option of each block does to the predictions"
     BLOCKS_AND_LAYERS = "that, and what each bitwidth of each single layer does"
 

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity, Tell
 from dfs_cli.control.gates import Gate, shift_preference
+from dfs_cli.control.static import NEGLIGIBLE_HARM, sufficient_cost
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.operating_point import OperatingPoint, cheapest_of_the_best, find_operating_point, target_cost
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
 
 _FIRST_MULTIPLIER = 10.0  # too low to change a decision of an untrained gate
-_TRIED_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
-"""Shares of the budget at which it is looked whether less does as well."""
+_TRIED_SHARES = (0.75, 0.5, 0.3)
+"""Shares of what the budget allows, at which it is tried whether less does as well."""
 
 
 class GatedController(Controller):
@@ -94,7 +95,10 @@ class GatedController(Controller):
             shift_preference(self.gate.preference, sensitivity.blocks)
         self._normalise_inputs(network, sample)
         self._operating_point = _FIRST_MULTIPLIER
-        return TuningTarget(min(request.budget, table.dearest), approached=True)
+        cost = min(request.budget, table.dearest)
+        if sensitivity is not None and not request.spend:
+            cost = min(cost, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM) + table.controller_costs[0])
+        return TuningTarget(max(cost, table.cheapest), approached=True)
 
     def _normalise_inputs(self, network: DynamicResNet, images: Tensor) -> None:
         """Scale the gate's inputs to zero mean and unit deviation over ``images`` (N, C, H, W), run in full precision."""
@@ -121,14 +125,15 @@ class GatedController(Controller):
     ) -> OperatingPoint:
         """Set the cost multiplier; where images differ in cost, the aim is a little below the budget (see
         :func:`dfs_cli.cost.operating_point.target_cost`)."""
-        answers: dict[float, Tensor] = {}
+        tried: dict[float, OperatingPoint] = {}
 
         @torch.inference_mode()
         def cost_at(value: float) -> Tensor:
             self.operating_point = value
             outputs = [network.run(images) for images in held_out.batches]
             cost = torch.cat([table.cost(output.decisions).cpu() for output in outputs])
-            answers[value] = torch.cat([output.logits.argmax(dim=1).cpu() for output in outputs])
+            top1 = held_out.top1(torch.cat([output.logits.argmax(dim=1) for output in outputs]))
+            tried[value] = OperatingPoint(value, float(cost.mean()), top1)
             tell(value, float(cost.mean()))
             return cost
 
@@ -138,15 +143,15 @@ class GatedController(Controller):
         target = target_cost(request.budget, deviation, len(held_out), request.images)
         if target < request.budget:
             point = find_operating_point(cost_at, target, start=point.value)
-        point = point._replace(top1=held_out.top1(answers[point.value]))
-        if not request.spend and point.top1 is not None:
-            points = [point]
-            for share in _TRIED_SHARES[1:]:
+        point = tried[point.value]
+        if not request.spend and held_out.targets is not None:
+            cheaper = point
+            for share in _TRIED_SHARES:
                 if share * point.cost < table.cheapest:
                     break
-                cheaper = find_operating_point(cost_at, share * point.cost, start=points[-1].value, tolerance=0.05)
-                points.append(cheaper._replace(top1=held_out.top1(answers[cheaper.value])))
-            point = cheapest_of_the_best(points)
+                cheaper = find_operating_point(cost_at, share * point.cost, cheaper.value, tolerance=0.1)
+            # What was tried on the way is looked at, too.
+            point = cheapest_of_the_best([p for p in tried.values() if p.cost <= max(target, point.cost)])
         self.operating_point = point.value
         return point
 

@@ -15,6 +15,9 @@ from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
 
+NEGLIGIBLE_HARM = 0.002
+"""In nats, before tuning: mixes that do less harm are not worth more bits where nothing corrects them."""
+
 
 class StaticController(Controller):
     """One pass with one policy for all images.
@@ -68,9 +71,12 @@ class StaticController(Controller):
             (bits,) = table.options
             return [table.with_layer_bits({layer.name: bits for layer in table.layers if layer.block is not None})]
         assert sensitivity is not None and sensitivity.layers is not None, "declared as needed"
-        by_block = best_block_mix(table, sensitivity.blocks, request.budget)
+        budget = request.budget
+        if not request.spend:
+            budget = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM))
+        by_block = best_block_mix(table, sensitivity.blocks, budget)
         mixes = [
-            best_layer_mix(table, sensitivity, request.budget),
+            best_layer_mix(table, sensitivity, budget),
             {
                 layer.name: table.options[int(by_block[layer.block])]
                 for layer in table.layers
@@ -141,6 +147,19 @@ def best_block_mix(table: CostTable, sensitivity: Tensor, cost: float) -> Tensor
     harm = sensitivity.double().cpu().numpy().ravel()
     chosen = _choose(harm, table.option_costs[0].numpy().ravel(), one_each, table, cost)
     return torch.from_numpy(chosen.reshape(blocks, options).argmax(axis=1))
+
+
+def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float:
+    """Cost of the cheapest mix per block, in a first pass without a controller, whose total harm is at most ``harm`` nats; of the dearest
+    one where all do more."""
+    blocks, options = sensitivity.shape
+    costs, harms = table.option_costs[0].numpy().ravel(), sensitivity.double().cpu().numpy().ravel()
+    one_each = np.kron(np.eye(blocks), np.ones(options))
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(harms[None], -np.inf, harm)]
+    solution = milp(costs / costs.max(), constraints=constraints, integrality=np.ones(len(costs)), bounds=Bounds(0, 1))
+    if not solution.success:  # no mix does so little
+        return table.dearest_pass(0)
+    return table.fixed_layers_cost + float(costs @ solution.x.round())
 
 
 def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float) -> dict[str, int]:

@@ -31,6 +31,7 @@ from dfs_cli.data.images import Images
 from dfs_cli.data.loading import default_workers
 from dfs_cli.data.preprocessing import hard_crop_transform, resolve_preprocessing
 from dfs_cli.data.splits import Splits, check_class_count, open_splits
+from dfs_cli.errors import DataError
 from dfs_cli.models.zoo import load_model
 from dfs_cli.records import Source
 from dfs_cli.surgery.plan import SurgeryPlan, plan_costs, plan_surgery
@@ -128,6 +129,9 @@ def prepare(
     table = plan_costs(module, dynamic, preprocessing.input_size, plan)
     table.check_budget(budget, spend)
     splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed)
+    for name in ("train", "calibration", "validation"):
+        if not len(getattr(splits, name)):
+            raise DataError(f"the {name} split has no images")
     check_class_count(splits.class_names, model_args.num_classes)
     batch_size = min(tuning.batch_size, len(splits.train))
     workers = default_workers(splits.train) if tuning.workers is None else tuning.workers

@@ -204,7 +204,7 @@ def finish(
         table=table,
         budget=setup.request.budget,
         operating_point=point.value,
-        configuration=setup.configuration.replace(unreadable_training_images=tuple(sorted(planned.unreadable.found))),
+        configuration=setup.configuration.replace(unreadable_training_images=tuple(sorted(planned.unreadable.reasons))),
         source=setup.source.replace(top1=original[0], top5=original[1]),
         held_out=Tuned(point.cost, point.top1),
         validation=evaluation,

@@ -15,7 +15,11 @@ _VALIDATION, _CALIBRATION = 450, 180
 
 
 class Digits(Dataset[tuple[Image.Image, int]]):
-    """One split of the digits: ``train`` (1,167 images), ``calibration`` (180) or ``validation`` (450), fixed for good."""
+    """One split of the digits: ``train`` (1,167 images), ``calibration`` (180) or ``validation`` (450), always the same.
+
+    Raises:
+        MissingDependencyError: scikit-learn is not installed.
+    """
 
     def __init__(self, split: str) -> None:
         try:

@@ -27,7 +27,7 @@ class Unreadable(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images (N, C, H, W), targets (N,), and what could not be read."""
+    """Images (N, C, H, W), their class indices (N,), and the images that could not be read."""
 
     images: Tensor
     targets: Tensor
@@ -41,13 +41,13 @@ class Images(Dataset[Sample]):
     """A map-style dataset of (image, class index), transformed, in the order of ``indices``.
 
     Args:
-        source: gives (image, class index) by position; images of Pillow, or tensors where there is no transform.
+        source: (image, class index) by position; Pillow's images, or tensors (C, H, W) where there is no transform.
         transform: from an image to a tensor (C, H, W).
         indices: positions in ``source``; None: all.
         mode: Pillow's mode that images are converted to, as ``RGB`` or ``L``; None: as they are.
 
-    ``draw`` makes random transforms repeatable: an image is transformed in the same way wherever and in whichever
-    process that happens, until ``draw`` is changed. None leaves the randomness alone.
+    ``draw`` makes random transforms repeatable: every process transforms an image in the same way until ``draw`` changes.
+    With None, transforms use the global generators.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Images(Dataset[Sample]):
 
     def _read(self, position: int) -> tuple[Any, int]:
         if isinstance(self.source, ImageDataset):
-            # Not ImageDataset's own way: that one replaces an unreadable image by the next.
+            # Not through ImageDataset: it replaces an unreadable image by the next one.
             file, target = self.source.reader[position][:2]
             with file, Image.open(file) as image:
                 return image.convert(self.mode or image.mode), target
@@ -117,7 +117,7 @@ def _seeded(draw: int | None, position: int) -> Iterator[None]:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack what could be read."""
+    """Stack the readable images."""
     readable = [s for s in samples if not isinstance(s, Unreadable)]
     images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
     targets = torch.tensor([target for _, target in readable], dtype=torch.long)
@@ -130,17 +130,23 @@ class UnreadableLog:
     Args:
         split: its name, for messages.
         total: how many images it has.
+
+    ``reasons`` maps the names of the unreadable images to why they could not be read.
     """
 
     def __init__(self, split: str, total: int) -> None:
         self.split, self.total = split, total
-        self.found: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
 
     def add(self, unreadable: Sequence[Unreadable]) -> None:
-        """Raises DataError once more than ``UNREADABLE_LIMIT`` of the images were unreadable."""
-        self.found.update((u.name, u.reason) for u in unreadable)
-        if len(self.found) > UNREADABLE_LIMIT * self.total:
-            name, reason = next(iter(self.found.items()))
+        """Add images.
+
+        Raises:
+            DataError: more than ``UNREADABLE_LIMIT`` of the split's images are unreadable.
+        """
+        self.reasons.update((u.name, u.reason) for u in unreadable)
+        if len(self.reasons) > UNREADABLE_LIMIT * self.total:
+            name, reason = next(iter(self.reasons.items()))
             raise DataError(
                 f"more than 1% of the {self.total} {self.split} images are unreadable, the first is {name}: {reason}"
             )

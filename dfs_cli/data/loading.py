@@ -15,7 +15,7 @@ from dfs_cli.errors import DataError
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the images for each epoch, fixed by seed and epoch, from any position on."""
+    """A permutation of the images for each epoch, fixed by seed and epoch, from position ``start`` on."""
 
     def __init__(self, images: int, seed: int) -> None:
         self.images, self.seed = images, seed
@@ -36,7 +36,7 @@ class EpochSampler(Sampler[int]):
 
 
 def default_workers(images: Images) -> int:
-    """None for the embedded digits, which are in memory, else up to two."""
+    """Number of worker processes: 0 for the embedded digits, which are in memory, else up to 2."""
     return 0 if isinstance(images.source, Digits) else min(2, os.cpu_count() or 1)
 
 
@@ -62,10 +62,13 @@ def load_all(
     unreadable: UnreadableLog,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Held-out images in memory, in batches (N, C, H, W) on ``device``, and their classes.
+    """Load all ``images`` to batches (N, C, H, W) on ``device``, and the class indices of all batches to one tensor.
+
+    Args:
+        on_batch: called after each batch with the number of its images, readable or not.
 
     Raises:
-        DataError: none is readable, or too many are not.
+        DataError: no image is readable, or too many are unreadable.
     """
     batches, targets = [], []
     for batch in eval_loader(images, batch_size, workers):
@@ -75,7 +78,7 @@ def load_all(
             batches.append(batch.images.to(device))
             targets.append(batch.targets)
     if not batches:
-        raise DataError("there is no readable image among those held out for calibration")
+        raise DataError(f"none of the {unreadable.split} images is readable")
     return batches, torch.cat(targets)
 
 

@@ -1,4 +1,4 @@
-"""The model's own preprocessing, resolved by timm."""
+"""The model's preprocessing, resolved by timm."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def resolve_preprocessing(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Preprocessing:
-    """The preprocessing of a timm model, at its test-time size for evaluation; every argument overrides its own.
+    """The preprocessing of a timm model, with its test-time size for evaluation; arguments override the model's values.
 
     Raises:
         ConfigError: a value is out of range or does not fit the number of channels.
     """
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     in_chans = getattr(model, "in_chans", 3)
-    # timm takes a zero for "not given": what the user asked for goes around it.
+    # timm reads a zero as "not given": the user's values are set after it.
     args: dict[str, Any] = {"in_chans": in_chans}
     if img_size is not None:
         args["input_size"] = (in_chans, img_size, img_size)
     test = resolve_data_config(args, pretrained_cfg=cfg, use_test_size=True)
     train = resolve_data_config(args, pretrained_cfg=cfg, use_test_size=False)
 
-    def per_channel(given: tuple[float, ...] | None, own: tuple[float, ...]) -> tuple[float, ...]:
-        """What was given, or the model's own, averaged where it is for another number of channels."""
+    def per_channel(given: tuple[float, ...] | None, default: tuple[float, ...]) -> tuple[float, ...]:
+        """The given values or the model's, averaged where the model's are for another number of channels."""
         if given is not None:
             return tuple(given) * in_chans if len(given) == 1 else tuple(given)
-        return tuple(own) if len(own) == in_chans else (sum(own) / len(own),) * in_chans
+        return tuple(default) if len(default) == in_chans else (sum(default) / len(default),) * in_chans
 
     def with_channels(size: tuple[int, ...]) -> tuple[int, int, int]:
         return (in_chans, size[-2], size[-1])
@@ -72,15 +72,23 @@ def eval_transform(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
 def hard_crop_transform(preprocessing: Preprocessing, hflip: float, min_crop: float) -> Callable[[Any], Tensor]:
     """Harder crops than in training, at the evaluation size.
 
-    The original network has been trained on the images that are held out, and is surer of them than of new ones. Cropped
-    so, they are about as hard to it as new ones are: thresholds of confidence are set on them.
+    The original network was trained on the held-out images and is more confident on them than on new ones. With these crops
+    they are about as hard as new images, so confidence thresholds are set on them.
+
+    Args:
+        hflip, min_crop: as for :func:`train_transform`.
     """
     at_test_size = dataclasses.replace(preprocessing, train_size=preprocessing.input_size)
     return train_transform(at_test_size, hflip, _HARD_CROP * min_crop)
 
 
 def train_transform(preprocessing: Preprocessing, hflip: float, min_crop: float) -> Callable[[Any], Tensor]:
-    """timm's training transform with mild augmentation: random resized crops and horizontal flips, colours as they are."""
+    """timm's training transform with mild augmentation: random resized crops and horizontal flips, no colour jitter.
+
+    Args:
+        hflip: probability of a horizontal flip.
+        min_crop: smallest crop, as a share of the image's area.
+    """
     transform: Callable[[Any], Tensor] = create_transform(
         input_size=preprocessing.train_size,
         is_training=True,

@@ -20,7 +20,7 @@ from dfs_cli.errors import ConfigError, DataError
 DIGITS = "digits"
 _TRAIN_FOLDERS = ("train",)
 _VALIDATION_FOLDERS = ("val", "validation", "test")
-_VALIDATION_SEED = 0  # the same images for every run, and for dfs eval, which knows no seed
+_VALIDATION_SEED = 0  # the same images for every run, and for dfs eval, which has no seed
 _CALIBRATION_SHARE, _CALIBRATION_LIMIT, _CALIBRATION_BYTES = 0.1, 5000, 1 << 30
 
 
@@ -42,11 +42,12 @@ class Splits:
 
 
 def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0) -> Splits:
-    """Open train and validation split, and hold a tenth of the training images (5,000 or 1 GiB at most) out.
+    """Open train and validation split, and hold out a tenth of the training images (at most 5,000 and at most 1 GiB).
 
-    All three have the evaluation transform.
+    All three splits have the evaluation transform.
 
     Raises:
+        ConfigError: the model takes neither 1 nor 3 channels.
         DataError: a split is missing, empty, has one class, or the splits' classes differ.
     """
     transform = eval_transform(preprocessing)
@@ -64,7 +65,7 @@ def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0)
     validation_source = _open(config, "validation", config.val_split, mode, class_names)
     train = _limit(Images(train_source, transform, mode=mode), config, seed)
     validation = _limit(Images(validation_source, transform, mode=mode), config, _VALIDATION_SEED)
-    # They are held in memory, as 32-bit numbers.
+    # Held-out images stay in memory, as 32-bit numbers.
     fitting = _CALIBRATION_BYTES // (4 * math.prod(preprocessing.input_size))
     held_out = min(int(len(train) * _CALIBRATION_SHARE), _CALIBRATION_LIMIT, fitting)
     if held_out < 1:
@@ -79,7 +80,8 @@ def open_validation(config: DataConfig, preprocessing: Preprocessing, class_name
     """The validation split alone, its classes mapped by name to the indices of ``class_names``.
 
     Raises:
-        DataError: it is missing or empty, or its classes are others.
+        ConfigError: the model takes neither 1 nor 3 channels.
+        DataError: the split is missing or empty, or its classes differ from ``class_names``.
     """
     mode = _image_mode(preprocessing)
     if config.dataset == DIGITS:
@@ -101,7 +103,7 @@ def check_class_count(class_names: tuple[str, ...], num_classes: int) -> None:
 def _image_mode(preprocessing: Preprocessing) -> str:
     channels = preprocessing.input_size[0]
     if channels not in (1, 3):
-        raise ConfigError(f"the model takes {channels} channels: image files give 1 or 3")
+        raise ConfigError(f"the model takes {channels} channels: image files have 1 or 3")
     return "L" if channels == 1 else "RGB"
 
 
@@ -124,7 +126,7 @@ def _open(config: DataConfig, role: str, split: str | None, mode: str, class_nam
             download=config.download,
             input_img_mode=mode,
         )
-    except Exception as error:  # readers of many libraries, each with errors of its own
+    except Exception as error:  # readers come from many libraries, each with different errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"dataset {config.dataset!r} could not be opened: {reason[:200]}") from None
     if isinstance(source, IterableDataset):
@@ -133,7 +135,7 @@ def _open(config: DataConfig, role: str, split: str | None, mode: str, class_nam
         names = _class_names(source)
         _check_class_names(names, class_names, f"dataset {config.dataset!r}")
         if names != class_names:
-            raise DataError(f"dataset {config.dataset!r} has the classes in another order than the model")
+            raise DataError(f"dataset {config.dataset!r} orders its classes differently from the model")
     return source
 
 
@@ -174,7 +176,7 @@ def _split_folder(root: Path, role: str, split: str | None) -> Path:
         if (root / name).is_dir():
             return root / name
     if role != "train" and not any((root / name).is_dir() for name in _TRAIN_FOLDERS):
-        return root  # a split's own folder was given
+        return root  # the folder of a split was given
     raise DataError(f"data folder {root} has no {', '.join(c + '/' for c in candidates)} with a folder per class")
 
 

@@ -16,7 +16,7 @@ def choice_entropy(decisions: Decisions) -> float:
 
 
 def variance_between_images(table: CostTable, decisions: Decisions) -> float:
-    """Share of the variance of block costs (N images, L blocks) that lies between images, as in an analysis of variance.
+    """Share of the variance of block costs (N, L) that lies between images, as in an analysis of variance.
 
     The variance of the images' means over blocks, over the variance of all values. Zero for a static network.
     """

@@ -33,15 +33,16 @@ def evaluate_network(
     """Run the network over ``batches``, and once more with the most common policy where there is more than one.
 
     Args:
-        batches: gives the same images whenever it is iterated.
-        layout: of images, in memory; the network's weights should have the same.
+        batches: the same images each time it is iterated.
+        layout: memory format of images; the network's weights should have the same.
+        on_batch: called after each batch is loaded with the number of its images, readable or not.
 
     Raises:
-        DataError: there is no image, or too many are unreadable.
+        DataError: there is no readable image, or too many are unreadable.
     """
     network = fold_norms(network.eval())
     top1, top5 = AverageMeter(), AverageMeter()
-    taken, right, seconds = [], [], 0.0
+    parts, correct, seconds = [], [], 0.0
     for batch in batches:
         unreadable.add(batch.unreadable)
         on_batch(len(batch.targets) + len(batch.unreadable))
@@ -53,11 +54,11 @@ def evaluate_network(
             output = network.run(images)
         seconds += _now(device) - began
         _update(top1, top5, output.logits, batch.targets)
-        taken.append(output.decisions.cpu())
-        right.append(output.logits.argmax(dim=1).cpu() == batch.targets)
-    if not taken:
+        parts.append(output.decisions.cpu())
+        correct.append(output.logits.argmax(dim=1).cpu() == batch.targets)
+    if not parts:
         raise DataError("there is no image to evaluate")
-    decisions = Decisions.join(taken)
+    decisions = Decisions.join(parts)
     cost = table.cost(decisions)
     common = decisions.most_common()
     has_common = decisions.equal(common)
@@ -66,7 +67,7 @@ def evaluate_network(
         choice_entropy=choice_entropy(decisions),
         variance_between_images=variance_between_images(table, decisions),
         common_share=float(has_common.double().mean()),
-        common_top1=_top1_with(network, common, torch.cat(right), has_common, batches, device, amp, layout),
+        common_top1=_top1_with(network, common, torch.cat(correct), has_common, batches, device, amp, layout),
         common_cost=float(table.cost(common)),
     )
     return Evaluation(
@@ -80,37 +81,37 @@ def evaluate_network(
         choices=decisions.counts(len(table.options)),
         images_per_second=len(cost) / max(seconds, 1e-9),
         dynamics=dynamics,
-        unreadable=tuple(unreadable.found),
+        unreadable=tuple(unreadable.reasons),
     )
 
 
 def _top1_with(
     network: DynamicResNet,
     decisions: Decisions,
-    right: Tensor,
+    correct: Tensor,
     has_policy: Tensor,
     batches: Iterable[Batch],
     device: torch.device,
     amp: bool,
     layout: torch.memory_format,
 ) -> float:
-    """Top-1 when every image is given the same decisions.
+    """Top-1, in percent, with the same decisions for every image.
 
     Args:
         decisions: for one image.
-        right: (N,), whether the images were classified rightly with their own decisions.
-        has_policy: (N,), whether those were ``decisions``: these images need not run again.
+        correct: (N,), whether each image was classified correctly with the controller's decisions.
+        has_policy: (N,), whether the controller's decisions were ``decisions``: these images need not run again.
     """
-    right, done = right.clone(), 0
+    correct, done = correct.clone(), 0
     for batch in batches if not has_policy.all() else ():
         others = torch.arange(done, done + len(batch.targets))[~has_policy[done : done + len(batch.targets)]]
         if len(others):
             images = batch.images[others - done].to(device, memory_format=layout)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
                 logits = network.run(images, Decisions.alike(decisions.options[0].to(device), len(images))).logits
-            right[others] = logits.argmax(dim=1).cpu() == batch.targets[others - done]
+            correct[others] = logits.argmax(dim=1).cpu() == batch.targets[others - done]
         done += len(batch.targets)
-    return 100 * float(right.double().mean())
+    return 100 * float(correct.double().mean())
 
 
 @torch.inference_mode()
@@ -121,7 +122,11 @@ def evaluate_accuracy(
     unreadable: UnreadableLog,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> tuple[float, float]:
-    """Top-1 and top-5 of any classifier, in percent."""
+    """Top-1 and top-5 of any classifier, in percent.
+
+    Raises:
+        DataError: too many images are unreadable.
+    """
     top1, top5 = AverageMeter(), AverageMeter()
     for batch in batches:
         unreadable.add(batch.unreadable)

@@ -1,1 +1,1 @@
-"""What is final after tuning: weights as codes, biases as integers, batch-norm folded."""
+"""Freezing after tuning: weights as integer codes, integer biases, folded batch-norm."""

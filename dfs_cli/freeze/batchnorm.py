@@ -1,4 +1,4 @@
-"""Batch-norm as part of the convolution before it, where that convolution only ever runs in floating point."""
+"""Batch-norm folded into the convolution before it, where that convolution runs in floating point only."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from dfs_cli.presets import FULL_BITS
 
 @torch.no_grad()
 def fold_norms(network: DynamicResNet) -> DynamicResNet:
-    """The same network for inference, without the passes over memory that normalising takes.
+    """The same network for inference, without the memory traffic of separate normalisation.
 
-    Convolutions that have other bitwidths, too, keep their normalisation. What is computed in floating point differs from the
-    network's in rounding alone.
+    Convolutions that also run at other bitwidths keep their normalisation. Floating-point results differ in rounding alone.
 
     Returns:
         A copy; or ``network`` itself, if there is nothing to fold.
@@ -44,7 +43,7 @@ def fold_norms(network: DynamicResNet) -> DynamicResNet:
 
 
 class _Tracer(fx.Tracer):
-    """Records layers, and ``leaves``, as single steps."""
+    """Traces layers, and the modules at the paths ``leaves``, as single steps."""
 
     def __init__(self, leaves: Collection[str]) -> None:
         super().__init__()
@@ -57,14 +56,13 @@ class _Tracer(fx.Tracer):
 
 
 def _pairs(module: nn.Module, leaves: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """Paths of convolutions that only run in floating point and whose result goes into a batch-norm and nowhere else, each with
-    that batch-norm."""
+    """Pairs of paths: a convolution that runs in floating point only, and the batch-norm that alone uses its output."""
     parts = dict(module.named_modules())
     if not any(_always_full(part) for part in parts.values()):
         return
     try:
         graph = _Tracer(leaves).trace(module)
-    except Exception:  # whatever its code does that cannot be traced: it stays as it is
+    except Exception:  # code that cannot be traced is left as it is
         return
     calls = [node for node in graph.nodes if node.op == "call_module"]
     times = Counter(node.target for node in calls)
@@ -87,4 +85,4 @@ def _fold(conv: FractionalConv2d, norm: nn.BatchNorm2d) -> None:
     weight: Tensor = conv.effective_weight()
     conv.weight = nn.Parameter((weight.double() * gain.reshape(-1, 1, 1, 1)).to(weight.dtype))
     conv.bias = nn.Parameter(shift.to(weight.dtype))
-    conv.standardise_eps = None  # it has been standardised
+    conv.standardise_eps = None  # the weight is standardised already

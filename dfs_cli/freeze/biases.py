@@ -1,8 +1,8 @@
 """Biases that integer hardware can add.
 
-A convolution on integer codes sums integers; what batch-norm adds is an integer, too, there, in units of weight step times
-input step times batch-norm's scale. Rounding it only in an export would move codes to their neighbours, and decisions with
-them: so it is rounded in the network, once tuning is done, and both compute the same.
+A convolution on integer codes sums integers. Integer hardware adds batch-norm's shift as an integer, too, in units of weight
+step times input step times batch-norm's gain. Rounding it only in an export would change codes, and with them decisions. So it
+is rounded in the network, after tuning, and network and export compute the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, code_range, nearest
 
 @torch.no_grad()
 def round_biases(network: DynamicResNet, input_size: tuple[int, int, int]) -> None:
-    """Round, in place, what each batch-norm behind a convolution of up to 8 bits adds, to what integers can express.
+    """Round in place the shift of each batch-norm after a convolution of up to 8 bits to a value that integers can express.
 
     Args:
         input_size: (C, H, W) of images that the network runs on.
@@ -35,13 +35,13 @@ def round_biases(network: DynamicResNet, input_size: tuple[int, int, int]) -> No
         seen[id(output)] = output, cast(FractionalConv2d, layer)
 
     def round_bias(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found = seen.get(id(inputs[0]))
-        if found is None or found[0] is not inputs[0]:
+        output, conv = seen.get(id(inputs[0]), (None, None))
+        if conv is None or output is not inputs[0]:
             return
-        bits = found[1].precision.bits
+        bits = conv.precision.bits
         if bits <= BYTE_BITS and (id(norm), bits) not in done:
             done.add((id(norm), bits))
-            _round(found[1], cast(nn.BatchNorm2d, norm), bits)
+            _round(conv, cast(nn.BatchNorm2d, norm), bits)
 
     with ExitStack() as hooks:
         for module in network.backbone.modules():

@@ -1,4 +1,4 @@
-"""Giving up what no option needs, once tuning is done, so that a file need not hold it."""
+"""Rounding after tuning: a file need not hold precision that no option uses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dfs_cli.nn.quantization import byte_codes
 
 @torch.no_grad()
 def freeze_weights(network: DynamicResNet) -> None:
-    """Round the tuned ``network``, in place, to what its bitwidths can tell apart.
+    """Round the tuned ``network``, in place, to the precision that its bitwidths use.
 
-    The controller's parameters become what half precision can hold, weights that only ever are quantized integer codes of their
-    widest bitwidth, which narrower ones quantize further. Unless floating point is an option, attention becomes 8-bit codes (it
-    is computed in floating point as before), and normalisation keeps only what the bitwidths use.
+    The controller's parameters become half-precision values. Weights that never run in floating point become integer codes at
+    their widest bitwidth, which narrower bitwidths quantize further. Unless floating point is an option, attention's weights
+    become 8-bit codes (it still runs in floating point), and normalisation keeps only the parameters that the bitwidths use.
     """
     network.controller.freeze()
     layers = [m for m in network.backbone.modules() if isinstance(m, FractionalLayer)]

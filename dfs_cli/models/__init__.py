@@ -1,1 +1,1 @@
-"""Small residual networks of our own, registered with timm, and the way to find and load any model."""
+"""Small residual networks, registered with timm, and functions that find and load any model."""

@@ -1,6 +1,6 @@
-"""What can be converted, with blocks, MACs and weights: counted once for a version of timm, and kept in the package.
+"""The convertible architectures, with blocks, MACs and weights: counted once per version of timm, and kept in the package.
 
-Counting builds every architecture, which takes half a minute. ``python -m dfs_cli.models.catalogue`` counts anew.
+Counting builds every architecture, which takes half a minute. ``python -m dfs_cli.models.catalogue`` counts again.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ class ModelSummary(Json):
     """One architecture.
 
     Args:
-        name: as timm knows it.
+        name: timm's name.
         family: the class of its blocks.
-        blocks: how many.
-        macs: of one image at the size that evaluation uses.
-        params: weights.
-        image_size: that size.
+        blocks: number of residual blocks.
+        macs: MACs for one image at the evaluation size.
+        params: number of parameters.
+        image_size: evaluation size, in pixels.
         weights: names of timm's pretrained weights.
     """
 
@@ -41,7 +41,7 @@ class ModelSummary(Json):
 def list_convertible(pattern: str = "*") -> list[ModelSummary]:
     """Every architecture that can be converted and whose name matches the wildcard ``pattern``, in order.
 
-    They are counted anew where timm is of another version than the catalogue.
+    They are counted again where the catalogue is for another version of timm.
     """
     catalogue = json.loads(CATALOGUE.read_text())
     if catalogue["timm"] != version("timm"):
@@ -50,7 +50,7 @@ def list_convertible(pattern: str = "*") -> list[ModelSummary]:
 
 
 def count_convertible(pattern: str = "*") -> list[ModelSummary]:
-    """What :func:`list_convertible` lists, counted now."""
+    """As :func:`list_convertible`, but counted now."""
     import timm
     import torch
     from timm.models import get_pretrained_cfg

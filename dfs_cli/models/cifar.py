@@ -19,7 +19,7 @@ CHANNELS = (16, 32, 64)
 
 
 class _NoStage(nn.Identity):
-    """Stands where timm's forward names a fourth stage."""
+    """Takes the place of the fourth stage in timm's forward."""
 
 
 def _build_resnet(depth: int, num_classes: int = 10, in_chans: int = 3, **kwargs: Any) -> ResNet:

@@ -21,7 +21,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-import dfs_cli.models.cifar  # noqa: F401  (registers our own)
+import dfs_cli.models.cifar  # noqa: F401  # registers the CIFAR and digits models
 from dfs_cli.errors import UnsupportedModelError, WeightsError
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import find_blocks
@@ -37,8 +37,8 @@ def candidate_names() -> list[str]:
 
 def close_matches(name: str) -> str:
     """A hint that names convertible models spelt like ``name``; empty where there are none."""
-    found = difflib.get_close_matches(split_model_name_tag(name)[0], candidate_names(), n=3, cutoff=0.5)
-    return f"; close matches: {', '.join(found)}" if found else "; see dfs list"
+    matches = difflib.get_close_matches(split_model_name_tag(name)[0], candidate_names(), n=3, cutoff=0.5)
+    return f"; close matches: {', '.join(matches)}" if matches else "; see dfs list"
 
 
 def check_name(name: str) -> None:
@@ -72,7 +72,7 @@ def check_convertible(name: str) -> None:
 def load_outline(
     name: str, checkpoint: Path | None = None, num_classes: int | None = None, in_chans: int | None = None
 ) -> nn.Module:
-    """The architecture of :func:`load_model`, with no meaningful weights, for counting: fast, and small in memory.
+    """The architecture of :func:`load_model`, without meaningful weights, for counting: fast, and small in memory.
 
     Raises:
         UnsupportedModelError: the architecture is unknown or cannot be converted.
@@ -101,7 +101,7 @@ def load_model(
         name: a timm architecture, with or without a weight tag.
         pretrained: load timm's weights, unless ``checkpoint`` is given.
         checkpoint: a file of weights (.safetensors, .pth, .pt, .tar) that match the architecture strictly.
-        num_classes: give the model a new, random classifier of so many classes, unless the weights have as many.
+        num_classes: number of classes; where the weights have another number, the classifier is new and random.
         in_chans: input channels other than the model's own.
         seed: of random weights; the caller's generators are left as they were.
 
@@ -128,7 +128,7 @@ def _load(
     _check_hub(name)
     try:
         return _build(name, pretrained=True, **kwargs).eval()
-    except Exception as error:  # the hub's client raises many kinds, none of them documented as complete
+    except Exception as error:  # the hub's client raises many kinds of errors, and documents no complete list
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
             f"the weights of {name} could not be loaded ({reason[:120]}): pass --checkpoint FILE, "
@@ -160,7 +160,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors in a checkpoint file; wrappers' prefixes and a ``state_dict`` key are understood, no code is run.
 
     Raises:
-        WeightsError: the file is missing, unreadable, or holds something else than named tensors.
+        WeightsError: the file is missing, unreadable, or does not hold named tensors.
     """
     if not path.is_file():
         raise WeightsError(f"checkpoint {path} does not exist")
@@ -183,16 +183,16 @@ def _needs_new_classifier(name: str, path: Path, state: dict[str, Tensor], num_c
     """Whether the classifier in ``state`` has another number of classes than the one that was asked for.
 
     Raises:
-        WeightsError: nobody asked, and it has another number than the architecture.
+        WeightsError: no number was asked for, and the checkpoint's differs from the architecture's.
     """
-    found = len(state.get(f"{_classifier_of(name)}.bias", ()))
+    classes = len(state.get(f"{_classifier_of(name)}.bias", ()))
     expected = num_classes or int(get_pretrained_cfg_value(name, "num_classes") or 0)
-    if found and found != expected and num_classes is None:
+    if classes and classes != expected and num_classes is None:
         raise WeightsError(
-            f"checkpoint {path} has {found} classes and {name} has {expected}: pass --num-classes {found} to keep its "
+            f"checkpoint {path} has {classes} classes and {name} has {expected}: pass --num-classes {classes} to keep its "
             "classifier, or another number for a new one"
         )
-    return bool(found) and found != expected
+    return bool(classes) and classes != expected
 
 
 def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:

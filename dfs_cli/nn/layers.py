@@ -49,7 +49,7 @@ def _identity(tensor: Tensor) -> tuple[int, int]:
 
 
 class FractionalLayer(_Layer):
-    """Shared by :class:`FractionalConv2d` and :class:`FractionalLinear`: a layer with Q quantized bitwidths and C_out outputs."""
+    """Shared by :class:`FractionalConv2d` and :class:`FractionalLinear`: a layer of C_out outputs and Q quantized bitwidths."""
 
     weight: Tensor
     bias: Tensor | None
@@ -203,7 +203,7 @@ class FractionalLayer(_Layer):
 
     def is_signed(self) -> bool:
         """Whether the codes of the input are signed."""
-        # Cached: reading a buffer on an accelerator is a device synchronisation.
+        # Cached: reading a buffer on an accelerator needs a device synchronisation.
         cached = self.__dict__.get("_signed_value")
         key = _identity(self.input_signed)
         if cached is None or cached[0] != key:

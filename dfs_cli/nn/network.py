@@ -217,7 +217,7 @@ class DynamicResNet(nn.Module):
     def follow(
         self, images: Tensor, options: Tensor, probs: Tensor | None = None, explored: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """One pass over ``images`` with ``options`` (N, L), known in advance and chosen with ``probs`` (N, L, K).
+        """One pass over ``images`` (N, C, H, W) with known ``options`` (N, L), which were chosen with ``probs`` (N, L, K).
 
         One device synchronisation, not one per block. Returns as :meth:`run_pass`.
         """
@@ -233,7 +233,7 @@ class DynamicResNet(nn.Module):
 
     @torch.no_grad()
     def run_in_full(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) with every layer in floating point: before tuning, those of the original model."""
+        """Logits (N, classes) of ``images`` (N, C, H, W) in floating point: before tuning, those of the original model."""
         layers = (m for m in self.backbone.modules() if isinstance(m, (FractionalLayer, FractionalBatchNorm)))
         with ExitStack() as stack:
             for precision in {layer.precision for layer in layers}:

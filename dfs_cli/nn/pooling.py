@@ -33,8 +33,8 @@ class MaxPool2d(nn.MaxPool2d):
 def pools_after_one_convolution(model: nn.Module, blocks: Iterable[str]) -> bool:
     """Whether the stem, all modules outside ``blocks`` (paths), is one convolution, batch-norm and max-pooling.
 
-    Then the convolution may run in the layout that is fast for pooling: it rounds the same in both layouts and for any number of
-    images. Neither holds for later convolutions and for group normalisation.
+    Then the convolution may run in the layout that is fast for pooling: it rounds the same in both layouts and for any number
+    of images. Neither holds for later convolutions and for group normalisation.
     """
     inside = tuple(f"{path}." for path in blocks)
     stem = [module for name, module in model.named_modules() if not name.startswith(inside)]

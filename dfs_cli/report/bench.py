@@ -1,7 +1,7 @@
 """The records of ``dfs bench`` and ``dfs bench-tuning`` for people.
 
-A record is what :class:`dfs_cli.bench.inference.InferenceBench` or :class:`dfs_cli.bench.tuning.TuningBench` holds, as a
-dictionary, and the name of the ``model``.
+A record is a :class:`dfs_cli.bench.inference.InferenceBench` or :class:`dfs_cli.bench.tuning.TuningBench` as a dictionary,
+with the name of the ``model``.
 """
 
 from __future__ import annotations

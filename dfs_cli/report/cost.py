@@ -15,7 +15,7 @@ from dfs_cli.presets import FULL_BITS
 from dfs_cli.records import Evaluation
 
 CONVENTIONS = (
-    "MACs are multiply-accumulates of convolutions and linear maps, as fvcore counts them (one multiply-accumulate counts "
+    "MACs are multiply-accumulates of convolutions and linear maps, as fvcore counts them (each counts as "
     "one), for one image at the evaluation size.",
     RULE,
     "The gate is included, at 32 bits; so is everything else that always runs, and every pass that an image takes.",
@@ -53,14 +53,14 @@ def layer_rows(table: CostTable, evaluation: Evaluation) -> list[LayerRow]:
         for layer in table.layers
     ]
     macs = [sum(row) for row in table.controller_macs]
-    paid = sum(m * share for m, share in zip(macs, evaluation.pass_shares, strict=True))
-    gate = _row("gate", None, sum(macs), paid / max(1, sum(macs)), {FULL_BITS: 1.0}, table.dense_macs)
+    mean_macs = sum(m * share for m, share in zip(macs, evaluation.pass_shares, strict=True))
+    gate = _row("gate", None, sum(macs), mean_macs / max(1, sum(macs)), {FULL_BITS: 1.0}, table.dense_macs)
     gate["dense_share"] = 0.0  # the dense network has no gate
     return [*rows, gate] if sum(macs) else rows
 
 
 def layer_shares(table: CostTable, evaluation: Evaluation, layer: LayerCost) -> dict[int, float]:
-    """Of a layer's runs over all images and passes, the share at each bitwidth; at 0 those in which its block was skipped."""
+    """The share of a layer's runs, over all images and passes, at each bitwidth; at 0, runs in which its block is skipped."""
     if layer.block is None:
         return {layer.bits or FULL_BITS: 1.0}
     totals = [sum(counts) for counts in zip(*(blocks[layer.block] for blocks in evaluation.choices), strict=True)]
@@ -92,8 +92,8 @@ def dynamics_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def block_shares(table: CostTable, evaluation: Evaluation) -> list[dict[int, float]]:
-    """For each block (L), how often each bitwidth was chosen, over all images and passes; where layers have bitwidths of
-    their own, over the block's layers, too."""
+    """For each block (L), how often each bitwidth was chosen, over all images and passes; where layers have individual
+    bitwidths, over the block's layers, too."""
     layers = [layer for layer in table.layers if layer.block is not None]
     blocks = []
     for block in range(len(table.blocks)):

@@ -13,7 +13,7 @@ def _dynamics(report: dict[str, Any]) -> list[str]:
     d = report["dynamics"]
     return [
         f"**How dynamic it is:** {d['policies']} distinct policies over {report['images']} images, "
-        f"{d['passes']:.2f} passes per image; the choice of a block has {d['choice_entropy']:.2f} bits of entropy in the mean, "
+        f"{d['passes']:.2f} passes per image; the choice of a block has {d['choice_entropy']:.2f} bits of entropy on average, "
         f"and {d['variance_between_images']:.1%} of the variance of block costs lies between images. "
         f"With the most common policy ({d['common_share']:.1%} of the images) for all: "
         f"top-1 {d['common_top1']:.2f} at cost {d['common_cost']:.4f}.",

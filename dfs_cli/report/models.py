@@ -1,4 +1,4 @@
-"""The table of what can be converted."""
+"""The table of convertible models."""
 
 from __future__ import annotations
 

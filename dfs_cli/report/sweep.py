@@ -1,4 +1,4 @@
-"""What a sweep found, for people: table, verdicts in words, CSV, and the figure of accuracy over cost."""
+"""The results of a sweep for people: table, verdicts in words, CSV, and the figure of accuracy over cost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _name(row: dict[str, Any]) -> str:
 
 
 def print_sweep(console: Console, results: dict[str, Any]) -> None:
-    """All points from dear to cheap, and the verdicts."""
+    """All points, the most expensive first, and the verdicts."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     repeated = any(row["seeds"] > 1 for row in results["summary"])
     headings = ["method", "budget", "cost", "top-1 (%)", *(["spread"] if repeated else []), "policies", "one for all"]
@@ -72,7 +72,7 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
 
 
 def verdict_line(verdict: dict[str, Any]) -> str:
-    """A verdict in words; where a baseline wins, that is said."""
+    """A verdict in words, also where a baseline wins."""
     dfs, best = verdict["dfs"], verdict["best"]
     notes = [f"mean of {dfs['seeds']} seeds"] if dfs["seeds"] > 1 else []
     notes += [] if dfs["keeps_budget"] else ["budget missed"]
@@ -120,12 +120,12 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
         points = sorted((r for r in rows if r["method"] == method), key=lambda r: r["cost"])
         if not points:
             continue
-        shown = [max(r["top1"], floor) for r in points]
+        clipped = [max(r["top1"], floor) for r in points]
         axes.plot(
-            [r["cost"] for r in points], shown, color=colour, marker=marker, markersize=5, linewidth=1.2, label=label,
+            [r["cost"] for r in points], clipped, color=colour, marker=marker, markersize=5, linewidth=1.2, label=label,
             zorder=3 if method == "dfs" else 2,
         )  # fmt: skip
-        for row, y in zip(points, shown, strict=True):
+        for row, y in zip(points, clipped, strict=True):
             text = f"{row['bits']} bit" if row["bits"] else f"{row['budget']:g}"
             below = f" ({row['top1']:.1f})" if row["top1"] < floor else ""
             labels.append((row["cost"], y, text + below, colour))
@@ -147,11 +147,11 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
 
 
 def _label(figure: Figure, axes: Axes, labels: list[tuple[float, float, str, str]]) -> None:
-    """Write each text (x, y, text, colour) beside its point, in the nearest place that is still free."""
+    """Write each text (x, y, text, colour) beside its point, in the nearest free place."""
     from matplotlib.patheffects import withStroke
 
     size = 6.5
-    figure.draw_without_rendering()  # places are known only then
+    figure.draw_without_rendering()  # positions are known only after drawing
     point = figure.dpi / 72
     spots = axes.transData.transform([(x, y) for x, y, _, _ in labels]) / point
     occupied = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots]

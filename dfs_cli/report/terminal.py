@@ -145,7 +145,7 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
 
 
 def print_conversion(console: Console, report: dict[str, Any]) -> None:
-    """What a conversion achieved, in a few lines."""
+    """The result of a conversion, in a few lines."""
     unreadable = report["unreadable_images"] + report["configuration"]["unreadable_training_images"]
     lines = [
         f"top-1   {report['top1_before']:.2f} % -> {report['top1_after']:.2f} % on {report['images']} images",

@@ -1,7 +1,7 @@
-"""What the surgery knows about timm: one small adapter per model class and per block class.
+"""Adapters to timm: a small one per model class and per block class.
 
 timm's forward passes are used as they are. An adapter only says which convolutions of a block are its residual branch,
-which are its shortcut, and what the block gives when its residual branch is zero.
+which are its shortcut, and what the block returns when its residual branch is zero.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class BlockFamily:
         branch: modules inside it whose convolutions follow the block's bitwidth.
         skip: ``skip(block, x)`` is the block's output with its residual branch zeroed.
         shortcut: the module whose convolutions always run, at the bitwidth of the fixed layers.
-        apart: modules whose normalisation keeps to the original's statistics: what runs before the first convolution, and
-            attention, which stays in floating point.
+        apart: modules whose normalisation keeps the original's statistics: those before the first convolution, and attention,
+            which stays in floating point.
 
     Convolutions elsewhere in the block (attention) always run in floating point.
     """
@@ -43,7 +43,7 @@ class BlockFamily:
 
 
 def _skip_after_activation(last_activation: str) -> Callable[[nn.Module, Tensor], Tensor]:
-    """Skip of blocks that add first and activate last."""
+    """The ``skip`` of blocks that add first and activate last."""
 
     def skip(block: nn.Module, x: Tensor) -> Tensor:
         activation: nn.Module = getattr(block, last_activation)
@@ -57,7 +57,7 @@ def _skip_after_activation(last_activation: str) -> Callable[[nn.Module, Tensor]
 
 
 def _skip_before_activation(block: nn.Module, x: Tensor) -> Tensor:
-    """Skip of blocks that normalise and activate first; there is no last activation."""
+    """The ``skip`` of blocks that normalise and activate first; there is no last activation."""
     downsample: nn.Module | None = getattr(block, "downsample")  # noqa: B009
     return x if downsample is None else cast(Tensor, downsample(block.get_submodule("norm1")(x)))
 

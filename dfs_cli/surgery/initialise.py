@@ -20,7 +20,7 @@ from dfs_cli.presets import FULL_BITS
 def fit_steps(network: DynamicResNet, images: Tensor) -> None:
     """Set all step sizes, and batch-norm's statistics per bitwidth, from ``images`` (N, C, H, W).
 
-    The statistics are those under the policies of the network's controller.
+    The statistics are measured under the policies of the network's controller.
     """
     was_training = network.training
     network.eval()

@@ -1,4 +1,4 @@
-"""What the surgery will do: the blocks of a model and the roles of its layers, found once."""
+"""The plan of the surgery: the blocks of a model and the roles of its layers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class SurgeryPlan:
 
     Args:
         blocks: the residual blocks, in order.
-        channels: width of the features that enter each block.
-        features: width of those that enter the classifier.
+        channels: number of channels that enter each block.
+        features: number of features that enter the classifier.
         branch: the layers that follow a block's option, with the block's index.
         fixed: the layers that always run.
-        norms: the batch-norms that see what a bitwidth changes, with the layer of the branch whose bitwidth they follow: the
-            one in front of them; without one, the one behind.
+        norms: the batch-norms whose input depends on a bitwidth, with the layer of the branch whose bitwidth they follow: the
+            one before them or, for lack of one, the one after.
     """
 
     blocks: tuple[str, ...]
@@ -94,9 +94,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     blocks = {name: module for name, module in model.named_modules() if type(module) in FAMILIES}
     if not blocks:
         # Blocks are the children of the stages.
-        found = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "downsample")})
+        classes = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "downsample")})
         raise UnsupportedModelError(
-            f"a {kind} with {', '.join(found) or 'no residual'} blocks cannot be converted: "
+            f"a {kind} with {', '.join(classes) or 'no residual'} blocks cannot be converted: "
             f"supported are {family_names()} blocks"
         )
     return blocks
@@ -112,10 +112,10 @@ def plan_costs(
     """The cost of every option of every block of ``model`` at ``input_size`` (C, H, W); the model is not changed.
 
     Args:
-        plan: of ``model``; None: it is made.
+        plan: of ``model``; None: it is computed.
 
     Raises:
-        UnsupportedModelError: see :func:`plan_surgery`; or the model cannot run at that size.
+        UnsupportedModelError: as :func:`plan_surgery`; or the model cannot run at that size.
     """
     plan = plan or plan_surgery(model)
     try:

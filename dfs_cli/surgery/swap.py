@@ -1,4 +1,4 @@
-"""The surgery itself: layers of a copy of the model are replaced by fractional ones."""
+"""The surgery: fractional layers replace the layers of a copy of the model."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import SurgeryPlan, plan_surgery
 
 Replaced = dict[str, tuple[type[nn.Module], type[nn.Module]]]
-"""By path, the class of what was replaced and the class of what replaced it."""
+"""By path, the classes of the original module and of its replacement."""
 
 
 class Surgery(NamedTuple):
-    """A dynamic network, and what was replaced by what to make it."""
+    """A dynamic network, and the record of its replaced modules."""
 
     network: DynamicResNet
     replaced: Replaced
@@ -35,11 +35,11 @@ class Surgery(NamedTuple):
 def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan: SurgeryPlan | None = None) -> Surgery:
     """A dynamic network made from a copy of ``model``; ``model`` is left unchanged.
 
-    Layers of the blocks follow their block's option, or have the bitwidth of their own that ``table`` names. Step sizes are
-    not set yet: call :func:`dfs_cli.surgery.initialise.fit_steps`, or load them.
+    Layers of the blocks follow their block's option, or have the individual bitwidth in ``table``. Step sizes are not set
+    yet: call :func:`dfs_cli.surgery.initialise.fit_steps`, or load them.
 
     Args:
-        plan: of ``model``; None: it is made.
+        plan: of ``model``; None: it is computed.
 
     Raises:
         UnsupportedModelError: see :func:`dfs_cli.surgery.plan.plan_surgery`; nothing could be replaced; or the model's
@@ -52,8 +52,8 @@ def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan
     backbone = copy.deepcopy(model)
     fixed = Precision((config.fixed_bits,))
     options = tuple(bits for bits in config.bits if bits)
-    of_blocks = [Precision(options) for _ in plan.blocks]
-    precisions = {name: of_blocks[block] for name, block in plan.branch.items()}
+    block_precisions = [Precision(options) for _ in plan.blocks]
+    precisions = {name: block_precisions[block] for name, block in plan.branch.items()}
     # A block that is always skipped keeps its layers at the fewest bits.
     precisions |= {name: Precision((bits or min(options),)) for name, bits in table.layer_bits.items()}
     replaced: Replaced = {}
@@ -71,7 +71,7 @@ def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan
             f"a {type(model).__name__} has no layer that could follow a bitwidth: nothing was replaced"
         )
     blocks = []
-    for name, precision, width in zip(plan.blocks, of_blocks, plan.channels, strict=True):
+    for name, precision, width in zip(plan.blocks, block_precisions, plan.channels, strict=True):
         module = backbone.get_submodule(name)
         blocks.append(Block(name, module, FAMILIES[type(module)].skip, precision, width, _keeps_input(module)))
     controller = create_controller(config, table, plan.channels, plan.features)
@@ -95,14 +95,17 @@ def _put(backbone: nn.Module, name: str, new: nn.Module, replaced: Replaced) -> 
 
 
 def _keeps_input(block: nn.Module) -> bool:
-    """Whether the block, skipped, gives its input itself."""
-    nothing = torch.empty(0)
+    """Whether the block, when skipped, returns its input tensor itself."""
+    empty = torch.empty(0)
     has_shortcut = getattr(block, FAMILIES[type(block)].shortcut) is not None
-    return not has_shortcut and FAMILIES[type(block)].skip(block, nothing) is nothing
+    return not has_shortcut and FAMILIES[type(block)].skip(block, empty) is empty
 
 
 def verify_conversion(model: nn.Module, network: DynamicResNet, images: Tensor) -> None:
     """Check that the network in floating point computes what ``model`` does.
+
+    Args:
+        images: (N, C, H, W).
 
     Raises:
         UnsupportedModelError: it does not: timm's forward differs from what the adapters assume.
@@ -112,9 +115,9 @@ def verify_conversion(model: nn.Module, network: DynamicResNet, images: Tensor) 
     with torch.no_grad():
         expected = model(images)
     model.train(was_training)
-    found = network.run_in_full(images)
+    actual = network.run_in_full(images)
     scale = float(expected.abs().max()) or 1.0
-    difference = float((found - expected).abs().max()) / scale
+    difference = float((actual - expected).abs().max()) / scale
     if math.isnan(difference) or difference > 1e-4:
         raise UnsupportedModelError(
             f"the converted {type(model).__name__} computes something else than the original (relative difference "

@@ -1,1 +1,1 @@
-"""Tuning gates, quantizers and backbone towards a budget, and calibrating the operating point."""
+"""Tuning controller, quantizers and backbone towards a budget."""

@@ -24,7 +24,7 @@ from dfs_cli.tuning.state import TuningState
 
 _COST_WEIGHT = 0.2
 _MULTIPLIER_RATE = 0.1
-_LEAST_MULTIPLIER = 1e-3  # it is multiplied, so it must stay above zero to come back; so low, it changes no decision
+_LEAST_MULTIPLIER = 1e-3  # steps multiply it: zero would stay zero; this low, it changes no decision
 
 
 def seed_everything(seed: int) -> None:
@@ -34,7 +34,7 @@ def seed_everything(seed: int) -> None:
 
 
 def target_at(step: int, total_steps: int, ramp: float, start: float, budget: float) -> float:
-    """The target cost at a step: from ``start`` down to ``budget``, geometrically over the first ``ramp`` of the steps."""
+    """The target cost at a step: it falls geometrically from ``start`` to ``budget`` over the first share ``ramp`` of steps."""
     progress = min(1.0, step / max(1.0, ramp * total_steps))
     return float(start ** (1 - progress) * budget**progress)
 
@@ -50,13 +50,13 @@ def tune(
     unreadable: UnreadableLog,
     on_step: Callable[[StepRecord], None] = lambda record: None,
 ) -> None:
-    """Run the steps that ``state`` has left; ``state`` is up to date after each.
+    """Run the remaining steps of ``state``, which is up to date after each.
 
     Args:
         teacher: the original network, for distillation.
         target: what the network is tuned for.
         loader: over an :class:`EpochSampler`.
-        on_step: called after each step; the only place where a run reports.
+        on_step: called with the record of each step; nothing else is reported.
 
     Raises:
         DivergedError: the loss is NaN or infinite.
@@ -115,8 +115,8 @@ def tuning_step(
 ) -> StepRecord:
     """One step: forward, backward, update of the parameters and of the cost multiplier.
 
-    Every pass that images took has a loss of its own, that of the answer after it, weighted by their share of the batch; where
-    something chose options block by block, what it chose above the target cost is added.
+    The loss is that of the answers after each pass, weighted by the share of the batch that took the pass. Where the controller
+    chose options block by block, a penalty is added for the cost above the target.
 
     Args:
         images: (N, C, H, W), channels last for speed.
@@ -128,8 +128,8 @@ def tuning_step(
     network = state.network
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.amp):
         output = network.run(images, target=target)
-        lesson = _teach(teacher, images, output, network.controller.views[-1].mirrored) if config.distillation else None
-    loss = _answers_loss(output, targets, lesson, config)
+        taught = _teach(teacher, images, output, network.controller.views[-1].mirrored) if config.distillation else None
+    loss = _answers_loss(output, targets, taught, config)
     last = len(output.answers) - 1
     rows, _, probs = output.answers[last]
     chosen_cost = None
@@ -145,37 +145,42 @@ def tuning_step(
     loss.backward()
     torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
     state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)  # now, so that the next forward pass has their memory
+    state.optimizer.zero_grad(set_to_none=True)  # now, to free their memory for the next forward pass
     state.scheduler.step_update(state.step + 1)
     if chosen_cost is not None:
         ratio = (float(chosen_cost.mean()) / target.cost) ** _MULTIPLIER_RATE
         network.controller.cost_multiplier = max(network.controller.cost_multiplier * ratio, _LEAST_MULTIPLIER)
     state.step += 1
     accuracy = float((output.logits.argmax(dim=1) == targets).float().mean()) * 100
-    shown = float((table.cost(output.decisions) if chosen_cost is None else chosen_cost).mean())
+    mean_cost = float((table.cost(output.decisions) if chosen_cost is None else chosen_cost).mean())
     multiplier = network.controller.cost_multiplier
-    return StepRecord(state.step, state.total_steps, "", value, accuracy, shown, target.cost, multiplier, lr)
+    return StepRecord(state.step, state.total_steps, "", value, accuracy, mean_cost, target.cost, multiplier, lr)
 
 
 def _answers_loss(
-    output: Output, targets: Tensor, lesson: tuple[Tensor, Tensor] | None, config: TuningConfig
+    output: Output, targets: Tensor, taught: tuple[Tensor, Tensor] | None, config: TuningConfig
 ) -> Tensor:
-    """Cross-entropy, plus distillation from what the teacher said, of the answer after each pass."""
+    """Cross-entropy, plus distillation, of the answer after each pass.
+
+    Args:
+        targets: (N,), class indices.
+        taught: as from :func:`_teach`; None: no distillation.
+    """
     images = len(targets)
     total: Tensor | None = None
     for rows, logits, _ in output.answers:
         logits = logits.float()
         loss = F.cross_entropy(logits, targets if rows is None else targets[rows])
-        if lesson is not None:
-            taught, said = lesson
+        if taught is not None:
+            taught_rows, expected = taught
             if rows is None:
-                students = logits[taught]
+                student = logits[taught_rows]
             else:
-                # All images that took a later pass were taught.
-                places = torch.empty(images, dtype=torch.long, device=rows.device)
-                places[taught] = torch.arange(len(taught), device=rows.device)
-                students, said = logits, said[places[rows]]
-            loss = loss + config.distillation * distillation_loss(students, said, config.temperature)
+                # The teacher saw all images that took a later pass.
+                positions = torch.empty(images, dtype=torch.long, device=rows.device)
+                positions[taught_rows] = torch.arange(len(taught_rows), device=rows.device)
+                student, expected = logits, expected[positions[rows]]
+            loss = loss + config.distillation * distillation_loss(student, expected, config.temperature)
         weighted = loss if rows is None else loss * (len(rows) / images)
         total = weighted if total is None else total + weighted
     assert total is not None, "every image takes the first pass"
@@ -183,10 +188,10 @@ def _answers_loss(
 
 
 def _teach(teacher: nn.Module, images: Tensor, output: Output, is_mirrored: bool) -> tuple[Tensor, Tensor]:
-    """The indices (M,) of the images that the teacher sees, and what it says of them, logits (M, classes).
+    """The indices (M,) of the images that the teacher sees, and its logits (M, classes) for them.
 
     Args:
-        is_mirrored: the last pass sees the mirrored image; the teacher then sees both views of what took it.
+        is_mirrored: whether the last pass sees mirrored images; the teacher then sees both views of those that took it.
     """
     later = output.answers[-1].rows if len(output.answers) > 1 else None
     mirrored = len(later) if later is not None and is_mirrored else 0
@@ -195,9 +200,12 @@ def _teach(teacher: nn.Module, images: Tensor, output: Output, is_mirrored: bool
 
 
 def taught_images(images: int, later: Tensor | None, mirrored: int) -> Tensor:
-    """Half of a batch, less the number of images that the teacher sees twice, ``mirrored``: the teacher costs a forward pass.
+    """Indices of half a batch, less the number ``mirrored`` of images that the teacher sees twice: it costs a forward pass.
 
-    First those that took a later pass, then others at random.
+    Images that took a later pass, with the indices ``later``, come first, then others at random.
+
+    Args:
+        images: N.
     """
     order = torch.randperm(images)
     if later is None:
@@ -209,10 +217,9 @@ def taught_images(images: int, later: Tensor | None, mirrored: int) -> Tensor:
 
 @torch.no_grad()
 def teacher_logits(teacher: nn.Module, images: Tensor, mirrored: int) -> Tensor:
-    """What the teacher says of ``images`` (N, C, H, W): (N, classes).
+    """The teacher's logits (N, classes) for ``images`` (N, C, H, W).
 
-    Of the first ``mirrored`` ones the mean over the image and its mirror image, which the two passes see: what answers from two
-    views should not be taught by one.
+    For the first ``mirrored`` images they are the mean over the image and its mirror image, the two views of the two passes.
     """
     logits: Tensor = teacher(torch.cat([images, images[:mirrored].flip(-1)]) if mirrored else images).float()
     logits, others = logits.split([len(images), mirrored])

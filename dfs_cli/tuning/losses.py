@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from the teacher's softened predictions (Hinton et al., 2015), times T squared.
+    """Kullback-Leibler divergence from the teacher's softened predictions (Hinton et al., 2015), in nats, times the
+    temperature squared.
 
     Args:
         logits, teacher_logits: (N, classes).
@@ -26,11 +27,11 @@ def cost_excess(cost: Tensor, expected_cost: Tensor, target: float) -> Tensor:
     """``log(cost / target)`` where the cost is above the target, else zero.
 
     A ratio, so it depends neither on the batch size nor on the depth, and it pulls as hard on a small budget as on a
-    large one. Nothing rewards spending: below the target the term vanishes.
+    large one. Below the target the term is zero: spending is not rewarded.
 
     Args:
-        cost: (N,), what the images' decisions cost; gives the value.
-        expected_cost: (N,), the cost under the gate's probabilities; gives the gradient (straight through the arg-max).
+        cost: (N,), the cost of the images' decisions; gives the value.
+        expected_cost: (N,), the cost under the controller's probabilities; gives the gradient (straight through the arg-max).
         target: in the same units.
     """
     mean = expected_cost.mean()

@@ -1,4 +1,4 @@
-"""What each option of each block, and of each layer, costs in accuracy, measured once before tuning."""
+"""The harm of each option of each block, and of each layer, to the predictions, measured once before tuning."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _MACS = 2e12  # about a minute on a few CPU cores
 def measure(
     need: Need, network: DynamicResNet, plan: SurgeryPlan, table: CostTable, images: Tensor
 ) -> Sensitivity | None:
-    """What a controller needs to have measured.
+    """Measure the sensitivity that a controller needs; None where it needs none or there is a single option.
 
     Args:
         images: (N, C, H, W); for large networks fewer are used, so that each measurement takes about a minute.
     """
-    if need is Need.NOTHING or len(table.options) == 1:
+    if len(table.options) == 1:  # there is nothing to choose
         return None
     blocks = measure_blocks(network, table, images)
     return Sensitivity(blocks, measure_layers(network, plan, table, images) if need is Need.BLOCKS_AND_LAYERS else None)
@@ -35,7 +35,7 @@ def measure(
 @torch.no_grad()
 def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> Tensor:
     """Harm (L, K) of taking an option in one block while all others run at their widest: the Kullback-Leibler divergence, in
-    nats, of the predictions from those with every block at its widest."""
+    nats, of the predictions for ``images`` (N, C, H, W) from those with every block at its widest."""
     blocks, options = len(table.blocks), len(table.options)
     images = _affordable(images, table, blocks * (options - 1))
     widest = torch.full((len(images), blocks), options - 1, device=images.device)
@@ -52,7 +52,7 @@ def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> 
 
 @torch.no_grad()
 def measure_layers(network: DynamicResNet, plan: SurgeryPlan, table: CostTable, images: Tensor) -> Tensor:
-    """Harm (M, K), as :func:`measure_blocks` measures it, of each option of each single layer of the blocks, in the table's
+    """Harm (M, K), as in :func:`measure_blocks`, of each option of each of the M layers of the blocks alone, in the table's
     order; infinite for skipping."""
     names = [layer.name for layer in table.layers if layer.block is not None]
     options = [i for i, bits in enumerate(table.options) if bits]
@@ -75,9 +75,9 @@ def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) ->
     paths = [name, *(norm for norm, layer in plan.norms.items() if layer == name)]
     modules = [network.backbone.get_submodule(path) for path in paths]
     before = [module.precision for module in modules]
-    own = Precision((bits,))
+    layer_precision = Precision((bits,))
     for module in modules:
-        module.precision = own  # type: ignore[assignment]
+        module.precision = layer_precision  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -87,7 +87,7 @@ def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) ->
 
 @torch.no_grad()
 def divergence(network: DynamicResNet, original: torch.nn.Module, images: Tensor) -> float:
-    """How far the predictions for ``images`` (N, C, H, W) are from the original's: Kullback-Leibler divergence in nats."""
+    """Kullback-Leibler divergence, in nats, of the predictions for ``images`` (N, C, H, W) from the original's."""
     return float(distillation_loss(network.run(images).logits, original(images), temperature=1.0))
 
 

@@ -16,7 +16,7 @@ from dfs_cli.nn.network import DynamicResNet
 
 _GATE_RATE, _BACKBONE_RATE = 5.0, 0.3
 # Adam divides by the gradient's size. The gate's gradient is small and mostly noise: with the usual epsilon that noise
-# would move the gate at full speed; with this one it moves as far as the gradient says.
+# would move the gate at full speed; with this one the gate moves in proportion to the gradient.
 _GATE_EPSILON = 1e-2
 _WEIGHT_DECAY = 1e-4
 _QUANTIZERS = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
@@ -24,16 +24,16 @@ _QUANTIZERS = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
 
 @dataclass
 class TuningState:
-    """What a run needs to go on after any step: save ``state_dict()``, and nothing else.
+    """The whole state of a run: ``state_dict()`` is all that must be saved to continue after any step.
 
     The position in the data is the step itself: epoch ``step // steps_per_epoch``, batch ``step % steps_per_epoch``.
 
     Args:
-        network: with its gate and quantizers.
-        optimizer: AdamW over gate, step sizes and backbone, a learning rate for each.
+        network: the network that is tuned.
+        optimizer: AdamW over controller, quantizers and backbone, with a learning rate for each.
         scheduler: cosine, per step.
-        steps_per_epoch, total_steps: the plan.
-        step: steps done.
+        steps_per_epoch, total_steps: lengths of an epoch and of the run.
+        step: number of steps done.
 
     The Lagrange multiplier of the budget is the controller's ``cost_multiplier``: raised while the cost is above the target,
     lowered below it (dual ascent).
@@ -59,10 +59,10 @@ class TuningState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, strictly.
+        """Restore ``state``, strictly.
 
         Raises:
-            ConfigError: it is of a run of other length or batch size.
+            ConfigError: it is the state of a run of another length or batch size.
         """
         if tuple(state["plan"]) != (plan := (self.steps_per_epoch, self.total_steps)):
             raise ConfigError(f"the saved run has {state['plan'][1]} steps in epochs of {state['plan'][0]}, not {plan}")
@@ -77,8 +77,8 @@ class TuningState:
 
 
 def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: int) -> TuningState:
-    """A fresh state, of as many steps as the settings give: the backbone learns three times slower than the step sizes, or
-    not at all where it is frozen."""
+    """The state before the first step. The backbone's learning rate is 0.3 times that of the quantizers; a frozen backbone has
+    none."""
     gate, quantizers, backbone = parameter_groups(network)
     groups = [
         {"params": gate, "lr": config.lr * _GATE_RATE, "weight_decay": 0.0, "eps": _GATE_EPSILON},
@@ -97,7 +97,7 @@ def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: i
 def parameter_groups(
     network: DynamicResNet,
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """The parameters of the controller, of the quantizers (step sizes) and of the backbone."""
+    """The parameters of the controller, of the quantizers (step sizes, batch-norm per bitwidth) and of the backbone."""
     gate = [p for name, p in network.named_parameters() if not name.startswith("backbone.")]
     quantizers: list[torch.nn.Parameter] = []
     backbone: list[torch.nn.Parameter] = []

@@ -13,6 +13,6 @@ def test_a_cascade_by_hand() -> None:
     cheap, dear = (confident_answers(logits.split(700)) for logits in many)
     networks = [StaticNetwork(0.01, cheap, cheap), StaticNetwork(0.04, dear, dear)]
     found = best_cascade(networks, 0.023, targets.repeat(1000), targets.repeat(1000))
-    assert found is not None and (found.cheap, found.dear) == (0, 1)
+    assert found is not None and (found.cheap, found.expensive) == (0, 1)
     assert found.top1 == 100 and found.share == 0.25 and found.cost == pytest.approx(0.02)
     assert best_cascade(networks, 0.009, targets.repeat(1000), targets.repeat(1000)) is None

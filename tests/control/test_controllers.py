@@ -205,16 +205,24 @@ def test_less_is_spent_where_more_gains_nothing(gate: GateKind) -> None:
 
 def test_targets_are_within_the_budget() -> None:
     for gate in ("rnn", "ff"):
-        started = start(gate)
+        started = start(gate, spend=True)
         assert started.target.cost == BUDGET and started.target.approached
         assert started.controller.cost_multiplier == 10.0
-    started = start("rnn", budget=1.0)
+    started = start("rnn", budget=1.0, spend=True)
     assert started.target.cost == pytest.approx(min(1.0, started.table.dearest))
     static = start("static")
     assert 0.9 * BUDGET < static.target.cost <= BUDGET and not static.target.approached
     probe = start("probe", spend=True)
     first = probe.table.cost(Decisions.of_pass(probe.network.run(torch.randn(1, *SIZE)).decisions.in_pass(0))).item()
     assert first + probe.target.share * probe.target.cost == pytest.approx(BUDGET)
+
+
+@all_gates
+def test_a_budget_that_is_too_large_to_be_of_use_is_started_as_a_smaller_one(gate: GateKind) -> None:
+    """The very same network: its accuracy cannot fall as the budget grows."""
+    large, larger = start(gate, 0.5), start(gate, 0.9)
+    assert large.target == larger.target and large.target.cost < 0.5
+    assert all(torch.equal(v, larger.network.state_dict()[k]) for k, v in large.network.state_dict().items())
 
 
 def test_what_each_needs_to_have_measured() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import Request, Sensitivity, controller_of
-from dfs_cli.control.static import best_block_mix, best_layer_mix, policy_of
+from dfs_cli.control.static import best_block_mix, best_layer_mix, policy_of, sufficient_cost
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.errors import ConfigError
@@ -152,3 +152,17 @@ def test_with_one_option_there_is_one_candidate_and_nothing_to_measure() -> None
     (only,) = controller.candidates(table, None, Request(0.1, False, 10, 10))
     assert set(only.layer_bits.values()) == {8}
     assert only.cost(Decisions.alike(policy_of(only), 1)).item() == pytest.approx(1 / 16)
+
+
+def test_the_cheapest_mix_of_little_harm_is_the_cheapest_of_all() -> None:
+    table = two_blocks()
+    harm = torch.rand(2, 5, generator=torch.Generator().manual_seed(3)).sort(dim=1, descending=True).values
+    harm[:, -1] = 0
+    for limit in (0.0, 0.3, 0.8, 5.0):
+        costs = [
+            table.cost(Decisions.of_pass(torch.tensor([mix]))).item()
+            for mix in product(range(5), repeat=2)
+            if sum(float(harm[block, option]) for block, option in enumerate(mix)) <= limit
+        ]
+        assert sufficient_cost(table, harm, limit) == pytest.approx(min(costs))
+    assert sufficient_cost(table, harm + 1, 0.5) == pytest.approx(table.dearest_pass(0)), "where no mix does so little"

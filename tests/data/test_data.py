@@ -149,7 +149,7 @@ def test_unreadable_images_are_counted_and_named_and_the_rest_is_kept(tmp_path: 
     log = UnreadableLog("validation", 300)
     log.add(batch.unreadable)
     log.add(batch.unreadable)
-    assert len(log.found) == 2
+    assert len(log.reasons) == 2
     with pytest.raises(DataError, match=r"more than 1% of the 199 validation images.*1\.png"):
         UnreadableLog("validation", 199).add(batch.unreadable)
 

@@ -125,6 +125,7 @@ def test_unreadable_training_images_are_counted_over_the_whole_split(make_folder
         dfs_cli.convert(model, 0.3, root, tuning=SHORT.replace(steps=2, batch_size=32))
 
 
+@pytest.mark.slow
 def test_examples_run(tmp_path: Path) -> None:
     examples = Path(__file__).parents[1] / "examples"
     for script in (

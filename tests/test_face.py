@@ -57,6 +57,7 @@ def test_submodules_and_names_can_be_imported_in_both_orders(first: str) -> None
     subprocess.run([sys.executable, "-W", "ignore", "-c", CHECK, first, ",".join(SUBMODULES)], check=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_submodules_import_backwards() -> None:
     code = "import importlib, sys\nfor name in reversed(sys.argv[1].split(',')): importlib.import_module(name)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, ",".join(SUBMODULES)], check=True, timeout=120)

@@ -52,7 +52,8 @@ def settings(job: Job, config: SweepConfig) -> tuple[float, DynamicConfig, bool]
     if job.method == "skipnet":
         preset = PRESETS["skipnet"]
         return job.budget, DynamicConfig(preset.bits, preset.fixed_bits, gate="rnn"), True
-    return job.budget, DynamicConfig(PRESETS["static"].bits, fixed_bits, gate="static"), False
+    # A rival may use all of the budget.
+    return job.budget, DynamicConfig(PRESETS["static"].bits, fixed_bits, gate="static"), True
 
 
 def static_fixed_bits(config: SweepConfig) -> int:

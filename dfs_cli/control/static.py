@@ -150,8 +150,10 @@ def best_block_mix(table: CostTable, sensitivity: Tensor, cost: float) -> Tensor
 
 
 def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float:
-    """Cost of the cheapest mix per block, in a first pass without a controller, whose total harm is at most ``harm`` nats; of the dearest
-    one where all do more."""
+    """Cost of the cheapest mix per block, in a first pass without a controller, whose total harm is at most ``harm`` nats.
+
+    Of a pass with every block at its widest where all mixes do more harm.
+    """
     blocks, options = sensitivity.shape
     costs, harms = table.option_costs[0].numpy().ravel(), sensitivity.double().cpu().numpy().ravel()
     one_each = np.kron(np.eye(blocks), np.ones(options))

@@ -21,7 +21,7 @@ _MACS = 2e12  # about a minute on a few CPU cores
 def measure(
     need: Need, network: DynamicResNet, plan: SurgeryPlan, table: CostTable, images: Tensor
 ) -> Sensitivity | None:
-    """Measure the sensitivity that a controller needs; None where it needs none or there is a single option.
+    """Measure the sensitivity that a controller needs; None where there is a single option.
 
     Args:
         images: (N, C, H, W); for large networks fewer are used, so that each measurement takes about a minute.

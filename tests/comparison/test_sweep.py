@@ -92,6 +92,7 @@ def test_nothing_is_deleted_before_the_settings_are_checked(tmp_path: Path) -> N
     assert not answers_folder(path).exists() and path.is_file()
 
 
+@pytest.mark.slow
 def test_budgets_can_be_added_to_a_sweep(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     sweep_digits(path, "--baselines", "none")

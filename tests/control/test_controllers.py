@@ -210,7 +210,7 @@ def test_targets_are_within_the_budget() -> None:
         assert started.controller.cost_multiplier == 10.0
     started = start("rnn", budget=1.0, spend=True)
     assert started.target.cost == pytest.approx(min(1.0, started.table.dearest))
-    static = start("static")
+    static = start("static", spend=True)
     assert 0.9 * BUDGET < static.target.cost <= BUDGET and not static.target.approached
     probe = start("probe", spend=True)
     first = probe.table.cost(Decisions.of_pass(probe.network.run(torch.randn(1, *SIZE)).decisions.in_pass(0))).item()

@@ -17,7 +17,8 @@ from dfs_cli.config import LARGE_BATCH
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.runtime import has_onnx
 from dfs_cli.freeze.batchnorm import fold_norms
-from dfs_cli.nn.network import Choose, DynamicResNet, Output, TuningTarget
+from dfs_cli.nn.network import Choose, DynamicResNet
+from dfs_cli.nn.passes import Output, TuningTarget
 
 DENSE_OF = {"pytorch-dfs": "pytorch-dense", "ort-dfs": "ort-fp32", "ort-int8-static": "ort-fp32"}
 """By the name of a candidate, the name of the dense network in the same runtime."""

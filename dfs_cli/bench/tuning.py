@@ -17,7 +17,8 @@ from dfs_cli.config import DynamicConfig, Preprocessing, TuningConfig
 from dfs_cli.control.base import Request, Sensitivity, controller_of
 from dfs_cli.conversion.defaults import resolve_device
 from dfs_cli.cost.table import CostTable
-from dfs_cli.nn.network import DynamicResNet, TuningTarget
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.observer import Observer
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs, plan_surgery

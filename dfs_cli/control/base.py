@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.operating_point import OperatingPoint
 from dfs_cli.cost.table import CostTable
-from dfs_cli.nn.network import DynamicResNet, Output, TuningTarget, View
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import Output, TuningTarget, View
 from dfs_cli.presets import FULL_BITS
 
 Tell = Callable[[float, float], None]

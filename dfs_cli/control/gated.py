@@ -13,7 +13,8 @@ from dfs_cli.control.static import NEGLIGIBLE_HARM, sufficient_cost
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.operating_point import OperatingPoint, cheapest_of_the_best, find_operating_point, target_cost
 from dfs_cli.cost.table import CostTable
-from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
 _FIRST_MULTIPLIER = 10.0  # too low to change a decision of an untrained gate
 _TRIED_SHARES = (0.75, 0.5, 0.3)

@@ -23,7 +23,8 @@ from dfs_cli.cost.operating_point import (
     sampling_error,
 )
 from dfs_cli.cost.table import CostTable
-from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
 ALWAYS_REFINE, NEVER_REFINE = -1e9, 1e9
 """Thresholds below and above every uncertainty; finite, so that they can be written as JSON."""

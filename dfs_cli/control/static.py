@@ -13,7 +13,8 @@ from dfs_cli.cost.operating_point import OperatingPoint
 from dfs_cli.cost.table import CostTable
 from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.errors import ConfigError
-from dfs_cli.nn.network import Answer, DynamicResNet, Output, TuningTarget, View
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
 NEGLIGIBLE_HARM = 0.002
 """In nats, before tuning: mixes that do less harm are not worth more bits where nothing corrects them."""

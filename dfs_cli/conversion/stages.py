@@ -26,7 +26,8 @@ from dfs_cli.data.preprocessing import train_transform
 from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
 from dfs_cli.freeze.biases import round_biases
 from dfs_cli.freeze.weights import freeze_weights
-from dfs_cli.nn.network import DynamicResNet, TuningTarget
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.observer import Observer
 from dfs_cli.records import StepRecord, Tuned
 from dfs_cli.surgery.initialise import fit_steps

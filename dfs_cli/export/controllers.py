@@ -24,7 +24,7 @@ from dfs_cli.export.gates import (
 )
 from dfs_cli.export.graph import Graph, Test
 from dfs_cli.export.part_writer import PartWriter, Pooled
-from dfs_cli.nn.network import View
+from dfs_cli.nn.passes import View
 
 
 class Results(NamedTuple):

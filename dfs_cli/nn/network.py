@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
+from dfs_cli.nn.passes import Output, TuningTarget, View
 from dfs_cli.nn.pooling import pools_after_one_convolution
 from dfs_cli.nn.precision import Precision, Routing
 from dfs_cli.presets import FULL_BITS
@@ -27,21 +28,6 @@ class Layout(Protocol):
     def stem(self, model: nn.Module, images: Tensor) -> Tensor: ...
 
     def head(self, model: nn.Module, features: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class View:
-    """What a pass sees of the images.
-
-    Args:
-        mirrored: the images are flipped along their width.
-    """
-
-    mirrored: bool = False
-
-    def of(self, images: Tensor) -> Tensor:
-        """The view of ``images`` (N, C, H, W)."""
-        return images.flip(-1) if self.mirrored else images
 
 
 @dataclass
@@ -63,52 +49,6 @@ class Block:
     precision: Precision
     channels: int
     keeps_input: bool = False
-
-
-class Answer(NamedTuple):
-    """The network's answer after a pass.
-
-    Args:
-        rows: indices (M,) of the images that took the pass; None: all of them.
-        logits: (M, classes).
-        probs: (M, L, K), in training, the probabilities with which the controller chose options block by block; None where it
-            gives none.
-    """
-
-    rows: Tensor | None
-    logits: Tensor
-    probs: Tensor | None = None
-
-
-class Output(NamedTuple):
-    """The result of a network for a batch of N images.
-
-    Args:
-        logits: (N, classes).
-        decisions: which passes the images took, and with which options.
-        answers: one for each pass that at least one image took.
-    """
-
-    logits: Tensor
-    decisions: Decisions
-    answers: tuple[Answer, ...]
-
-
-class TuningTarget(NamedTuple):
-    """What a network is tuned for.
-
-    Args:
-        cost: mean cost of the pass for which the controller chooses block by block, or of the static network.
-        share: share of a batch's images that take the second pass, where there is one.
-        approached: the target falls gradually from full execution to ``cost``, after a warm-up of the controller.
-        explored: the probability per block that images which skip it run its residual branch as well, without training its
-            weights, so that the controller learns what skipping costs.
-    """
-
-    cost: float
-    share: float = 0.0
-    approached: bool = False
-    explored: float = 0.1
 
 
 class Decider(Protocol):
@@ -204,7 +144,7 @@ class DynamicResNet(nn.Module):
         """One pass over ``images`` (N, C, H, W), with the options that ``choose`` returns block by block.
 
         Args:
-            explored: see :class:`TuningTarget`.
+            explored: see :class:`dfs_cli.nn.passes.TuningTarget`.
 
         Returns:
             Logits (N, classes) and the features (N, C', H', W') before the head.

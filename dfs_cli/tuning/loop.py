@@ -17,7 +17,7 @@ from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler
 from dfs_cli.errors import DivergedError
-from dfs_cli.nn.network import Output, TuningTarget
+from dfs_cli.nn.passes import Output, TuningTarget
 from dfs_cli.records import StepRecord
 from dfs_cli.tuning.losses import cost_excess, distillation_loss
 from dfs_cli.tuning.state import TuningState

@@ -15,7 +15,8 @@ from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.layers import FractionalLayer
-from dfs_cli.nn.network import DynamicResNet, TuningTarget
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs, plan_surgery

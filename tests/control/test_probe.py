@@ -9,7 +9,8 @@ from dfs_cli.control.base import HeldOut, Request, Sensitivity, controller_of
 from dfs_cli.control.probe import ALWAYS_REFINE, NEVER_REFINE, ProbeController, summarise, uncertainty
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.table import CostTable
-from dfs_cli.nn.network import DynamicResNet, TuningTarget
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.surgery.plan import plan_costs
 from dfs_cli.tuning.state import parameter_groups
 

@@ -12,7 +12,8 @@ from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.layers import FractionalLayer
-from dfs_cli.nn.network import Choose, TuningTarget, View
+from dfs_cli.nn.network import Choose
+from dfs_cli.nn.passes import TuningTarget, View
 from dfs_cli.presets import FULL_BITS
 from dfs_cli.tuning.state import parameter_groups
 

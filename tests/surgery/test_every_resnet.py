@@ -24,7 +24,8 @@ from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.models.zoo import candidate_names
-from dfs_cli.nn.network import DynamicResNet, TuningTarget
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.families import FAMILIES
 from dfs_cli.surgery.initialise import fit_steps

@@ -13,7 +13,7 @@ from dfs_cli.control.base import Request, Sensitivity, controller_of
 from dfs_cli.data.images import Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler, train_loader
 from dfs_cli.errors import ConfigError, DivergedError
-from dfs_cli.nn.network import TuningTarget
+from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.records import StepRecord
 from dfs_cli.surgery.plan import plan_costs
 from dfs_cli.tuning.loop import seed_everything, target_at, taught_images, teacher_logits, tune

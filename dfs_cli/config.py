@@ -78,6 +78,11 @@ class DynamicConfig(Json):
 
     Raises:
         ConfigError: a value is of another type or out of range, or two contradict each other.
+
+    Example:
+        >>> import dfs_cli
+        >>> dfs_cli.DynamicConfig(bits=(8, 0, 4), gate="rnn").bits
+        (0, 4, 8)
     """
 
     bits: tuple[int, ...] = PRESETS["lowbit"].bits
@@ -125,6 +130,12 @@ class TuningConfig(Json):
 
     Raises:
         ConfigError: a value is of another type or out of range, or both epochs and steps are given.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(batch_size=64)
+        >>> tuning.total_steps(steps_per_epoch=100), tuning.total_steps(steps_per_epoch=5000)
+        (400, 350)
     """
 
     epochs: Annotated[int, Field(ge=1)] | None = None
@@ -177,6 +188,12 @@ class Preprocessing(Json):
 
     Raises:
         ConfigError: a value is of another type or out of range.
+
+    Example:
+        >>> import dfs_cli
+        >>> grey = dfs_cli.Preprocessing((1, 8, 8), (1, 8, 8), "bilinear", 1.0, "center", mean=(0.5,), std=(0.25,))
+        >>> grey.replace(input_size=(1, 16, 16)).input_size
+        (1, 16, 16)
     """
 
     input_size: ImageSize
@@ -206,6 +223,11 @@ class DataConfig(Json):
 
     Raises:
         ConfigError: a value is of another type or out of range.
+
+    Example:
+        >>> import dfs_cli
+        >>> dfs_cli.DataConfig(data_dir="photos", num_samples=1000).names_data
+        True
     """
 
     data_dir: str | None = None
@@ -234,6 +256,13 @@ class SweepConfig(Json):
 
     Raises:
         ConfigError: a value is of another type or out of range.
+
+    Example:
+        >>> import dfs_cli
+        >>> dfs_cli.SweepConfig(budgets=(0.03, 0.03))
+        Traceback (most recent call last):
+        ...
+        dfs_cli.errors.ConfigError: a budget is given twice
     """
 
     budgets: Annotated[tuple[float, ...], Field(min_length=1)]

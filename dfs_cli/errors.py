@@ -6,6 +6,14 @@ class DfsError(Exception):
 
     ``exit_code`` is what the command line ends with: 2 for a mistake in the input, 1 for work that was done but
     failed.
+
+    Example:
+        >>> import dfs_cli
+        >>> try:
+        ...     dfs_cli.plan("resnt18")
+        ... except dfs_cli.DfsError as error:
+        ...     error.exit_code
+        2
     """
 
     exit_code = 2

@@ -12,7 +12,23 @@ if TYPE_CHECKING:
 
 
 class Observer:
-    """Told what a conversion or an evaluation does; override what you want to show."""
+    """Told what a conversion or an evaluation does; override what you want to show.
+
+    Example:
+        >>> import dfs_cli
+        >>> class Stages(dfs_cli.Observer):
+        ...     def stage(self, name, total):
+        ...         print(name)
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> _ = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning, observer=Stages())
+        loading held-out images
+        measuring
+        original
+        tuning
+        loading held-out images
+        setting the operating point
+        validation
+    """
 
     def job(self, name: str) -> None:
         """One of several conversions begins."""

@@ -47,6 +47,13 @@ class Evaluation(Json):
         images_per_second: of the network, without loading.
         dynamics: how much the decisions depended on the image.
         unreadable: names of the images that were left out.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> evaluation = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning).manifest.validation
+        >>> evaluation.images, evaluation.pass_shares[0], len(evaluation.choices[0])
+        (450, 1.0, 9)
     """
 
     images: Annotated[int, Field(ge=1)]
@@ -80,6 +87,11 @@ class Source(Json):
         weights: tag or file; None: not known.
         license, origin: as timm knows them.
         top1, top5: percent on the validation split; None: not measured.
+
+    Example:
+        >>> import dfs_cli
+        >>> dfs_cli.Source("mine.safetensors", license="mit").to_dict()["license"]
+        'mit'
     """
 
     weights: str | None = None

@@ -8,7 +8,7 @@ import pytest
 
 import dfs_cli
 
-pytestmark = pytest.mark.medium
+pytestmark = pytest.mark.slow
 
 
 def examples() -> Iterator[doctest.DocTest]:

@@ -47,6 +47,13 @@ class Manifest(Json):
 
     Raises:
         ConfigError: a value has the wrong type or is out of range, or two values contradict each other.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> manifest = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning).manifest
+        >>> dfs_cli.Manifest.from_json(manifest.to_json()) == manifest
+        True
     """
 
     architecture: str

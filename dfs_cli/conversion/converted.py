@@ -14,6 +14,13 @@ class Converted(NamedTuple):
     Args:
         network: in evaluation mode.
         manifest: its description.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> network, manifest = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning)
+        >>> manifest.architecture, network.bits == manifest.dynamic.bits
+        ('resnet20_digits', True)
     """
 
     network: DynamicResNet

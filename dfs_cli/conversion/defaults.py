@@ -37,7 +37,13 @@ def default_data(architecture: str, data: DataConfig | None = None) -> DataConfi
 
 
 def default_tuning(data: DataConfig | Splits | None = None) -> TuningConfig:
-    """The settings a conversion uses where none are given: small batches and no flips for the digits."""
+    """The settings a conversion uses where none are given: small batches and no flips for the digits.
+
+    Example:
+        >>> import dfs_cli
+        >>> dfs_cli.default_tuning(dfs_cli.DataConfig(dataset="digits")).batch_size, dfs_cli.default_tuning().batch_size
+        (64, 128)
+    """
     if isinstance(data, DataConfig) and data.dataset == DIGITS:
         return TuningConfig(batch_size=64, hflip=0.0)
     return TuningConfig()

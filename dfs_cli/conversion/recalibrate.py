@@ -44,6 +44,14 @@ def recalibrate(
     Raises:
         ConfigError: the budget cannot be reached; the message names the range.
         DataError: images are missing, unreadable, or of other classes.
+
+    Example:
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> converted = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning)
+        >>> moved = dfs_cli.recalibrate(converted, 0.05)
+        >>> moved.manifest.budget, moved.manifest.held_out.cost <= 0.05, moved.keeps_budget is None
+        (0.05, True, True)
     """
     check_budget(budget)
     observer = observer or Observer()

@@ -18,6 +18,15 @@ class Decisions:
 
     Args:
         options: (N, P, L), indices into the K options; ``NOT_RUN`` in passes that an image did not take.
+
+    Example:
+        >>> import torch
+        >>> import dfs_cli
+        >>> decisions = dfs_cli.Decisions(torch.tensor([[[1, 1], [-1, -1]], [[1, 1], [2, 0]]]))
+        >>> decisions.ran.tolist(), decisions.distinct()
+        ([[True, False], [True, True]], 2)
+        >>> decisions.bits((0, 4, 8)).tolist()
+        [[4, 4, -1, -1], [4, 4, 8, 0]]
     """
 
     options: Tensor

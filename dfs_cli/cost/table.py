@@ -52,6 +52,14 @@ class CostTable(Json):
 
     Raises:
         ConfigError: lengths or indices do not agree.
+
+    Example:
+        >>> import torch
+        >>> import dfs_cli
+        >>> table = dfs_cli.plan("resnet20_digits", dfs_cli.DynamicConfig(bits=(0, 8), gate="static"))
+        >>> policy = torch.ones(len(table.blocks), dtype=torch.long)
+        >>> table.cost(dfs_cli.Decisions.alike(policy, images=2)).round(decimals=6).tolist()
+        [0.0625, 0.0625]
     """
 
     options: tuple[int, ...]

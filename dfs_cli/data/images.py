@@ -48,6 +48,15 @@ class Images(Dataset[Sample]):
 
     ``draw`` makes random transforms repeatable: every process transforms an image in the same way until ``draw`` changes.
     With None, transforms use the global generators.
+
+    Example:
+        >>> import torch
+        >>> import dfs_cli
+        >>> source = torch.utils.data.TensorDataset(torch.zeros(4, 3, 8, 8), torch.arange(4))
+        >>> images = dfs_cli.Images(source, transform=lambda image: image + 1)
+        >>> image, target = images.subset([2])[0]
+        >>> float(image.mean()), target
+        (1.0, 2)
     """
 
     def __init__(

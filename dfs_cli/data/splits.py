@@ -33,6 +33,15 @@ class Splits:
         calibration: held out of ``train``; the operating point is set on it.
         validation: used once, for the reported figures.
         class_names: in the order of the class indices.
+
+    Example:
+        >>> import torch
+        >>> import dfs_cli
+        >>> def images(count):
+        ...     return dfs_cli.Images(torch.utils.data.TensorDataset(torch.zeros(count, 1, 8, 8), torch.arange(count) % 2))
+        >>> splits = dfs_cli.Splits(images(90), images(10), images(30), ("cat", "dog"))
+        >>> len(splits.train), splits.class_names[1]
+        (90, 'dog')
     """
 
     train: Images

@@ -108,6 +108,12 @@ def load_model(
     Raises:
         UnsupportedModelError: the architecture is unknown or cannot be converted.
         WeightsError: weights are missing, unreachable, unreadable or do not match.
+
+    Example:
+        >>> import dfs_cli
+        >>> model = dfs_cli.load_model("resnet18", pretrained=False, num_classes=50)
+        >>> model.fc.out_features
+        50
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -91,6 +91,18 @@ class DynamicResNet(nn.Module):
         fixed: the precision of the fixed layers.
         bits: the K options, ascending bitwidths.
         controller: chooses the options, a :class:`dfs_cli.control.base.Controller`.
+
+    Example:
+        >>> import torch
+        >>> import dfs_cli
+        >>> tuning = dfs_cli.TuningConfig(steps=1, batch_size=64, hflip=0.0)
+        >>> network, _ = dfs_cli.convert("resnet20_digits", 0.1, tuning=tuning)
+        >>> images = torch.rand(3, 1, 8, 8)
+        >>> output = network.run(images)
+        >>> output.logits.shape, output.decisions.options.shape
+        (torch.Size([3, 10]), torch.Size([3, 2, 9]))
+        >>> bool(torch.equal(network(images), output.logits))
+        True
     """
 
     controller: Decider

@@ -17,7 +17,7 @@ from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
 NEGLIGIBLE_HARM = 0.002
-"""In nats, before tuning: mixes that do less harm are not worth more bits where nothing corrects them."""
+"""In nats, before tuning: a mix that does less harm is not worth more bits, unless a budget is to be spent."""
 
 
 class StaticController(Controller):

@@ -49,7 +49,7 @@ _PLANNED_ERROR = 0.02
 # new ones.
 _AIM = (LOWEST_SHARE + HIGHEST_SHARE) / 2
 # How many shares of refined images are compared where less may be spent than the budget.
-_TRIED_SHARES = 51
+_TRIED_SHARES = 100
 
 
 def uncertainty(logits: Tensor) -> Tensor:
@@ -275,8 +275,9 @@ class ProbeController(Controller):
 
         point = point_of(affordable)
         if not request.spend and held_out.targets is not None:
-            tried = {round(affordable * i / (_TRIED_SHARES - 1)) for i in range(_TRIED_SHARES)}
-            point = cheapest_of_the_best([point_of(refined) for refined in sorted(tried)])
+            # The same shares for every budget: a larger one can choose from all that a smaller one can.
+            tried = (round(len(order) * i / _TRIED_SHARES) for i in range(_TRIED_SHARES + 1))
+            point = cheapest_of_the_best([point_of(refined) for refined in tried if refined <= affordable])
         self.operating_point = point.value
         tell(point.value, point.cost)
         return point

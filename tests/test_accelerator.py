@@ -15,6 +15,7 @@ pytestmark = pytest.mark.medium
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices made of Python",
 )
+@pytest.mark.slow
 def test_networks_run_on_another_device_and_seldom_wait_for_it(artifact: Path, tmp_path: Path) -> None:
     file = Path(shutil.copy(artifact, tmp_path))
     program = Path(__file__).with_name("on_accelerator.py")

@@ -145,6 +145,7 @@ def test_convert_is_reproducible(digits_model: nn.Module) -> None:
     assert all(torch.equal(v, second.network.state_dict()[k]) for k, v in first.network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_convert_takes_splits_of_the_caller_and_other_gates() -> None:
     model = timm_model("resnet20_cifar")
     converted = dfs_cli.convert(

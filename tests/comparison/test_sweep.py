@@ -35,6 +35,7 @@ def sweep_digits(path: Path, *more: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     shown = sweep_digits(path)

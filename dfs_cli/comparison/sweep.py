@@ -99,11 +99,13 @@ def sweep(
 
 def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> None:
     """Tune a job's network, and record what it achieves."""
-    known = results.record["original"]
-    converted = run(setup, observer, None if known is None else (known["top1"], known["top5"]))
+    if results.record["original"] is None:
+        with stages.own_generators(setup.tuning.seed):
+            top1, top5 = stages.evaluate_original(setup, observer)
+        results.record["original"] = {"top1": top1, "top5": top5}
+    original = results.record["original"]
+    converted = run(setup, observer, (original["top1"], original["top5"]))
     manifest = converted.manifest
-    if known is None:
-        results.record["original"] = {"top1": manifest.source.top1, "top5": manifest.source.top5}
     evaluation = manifest.validation
     assert evaluation is not None, "a conversion ends with an evaluation"
     point: dict[str, Any] = {

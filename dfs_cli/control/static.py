@@ -33,6 +33,7 @@ class StaticController(Controller):
 
     def __init__(self, table: CostTable) -> None:
         super().__init__(table, (View(),))
+        self.has_mix = bool(table.layer_bits)
         self.register_buffer("policy", policy_of(table), persistent=False)
 
     def run(
@@ -97,7 +98,8 @@ class StaticController(Controller):
         return TuningTarget(table.cost(Decisions.alike(policy_of(table), 1)).item())
 
     def policies(self) -> list[Tensor]:
-        return [self.policy]
+        """The policy; of a network that has no mix yet, those under which its sensitivities are measured."""
+        return [self.policy] if self.has_mix else super().policies()
 
     def set_operating_point(
         self,

@@ -13,7 +13,7 @@ from dfs_cli.config import Budget, Configuration, DynamicConfig, Preprocessing
 from dfs_cli.cost.operating_point import keeps_budget
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ArtifactError, ConfigError
-from dfs_cli.records import Evaluation, Source, Tuned
+from dfs_cli.records import Cost, Evaluation, Source, Tuned
 from dfs_cli.validation import Json, first_problem, validated
 
 FORMAT_VERSION = 6
@@ -43,6 +43,7 @@ class Manifest(Json):
         configuration: the resolved settings of the conversion; None where there was none.
         source: the original weights.
         held_out: what the network achieves on the held-out images, where its operating point was set.
+        movable: the least and the largest mean cost that it can be moved to without tuning; None: never tuned.
         validation: what the network achieves on the validation split; None if it was not evaluated.
 
     Raises:
@@ -67,6 +68,7 @@ class Manifest(Json):
     configuration: Configuration | None = None
     source: Source = dataclasses.field(default_factory=Source)
     held_out: Tuned | None = None
+    movable: tuple[Cost, Cost] | None = None
     validation: Evaluation | None = None
 
     def __post_init__(self) -> None:

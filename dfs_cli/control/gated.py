@@ -11,14 +11,21 @@ from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity
 from dfs_cli.control.gates import Gate, shift_preference
 from dfs_cli.control.static import NEGLIGIBLE_HARM, sufficient_cost
 from dfs_cli.cost.decisions import Decisions
-from dfs_cli.cost.operating_point import OperatingPoint, cheapest_of_the_best, find_operating_point, target_cost
+from dfs_cli.cost.operating_point import (
+    HIGHEST_SHARE,
+    OperatingPoint,
+    cheapest_of_the_best,
+    find_operating_point,
+    target_cost,
+)
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
 _FIRST_MULTIPLIER = 10.0  # too low to change a decision of an untrained gate
-_TRIED_SHARES = (0.75, 0.5, 0.3)
-"""Shares of what the budget allows, at which it is tried whether less does as well."""
+_TRIED, _HIGHEST, _RATIO = 28, 64.0, 1.3
+"""Cost multipliers at which it is tried whether less than the budget does as well: how many, the highest, in units of one over
+the mean cost of a block at its widest, and the ratio of each to the next."""
 
 
 class GatedController(Controller):
@@ -124,37 +131,62 @@ class GatedController(Controller):
         request: Request,
         tell: Tell = lambda value, cost: None,
     ) -> OperatingPoint:
-        """Set the cost multiplier; where images differ in cost, the aim is a little below the budget (see
+        """Set the cost multiplier. Where images differ in cost, the aim is a little below the budget (see
         :func:`dfs_cli.cost.operating_point.target_cost`)."""
-        tried: dict[float, OperatingPoint] = {}
-
-        @torch.inference_mode()
-        def cost_at(value: float) -> Tensor:
-            self.operating_point = value
-            outputs = [network.run(images) for images in held_out.batches]
-            cost = torch.cat([table.cost(output.decisions).cpu() for output in outputs])
-            top1 = held_out.top1(torch.cat([output.logits.argmax(dim=1) for output in outputs]))
-            tried[value] = OperatingPoint(value, float(cost.mean()), top1)
-            tell(value, float(cost.mean()))
-            return cost
-
         network.eval()
+        point = None
+        if not request.spend and held_out.targets is not None:
+            point = self._cheapest_of_the_best(network, table, held_out, request, tell)
+        if point is None:
+            point = self._dearest_affordable(network, table, held_out, request, tell)
+        self.operating_point = point.value
+        return point
+
+    @torch.inference_mode()
+    def _at(
+        self, network: DynamicResNet, table: CostTable, held_out: HeldOut, value: float
+    ) -> tuple[Tensor, float | None]:
+        """The costs (N,) of the held-out images at a cost multiplier, and their top-1."""
+        self.operating_point = value
+        outputs = [network.run(images) for images in held_out.batches]
+        costs = torch.cat([table.cost(output.decisions).cpu() for output in outputs])
+        return costs, held_out.top1(torch.cat([output.logits.argmax(dim=1) for output in outputs]))
+
+    def _dearest_affordable(
+        self, network: DynamicResNet, table: CostTable, held_out: HeldOut, request: Request, tell: Tell
+    ) -> OperatingPoint:
+        """The point whose cost is closest to what the budget allows, by bisection."""
+        tried: dict[float, tuple[Tensor, float | None]] = {}
+
+        def cost_at(value: float) -> Tensor:
+            tried[value] = self._at(network, table, held_out, value)
+            tell(value, float(tried[value][0].mean()))
+            return tried[value][0]
+
         point = find_operating_point(cost_at, request.budget, start=self.operating_point)
-        deviation = float(cost_at(point.value).std(unbiased=False))
+        deviation = float(tried[point.value][0].std(unbiased=False))
         target = target_cost(request.budget, deviation, len(held_out), request.images)
         if target < request.budget:
             point = find_operating_point(cost_at, target, start=point.value)
-        point = tried[point.value]
-        if not request.spend and held_out.targets is not None:
-            cheaper = point
-            for share in _TRIED_SHARES:
-                if share * point.cost < table.cheapest:
-                    break
-                cheaper = find_operating_point(cost_at, share * point.cost, cheaper.value, tolerance=0.1)
-            # What was tried on the way is looked at, too.
-            point = cheapest_of_the_best([p for p in tried.values() if p.cost <= max(target, point.cost)])
-        self.operating_point = point.value
-        return point
+        return point._replace(top1=tried[point.value][1])
+
+    def _cheapest_of_the_best(
+        self, network: DynamicResNet, table: CostTable, held_out: HeldOut, request: Request, tell: Tell
+    ) -> OperatingPoint | None:
+        """Of multipliers that are the same for every budget, from the cheapest on, the best one that the budget pays for: a
+        larger budget can choose from all that a smaller one can. None where it pays for none of them."""
+        unit = 1 / float(self.option_costs[0, :, -1].mean())
+        points = []
+        for i in range(_TRIED):
+            value = _HIGHEST * unit * _RATIO**-i
+            costs, top1 = self._at(network, table, held_out, value)
+            cost, deviation = float(costs.mean()), float(costs.std(unbiased=False))
+            tell(value, cost)
+            if cost <= target_cost(request.budget, deviation, len(held_out), request.images):
+                points.append(OperatingPoint(value, cost, top1))
+            elif cost > HIGHEST_SHARE * request.budget:
+                break
+        return cheapest_of_the_best(points) if points else None
 
     def movable(self, table: CostTable) -> tuple[float, float]:
         return table.cheapest, table.dearest

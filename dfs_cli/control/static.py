@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity, Tell
 from dfs_cli.cost.decisions import Decisions
-from dfs_cli.cost.operating_point import OperatingPoint
+from dfs_cli.cost.operating_point import LOWEST_SHARE, OperatingPoint
 from dfs_cli.cost.table import CostTable
 from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.errors import ConfigError
@@ -67,24 +69,20 @@ class StaticController(Controller):
     def cost_multiplier(self, value: float) -> None: ...
 
     def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:
-        """The best mix per layer and the best mix per block, one where they are the same; where there is one option, all of
-        that."""
+        """The best mix per layer and the best mix per block; one where they are the same, or where the other cannot be had.
+        Where there is one option, all of that."""
         if len(table.options) == 1:
             (bits,) = table.options
             return [table.with_layer_bits({layer.name: bits for layer in table.layers if layer.block is not None})]
         assert sensitivity is not None and sensitivity.layers is not None, "declared as needed"
-        budget = request.budget
+        budget, least = request.budget, LOWEST_SHARE * request.budget
         if not request.spend:
-            budget = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM))
-        by_block = best_block_mix(table, sensitivity.blocks, budget)
-        mixes = [
-            best_layer_mix(table, sensitivity, budget),
-            {
-                layer.name: table.options[int(by_block[layer.block])]
-                for layer in table.layers
-                if layer.block is not None
-            },
-        ]
+            budget, least = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)), 0.0
+        mixes = [best_layer_mix(table, sensitivity, budget, least)]
+        with suppress(ConfigError):  # blocks are coarser than layers
+            options = best_block_mix(table, sensitivity.blocks, budget, least)
+            layers = [layer for layer in table.layers if layer.block is not None]
+            mixes.append({layer.name: table.options[int(options[layer.block or 0])] for layer in layers})
         return [table.with_layer_bits(mix) for i, mix in enumerate(mixes) if mix not in mixes[:i]]
 
     def start(
@@ -133,22 +131,22 @@ def policy_of(table: CostTable) -> Tensor:
     return widest
 
 
-def best_block_mix(table: CostTable, sensitivity: Tensor, cost: float) -> Tensor:
+def best_block_mix(table: CostTable, sensitivity: Tensor, cost: float, least: float = 0.0) -> Tensor:
     """Options (L,) of least total harm in a first pass that costs at most ``cost``, without a controller.
 
     Harms are taken to add up, as in HAWQ-V3 (Yao et al., 2021).
 
     Args:
         sensitivity: (L, K), what each option of each block does to the predictions alone.
-        cost: as a fraction of the dense network's.
+        cost, least: at most and at least so much, as fractions of the dense network's cost.
 
     Raises:
-        ConfigError: the cheapest options cost more.
+        ConfigError: no mix costs that.
     """
     blocks, options = sensitivity.shape
     one_each = np.kron(np.eye(blocks), np.ones(options))
     harm = sensitivity.double().cpu().numpy().ravel()
-    chosen = _choose(harm, table.option_costs[0].numpy().ravel(), one_each, table, cost)
+    chosen = _choose(harm, table.option_costs[0].numpy().ravel(), one_each, table, cost, least)
     return torch.from_numpy(chosen.reshape(blocks, options).argmax(axis=1))
 
 
@@ -167,15 +165,15 @@ def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float
     return table.fixed_layers_cost + float(costs @ solution.x.round())
 
 
-def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float) -> dict[str, int]:
+def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float, least: float = 0.0) -> dict[str, int]:
     """Bitwidths of the blocks' layers, by name, of least total harm that cost at most ``cost``, without a controller; 0 for all
     layers of a block that is skipped, where skipping is an option.
 
     Args:
-        cost: as a fraction of the dense network's.
+        cost, least: at most and at least so much, as fractions of the dense network's cost.
 
     Raises:
-        ConfigError: the cheapest choice costs more.
+        ConfigError: no mix costs that.
     """
     assert sensitivity.layers is not None, "asked for"
     layers = [layer for layer in table.layers if layer.block is not None]
@@ -189,14 +187,15 @@ def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float) -> d
     costs = np.outer(shares, [mac_cost(b) for b in bits.tolist()])
     harm = sensitivity.layers[:, runs].double().cpu().numpy().ravel()
     skipping = sensitivity.blocks[list(blocks), 0].double().cpu().numpy()
-    chosen = _choose(
-        np.concatenate([harm, skipping]), np.concatenate([costs.ravel(), np.zeros(len(blocks))]), one_each, table, cost
-    )
+    harms, prices = np.concatenate([harm, skipping]), np.concatenate([costs.ravel(), np.zeros(len(blocks))])
+    chosen = _choose(harms, prices, one_each, table, cost, least)
     kept = chosen[: costs.size].reshape(costs.shape)
     return {layer.name: int(row @ bits) for layer, row in zip(layers, kept, strict=True)}
 
 
-def _choose(harm: np.ndarray, costs: np.ndarray, one_each: np.ndarray, table: CostTable, cost: float) -> np.ndarray:
+def _choose(
+    harm: np.ndarray, costs: np.ndarray, one_each: np.ndarray, table: CostTable, cost: float, least: float
+) -> np.ndarray:
     """Which of V choices to make (V,), solved exactly as an integer program (HiGHS, by SciPy).
 
     Args:
@@ -204,16 +203,18 @@ def _choose(harm: np.ndarray, costs: np.ndarray, one_each: np.ndarray, table: Co
         one_each: (R, V), the choices of which exactly one is to be made, a row each.
     """
     spendable = cost - table.fixed_layers_cost
+    to_spend = least - table.fixed_layers_cost if least > 0 else -np.inf
     # Costs as shares of the largest: the solver's tolerances are absolute.
     scale = (one_each * costs).max(axis=1).sum()
     constraints = [
         LinearConstraint(one_each, 1, 1),
-        LinearConstraint(costs[None] / scale, -np.inf, spendable / scale * (1 + 1e-9) + 1e-12),
+        LinearConstraint(costs[None] / scale, to_spend / scale, spendable / scale * (1 + 1e-9) + 1e-12),
     ]
     # Of equal harm the cheaper one is taken.
     objective = harm / max(harm.max(), 1e-12) + 1e-9 * costs / costs.max()
     solution = milp(objective, constraints=constraints, integrality=np.ones(len(costs)), bounds=Bounds(0, 1))
     if not solution.success:
-        raise ConfigError(f"no static mix of these options costs {cost:g} or less: {solution.message}")
+        limits = f"{least:g} to {cost:g}" if least > 0 else f"{cost:g} or less"
+        raise ConfigError(f"no static mix of these options costs {limits}: {solution.message}")
     chosen: np.ndarray = solution.x.round().astype(int)
     return chosen

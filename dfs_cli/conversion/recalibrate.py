@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 from dfs_cli.config import DataConfig, TuningConfig, check_budget
 from dfs_cli.control.base import Request, controller_of
@@ -58,7 +59,8 @@ def recalibrate(
     manifest, network = converted.manifest, copy.deepcopy(converted.network)
     low, high = controller_of(network).movable(manifest.table)
     if not low <= budget or (spend and not LOWEST_SHARE * budget <= high):
-        raise ConfigError(f"budget {budget:g} is outside what this network can be moved to: {low:.4f} to {high:.4f}")
+        least = math.ceil(low * 1e4) / 1e4  # rounded to nearest, it might not be reachable
+        raise ConfigError(f"budget {budget:g} is outside what this network can be moved to: {least:.4f} to {high:.4f}")
     made_with = manifest.configuration
     tuning = made_with.tuning if made_with else TuningConfig()
     if not isinstance(data, Images):

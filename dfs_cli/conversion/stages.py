@@ -208,6 +208,7 @@ def finish(
         configuration=setup.configuration.replace(unreadable_training_images=tuple(sorted(planned.unreadable.reasons))),
         source=setup.source.replace(top1=original[0], top5=original[1]),
         held_out=Tuned(point.cost, point.top1),
+        movable=controller_of(network).movable(table),
         validation=evaluation,
     )
     return Converted(network, manifest)

@@ -138,7 +138,7 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "cost_max": evaluation.cost_max,
         "cost_all_8_bit": table.uniform_cost(8),
         "cost_always": table.fixed_cost(0),
-        "reachable_budgets": [table.cheapest, table.dearest],
+        "reachable_budgets": list(manifest.movable or (table.cheapest, table.dearest)),
         "gmacs_dense": table.dense_macs / 1e9,
         "gmacs_bitweighted": table.dense_macs * evaluation.cost / 1e9,
         "option_shares": option_shares(table, evaluation),

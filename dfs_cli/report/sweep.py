@@ -139,7 +139,8 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
     axes.set_ylabel("top-1 (%)")
     axes.set_title(f"{results['model']}: accuracy over cost", fontsize=10)
     axes.grid(True, which="major", color="0.92", zorder=0)
-    figure.legend(frameon=False, loc="outside lower center", ncols=len(_STYLES), fontsize=8)
+    if rows:
+        figure.legend(frameon=False, loc="outside lower center", ncols=len(_STYLES), fontsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _label(figure, axes, labels)

@@ -166,6 +166,11 @@ def spending_text(report: dict[str, Any]) -> str:
         return f"{share}, which was to be spent"
     if report["cost"] > 0.9 * report["budget"]:
         return share
+    least, most = report["reachable_budgets"]
+    if least == most:
+        return f"{share}: more bits would change next to nothing, or its options have no more"
+    if most < 0.9 * report["budget"]:
+        share += f", of which this network can spend {most:.4f}"
     return f"{share}: on the held-out images more gains nothing (--spend reaches for the budget itself)"
 
 

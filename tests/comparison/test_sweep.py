@@ -154,3 +154,11 @@ def test_a_sweep_of_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
     path.write_text("[]")
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "not the result of a sweep" in result.stderr
+
+
+def test_a_sweep_in_which_nothing_could_be_tuned_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    shown = sweep_digits(path, "--baselines", "none", "--lr", "1e30")
+    results = json.loads(path.read_text())
+    assert results["points"] == [] and results["original"]["top1"] > 99
+    assert "without dfs 0.05: the loss is" in shown

@@ -131,3 +131,22 @@ def test_other_images_keep_the_budget_too(gate: str, share: float) -> None:
     with torch.no_grad():
         cost = table.cost(network.run(others).decisions).mean().item()
     assert 0.9 * budget <= cost <= 1.01 * budget
+
+
+@pytest.mark.parametrize("gate", ["rnn", "ff"])
+def test_held_out_accuracy_does_not_fall_as_the_budget_grows(gate: str) -> None:
+    """With random classes accuracy over cost goes up and down; the best affordable point is taken all the same."""
+    config = RNN.replace(gate=gate)
+    network, table = make_dynamic(tiny_resnet(), config), plan_costs(tiny_resnet(), config, SIZE)
+    spread_gate(network)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(120, *SIZE, generator=generator)
+    held_out = HeldOut([images], torch.randint(5, (120,), generator=generator))
+    points = []
+    for budget in (0.055, 0.06, 0.07, 0.08, 0.1, 0.13, 0.2, 0.4, 0.7):
+        request = Request(budget, False, len(held_out), 120)
+        points.append(controller_of(network).set_operating_point(network, table, held_out, request))
+        assert points[-1].cost <= budget
+    top1 = [point.top1 for point in points]
+    assert all(value is not None for value in top1) and top1 == sorted(top1)  # type: ignore[type-var]
+    assert len(set(top1)) > 1, "the test needs budgets that make a difference"

@@ -166,3 +166,26 @@ def test_the_cheapest_mix_of_little_harm_is_the_cheapest_of_all() -> None:
         ]
         assert sufficient_cost(table, harm, limit) == pytest.approx(min(costs))
     assert sufficient_cost(table, harm + 1, 0.5) == pytest.approx(table.dearest_pass(0)), "where no mix does so little"
+
+
+def test_sensitivities_are_measured_under_every_option_and_a_mix_runs_alone() -> None:
+    model = tiny_resnet()
+    table = plan_costs(model, STATIC, SIZE)
+    unmixed = controller_of(make_dynamic(model, STATIC, table=table))
+    assert [int(policy[0]) for policy in unmixed.policies()] == [0, 1, 2], "all but floating point"
+    mixed = table.with_layer_bits({layer.name: 4 for layer in table.layers if layer.block is not None})
+    (policy,) = controller_of(make_dynamic(model, STATIC, table=mixed)).policies()
+    assert policy.tolist() == [1] * 5
+
+
+def test_a_budget_that_is_to_be_spent_is_spent_or_refused_before_tuning() -> None:
+    table, layers = two_blocks(), harm_of_layers()
+    layers[:, 2:] = 0
+    harmless = Sensitivity(torch.tensor([[9.0, 1.0, 0.0, 0.0, 0.0]] * 2), layers)
+    controller = controller_of(make_dynamic(tiny_resnet(), STATIC))
+    for budget in (0.05, 0.3, 0.9):
+        for candidate in controller.candidates(table, harmless, Request(budget, True, 10, 10)):
+            cost = candidate.cost(Decisions.alike(policy_of(candidate), 1)).item()
+            assert 0.9 * budget <= cost <= budget * (1 + 1e-6)
+    with pytest.raises(ConfigError, match=r"costs 0\.0018 to 0\.002"):
+        controller.candidates(table, harmless, Request(0.002, True, 10, 10))

@@ -1,5 +1,6 @@
 """The way through a conversion, on the digits, with next to no tuning."""
 
+import math
 import random
 from functools import cache
 
@@ -134,7 +135,7 @@ def test_a_tuned_network_moves_to_other_budgets_and_is_left_as_it_was() -> None:
         assert least * (1 - 1e-9) <= moved.manifest.held_out.cost <= budget
         assert moved.network.controller.operating_point == moved.manifest.operating_point
     assert original.network.controller.operating_point == before
-    with pytest.raises(ConfigError, match=f"can be moved to: {low:.4f} to {high:.4f}"):
+    with pytest.raises(ConfigError, match=f"can be moved to: {math.ceil(1e4 * low) / 1e4:.4f} to {high:.4f}"):
         recalibrate(original, 0.9 * low, DATA)
     with pytest.raises(ConfigError, match="can be moved to"):
         recalibrate(original, 1.0, DATA, spend=True)

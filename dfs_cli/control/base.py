@@ -86,10 +86,6 @@ class Controller(nn.Module, ABC):
 
     needs: ClassVar[Need]
     """What must be measured before :meth:`start`."""
-    hard_crops: ClassVar[bool] = False
-    """Whether the operating point is set on harder crops than those of training: where it is a matter of confidence, of
-    which the original has too much on images it has been trained on."""
-
     option_costs: Tensor
 
     def __init__(self, table: CostTable, views: tuple[View, ...]) -> None:
@@ -150,6 +146,15 @@ class Controller(nn.Module, ABC):
         Args:
             sample: held-out images (N, C, H, W).
         """
+
+    def uses_hard_crops(self, spend: bool) -> bool:
+        """Whether the operating point is set on harder crops than those of training: where it is a matter of confidence or
+        accuracy, of which the original has too much on images it has been trained on.
+
+        Args:
+            spend: see :class:`Request`.
+        """
+        return False
 
     def policies(self) -> list[Tensor]:
         """Policies, (L,) each, that together run every layer at each of its bitwidths but floating point."""

@@ -23,7 +23,7 @@ from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
 _FIRST_MULTIPLIER = 10.0  # too low to change a decision of an untrained gate
-_TRIED, _HIGHEST, _RATIO = 28, 64.0, 1.3
+_TRIED, _HIGHEST, _RATIO = 52, 64.0, 1.15
 """Cost multipliers at which it is tried whether less than the budget does as well: how many, the highest, in units of one over
 the mean cost of a block at its widest, and the ratio of each to the next."""
 
@@ -187,6 +187,10 @@ class GatedController(Controller):
             elif cost > HIGHEST_SHARE * request.budget:
                 break
         return cheapest_of_the_best(points) if points else None
+
+    def uses_hard_crops(self, spend: bool) -> bool:
+        """Where accuracies are compared."""
+        return not spend
 
     def movable(self, table: CostTable) -> tuple[float, float]:
         return table.cheapest, table.dearest

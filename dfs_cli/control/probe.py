@@ -91,7 +91,6 @@ class ProbeController(Controller):
     """
 
     needs = Need.BLOCKS
-    hard_crops = True
     gate: SecondPassGate
     policy: Tensor
     multiplier: Tensor
@@ -281,6 +280,9 @@ class ProbeController(Controller):
         self.operating_point = point.value
         tell(point.value, point.cost)
         return point
+
+    def uses_hard_crops(self, spend: bool) -> bool:
+        return True
 
     def movable(self, table: CostTable) -> tuple[float, float]:
         low = self._first_cost(table)

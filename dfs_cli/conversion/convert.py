@@ -75,7 +75,7 @@ def run(setup: Setup, observer: Observer, original: tuple[float, float] | None =
         stages.tune_network(setup, planned, observer)
         held_out = stages.held_out_images(
             setup.splits.calibration,
-            controller_of(planned.network).hard_crops,
+            controller_of(planned.network).uses_hard_crops(setup.request.spend),
             setup.preprocessing,
             setup.tuning,
             setup.workers,

@@ -73,7 +73,7 @@ def recalibrate(
         data = splits.calibration
     held_out = stages.held_out_images(
         data,
-        controller_of(network).hard_crops,
+        controller_of(network).uses_hard_crops(spend),
         manifest.preprocessing,
         tuning,
         default_workers(data) if workers is None else workers,

@@ -165,7 +165,7 @@ def held_out_images(
     """Held-out images in memory (every operating point is tried on all of them), and their classes.
 
     Args:
-        use_hard_crops: as the controller's ``hard_crops`` says.
+        use_hard_crops: as the controller's ``uses_hard_crops`` says.
     """
     shown = hard_crops(images, preprocessing, tuning) if use_hard_crops else images
     observer.stage("loading held-out images", len(shown))

@@ -18,14 +18,15 @@ from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.defaults import default_data, default_tuning, resolve_device
 from dfs_cli.conversion.recalibrate import recalibrate
-from dfs_cli.conversion.stages import EVAL_BATCH
+from dfs_cli.conversion.setup import EVAL_BATCH
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
-from dfs_cli.data.loading import default_workers, eval_loader
+from dfs_cli.data.loading import choose_workers, eval_loader
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import Splits, open_validation
 from dfs_cli.errors import ConfigError, DataError, DfsError
+from dfs_cli.evaluation.chance import CHANCE_HINT, better_than_chance
 from dfs_cli.evaluation.evaluate import evaluate_network
 from dfs_cli.export.runtime import require_onnx
 from dfs_cli.models.cifar import DIGITS_MODEL
@@ -170,16 +171,21 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"batch-size {batch_size} is below 1")
     if not isinstance(data, Images):
-        data = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.class_names)
+        source = default_data(manifest.architecture, data)
+        data = open_validation(source, manifest.preprocessing, manifest.class_names, observer.note)
     device = network.device
-    workers = default_workers(data) if workers is None else workers
+    workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
     observer.stage("evaluating", len(data))
     loader = eval_loader(data, batch_size, workers, device.type == "cuda")
     log = UnreadableLog("validation", len(data))
     layout = torch.contiguous_format
     if channels_last:
         layout, network = torch.channels_last, copy.deepcopy(network).to(memory_format=torch.channels_last)
-    return evaluate_network(network, manifest.table, loader, device, log, amp, layout, observer.advance)
+    evaluation = evaluate_network(network, manifest.table, loader, device, log, amp, layout, observer.advance)
+    classes = manifest.model_args.num_classes
+    if not better_than_chance(evaluation.top1, evaluation.images, classes):
+        observer.note(f"the network {CHANCE_HINT.format(top1=evaluation.top1, classes=classes)}")
+    return evaluation
 
 
 def export_onnx(
@@ -234,11 +240,11 @@ def export_onnx(
         labelled, log = False, None
     else:
         if not isinstance(data, Images):
-            data = open_validation(
-                default_data(manifest.architecture, data), manifest.preprocessing, manifest.class_names
-            )
+            source = default_data(manifest.architecture, data)
+            data = open_validation(source, manifest.preprocessing, manifest.class_names, observer.note)
         labelled, log = True, UnreadableLog("validation", len(data))
-        batches = eval_loader(data, EVAL_BATCH, default_workers(data) if workers is None else workers)
+        workers = choose_workers(workers, data, manifest.preprocessing, EVAL_BATCH, observer.note)
+        batches = eval_loader(data, EVAL_BATCH, workers)
     observer.stage("comparing", None)  # once with 8-bit features, and once more where they do not do
 
     def note(batch: Batch) -> None:

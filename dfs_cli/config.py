@@ -218,6 +218,7 @@ class DataConfig(Json):
         data_dir: root folder; in ImageFolder layout where ``dataset`` is empty.
         dataset: a reader of ``timm.data.create_dataset``, as ``torch/cifar10``; ``digits`` for the embedded data.
         train_split, val_split: split names; None: the usual names are tried.
+        class_map: file with the classes in the order of their indices, as timm reads it; None: the data's own order.
         num_samples: at most so many images of each split, drawn once by the seed.
         download: let the reader download the dataset where it supports that.
 
@@ -234,6 +235,7 @@ class DataConfig(Json):
     dataset: str = ""
     train_split: str | None = None
     val_split: str | None = None
+    class_map: str | None = None
     num_samples: Annotated[int, Field(ge=1)] | None = None
     download: bool = False
 

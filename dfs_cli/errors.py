@@ -1,6 +1,11 @@
 """The exceptions of dfs. Each message is one line that a person can act on."""
 
 
+def printable(text: str) -> str:
+    """``text`` in one line that changes nothing in a terminal: control characters and line ends as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class DfsError(Exception):
     """Base of every error that dfs raises on purpose.
 
@@ -19,7 +24,7 @@ class DfsError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))  # names of files may hold anything
 
 
 class ConfigError(DfsError, ValueError):

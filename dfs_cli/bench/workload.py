@@ -15,7 +15,7 @@ from dfs_cli.config import LARGE_BATCH, DataConfig, DynamicConfig
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, UnreadableLog
-from dfs_cli.data.loading import default_workers, load_all
+from dfs_cli.data.loading import choose_workers, load_all
 from dfs_cli.data.splits import open_validation
 from dfs_cli.errors import ConfigError
 from dfs_cli.freeze.biases import round_biases
@@ -141,7 +141,8 @@ def workload_of_file(path: Path, mix: Mix | None = None, data: DataConfig | None
     if data is not None:
         split = open_validation(data, manifest.preprocessing, manifest.class_names)
         log = UnreadableLog("validation", len(split))
-        batches, targets = load_all(split, LARGE_BATCH, default_workers(split), torch.device("cpu"), log)
+        workers = choose_workers(None, split, manifest.preprocessing, LARGE_BATCH)
+        batches, targets = load_all(split, LARGE_BATCH, workers, torch.device("cpu"), log)
         known = Batch(torch.cat(batches), targets, ())
         images = known.images[:LARGE_BATCH]
         cost = _mean_cost(network, table, images)

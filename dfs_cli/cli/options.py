@@ -50,7 +50,7 @@ DataDir = Annotated[
     Path | None,
     _option(
         "--data", "--data-dir", metavar="DIR", panel=DATA,
-        help="Images: class folders in train/ and val/ (or validation/, test/).",
+        help="Images: class folders in train/ and val/ (or valid/, validation/, eval/, test/).",
     ),
 ]  # fmt: skip
 Dataset = Annotated[
@@ -65,6 +65,13 @@ TrainSplit = Annotated[
 ValSplit = Annotated[
     str | None, _option("--val-split", metavar="NAME", panel=DATA, help="Name of the validation split.")
 ]
+ClassMap = Annotated[
+    Path | None,
+    _option(
+        "--class-map", metavar="FILE", panel=DATA,
+        help="Names of the class folders in the order of the model's classes, a line each (default: natural order).",
+    ),
+]  # fmt: skip
 NumSamples = Annotated[
     int | None, _option("--num-samples", metavar="N", panel=DATA, help="Use at most N images of each split.")
 ]
@@ -183,6 +190,7 @@ class EvalDataOptions:
     data: DataDir = None
     dataset: Dataset = ""
     val_split: ValSplit = None
+    class_map: ClassMap = None
     num_samples: NumSamples = None
     dataset_download: Download = False
 
@@ -193,6 +201,7 @@ class EvalDataOptions:
             dataset=self.dataset,
             train_split=getattr(self, "train_split", None),
             val_split=self.val_split,
+            class_map=None if self.class_map is None else str(self.class_map),
             num_samples=self.num_samples,
             download=self.dataset_download,
         )

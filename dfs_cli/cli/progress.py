@@ -165,7 +165,7 @@ class PlainObserver(Observer):
         self._print(estimate_text(seconds))
 
     def note(self, text: str) -> None:
-        self._print(text)
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _print(self, line: str) -> None:
         if self.logs:

@@ -77,6 +77,7 @@ def sweep(
         plan_costs(module, dynamic, preprocessing.input_size).check_budget(budget, config.spend)
     results = open_results(path, module, config, tuning, data, preprocessing, restart)
     observer = observer or Observer()
+    say = observer.note
     for seed in range(tuning.seed, tuning.seed + config.seeds):
         planned = jobs(config, seed)
         for number, job in enumerate(planned, 1):
@@ -85,7 +86,9 @@ def sweep(
             observer.job(f"{job.name} ({number} of {len(planned)})")
             budget, dynamic, spend = settings(job, config)
             try:
-                setup = prepare(module, budget, data, dynamic, tuning.replace(seed=seed), preprocessing, spend=spend)
+                seeded = tuning.replace(seed=seed)
+                setup = prepare(module, budget, data, dynamic, seeded, preprocessing, spend=spend, say=say)
+                say = _say_nothing  # the images are those of the first network
                 _measure(job, setup, results, observer)
             except (ConfigError, DivergedError) as error:
                 # A budget that a baseline cannot reach is a result, not a failure; so is any run that diverged.
@@ -95,6 +98,9 @@ def sweep(
         if "cascade" in config.baselines:
             _update_cascades(seed, config, results)
     return results.record
+
+
+def _say_nothing(text: str) -> None: ...
 
 
 def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> None:

@@ -57,8 +57,8 @@ def convert(
         >>> converted.keeps_budget
         True
     """
-    setup = prepare(model, budget, data, dynamic, tuning, preprocessing, source, spend)
-    return run(setup, observer or Observer())
+    observer = observer or Observer()
+    return run(prepare(model, budget, data, dynamic, tuning, preprocessing, source, spend, observer.note), observer)
 
 
 def run(setup: Setup, observer: Observer, original: tuple[float, float] | None = None) -> Converted:

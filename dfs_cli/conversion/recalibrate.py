@@ -10,11 +10,12 @@ from dfs_cli.control.base import Request, controller_of
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.defaults import default_data
+from dfs_cli.conversion.setup import EVAL_BATCH
 from dfs_cli.cost.operating_point import LOWEST_SHARE
 from dfs_cli.data.images import Images, UnreadableLog
-from dfs_cli.data.loading import default_workers
+from dfs_cli.data.loading import choose_workers
 from dfs_cli.data.splits import open_splits
-from dfs_cli.errors import ConfigError, DataError
+from dfs_cli.errors import ConfigError
 from dfs_cli.observer import Observer
 from dfs_cli.records import Tuned
 
@@ -67,16 +68,14 @@ def recalibrate(
         data = default_data(manifest.architecture, data)
         if made_with and (stored := made_with.data):
             data = data.replace(train_split=data.train_split or stored.train_split, num_samples=stored.num_samples)
-        splits = open_splits(data, manifest.preprocessing, tuning.seed)
-        if manifest.class_names and splits.class_names != manifest.class_names:
-            raise DataError("the data has other classes than the network was converted with")
-        data = splits.calibration
+        names = manifest.class_names or None
+        data = open_splits(data, manifest.preprocessing, tuning.seed, names, observer.note).calibration
     held_out = stages.held_out_images(
         data,
         controller_of(network).uses_hard_crops(spend),
         manifest.preprocessing,
         tuning,
-        default_workers(data) if workers is None else workers,
+        choose_workers(workers, data, manifest.preprocessing, EVAL_BATCH, observer.note),
         network.device,
         UnreadableLog("held-out", len(data)),
         observer,

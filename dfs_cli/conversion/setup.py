@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import timm
@@ -27,14 +28,18 @@ from dfs_cli.conversion.defaults import (
     resolve_device,
 )
 from dfs_cli.cost.table import CostTable
+from dfs_cli.data.classes import check_class_count
 from dfs_cli.data.images import Images
-from dfs_cli.data.loading import default_workers
+from dfs_cli.data.loading import choose_workers
 from dfs_cli.data.preprocessing import hard_crop_transform, resolve_preprocessing
-from dfs_cli.data.splits import Splits, check_class_count, open_splits
+from dfs_cli.data.splits import Splits, open_splits
 from dfs_cli.errors import DataError
 from dfs_cli.models.zoo import load_model
 from dfs_cli.records import Source
 from dfs_cli.surgery.plan import SurgeryPlan, plan_costs, plan_surgery
+
+EVAL_BATCH = 256
+"""Images per batch where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +116,10 @@ def prepare(
     preprocessing: Preprocessing | None = None,
     source: Source | None = None,
     spend: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Setup:
     """Resolve and check everything; nothing runs yet. See :func:`dfs_cli.conversion.convert.convert` for arguments and
-    errors."""
+    errors; ``say`` is told what the user should know."""
     check_budget(budget)
     module = load_model(model) if isinstance(model, str) else model
     if source is None:
@@ -128,13 +134,13 @@ def prepare(
     plan = plan_surgery(module)
     table = plan_costs(module, dynamic, preprocessing.input_size, plan)
     table.check_budget(budget, spend)
-    splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed)
+    splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed, say=say)
     for name in ("train", "calibration", "validation"):
         if not len(getattr(splits, name)):
             raise DataError(f"the {name} split has no images")
     check_class_count(splits.class_names, model_args.num_classes)
     batch_size = min(tuning.batch_size, len(splits.train))
-    workers = default_workers(splits.train) if tuning.workers is None else tuning.workers
+    workers = choose_workers(tuning.workers, splits.train, preprocessing, max(batch_size, EVAL_BATCH), say)
     return Setup(
         model=module,
         architecture=architecture,

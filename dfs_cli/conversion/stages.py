@@ -17,12 +17,13 @@ from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import Preprocessing, TuningConfig
 from dfs_cli.control.base import HeldOut, Request, controller_of
 from dfs_cli.conversion.converted import Converted
-from dfs_cli.conversion.setup import Setup, hard_crops
+from dfs_cli.conversion.setup import EVAL_BATCH, Setup, hard_crops
 from dfs_cli.cost.operating_point import OperatingPoint
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler, eval_loader, load_all, train_loader
 from dfs_cli.data.preprocessing import train_transform
+from dfs_cli.evaluation.chance import CHANCE_HINT, better_than_chance
 from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
 from dfs_cli.freeze.biases import round_biases
 from dfs_cli.freeze.weights import freeze_weights
@@ -36,7 +37,6 @@ from dfs_cli.tuning.loop import seed_everything, tune
 from dfs_cli.tuning.sensitivity import divergence, measure
 from dfs_cli.tuning.state import start_state
 
-EVAL_BATCH = 256
 _TIMED_STEPS = 8
 
 
@@ -105,7 +105,11 @@ def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
     model = copy.deepcopy(setup.model).to(setup.device).eval()
     # A loader draws a number: tuning must not depend on whether the original was evaluated before.
     with torch.random.fork_rng(devices=[]):
-        return evaluate_accuracy(model, validation_loader(setup), setup.device, log, observer.advance)
+        top1, top5 = evaluate_accuracy(model, validation_loader(setup), setup.device, log, observer.advance)
+    classes = len(setup.splits.class_names)
+    if setup.source.weights != "random" and not better_than_chance(top1, len(validation), classes):
+        observer.note(f"the original network {CHANCE_HINT.format(top1=top1, classes=classes)}")
+    return top1, top5
 
 
 def validation_loader(setup: Setup) -> DataLoader[Batch]:

@@ -13,7 +13,8 @@ from timm.data import ImageDataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dfs_cli.errors import DataError
+from dfs_cli.data.decode import read_image
+from dfs_cli.errors import DataError, printable
 
 UNREADABLE_LIMIT = 0.01
 """Share of a split's images that may be unreadable."""
@@ -79,12 +80,12 @@ class Images(Dataset[Sample]):
         position = self.indices[index]
         try:
             image, target = self._read(position)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if self.transform is not None:
+                with _seeded(self.draw, position):
+                    image = self.transform(image)
+        except Exception as error:  # decoders raise anything, and so does resizing a line of pixels
             reason = str(error).partition(" <")[0] or type(error).__name__  # Pillow appends the file object
-            return Unreadable(self._name(position), reason)
-        if self.transform is not None:
-            with _seeded(self.draw, position):
-                image = self.transform(image)
+            return Unreadable(printable(self._name(position)), printable(reason))
         return image, int(target)
 
     def subset(self, indices: Sequence[int]) -> Images:
@@ -95,17 +96,24 @@ class Images(Dataset[Sample]):
         """The same images under another transform."""
         return Images(self.source, transform, self.indices, self.mode)
 
+    def names(self) -> list[str]:
+        """Names of the images: paths, or positions in the source."""
+        return [self._name(position) for position in self.indices]
+
     def _read(self, position: int) -> tuple[Any, int]:
         if isinstance(self.source, ImageDataset):
             # Not through ImageDataset: it replaces an unreadable image by the next one.
             file, target = self.source.reader[position][:2]
-            with file, Image.open(file) as image:
-                return image.convert(self.mode or image.mode), target
-        image, target = self.source[position][:2]
+            with file:
+                image = read_image(file)
+        else:
+            image, target = self.source[position][:2]
         return (image.convert(self.mode) if self.mode and isinstance(image, Image.Image) else image), target
 
     def _name(self, position: int) -> str:
-        return str(self.source.filename(position)) if hasattr(self.source, "filename") else f"image {position}"
+        # Some readers of torchvision have an attribute of that name.
+        filename = getattr(self.source, "filename", None)
+        return str(filename(position)) if callable(filename) else f"image {position}"
 
 
 @contextmanager

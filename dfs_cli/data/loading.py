@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from dfs_cli.config import Preprocessing
 from dfs_cli.data.digits import Digits
 from dfs_cli.data.images import Batch, Images, UnreadableLog, collate
 from dfs_cli.errors import DataError
+
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 class EpochSampler(Sampler[int]):
@@ -35,14 +41,63 @@ class EpochSampler(Sampler[int]):
         yield from torch.randperm(self.images, generator=generator).tolist()[self.start :]
 
 
-def default_workers(images: Images) -> int:
-    """Number of worker processes: 0 for the embedded digits, which are in memory, else up to 2."""
-    return 0 if isinstance(images.source, Digits) else min(2, os.cpu_count() or 1)
+class Loader(DataLoader[Batch]):
+    """A loader whose worker processes may die."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # torch's own class of iterators
+        """Batches.
+
+        Raises:
+            DataError: a worker process died.
+        """
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(f"a process that loads images died: {error}; try --workers 0") from None
 
 
-def train_loader(images: Images, sampler: EpochSampler, batch_size: int, workers: int, pin: bool) -> DataLoader[Batch]:
+def choose_workers(
+    wanted: int | None,
+    images: Images,
+    preprocessing: Preprocessing,
+    batch_size: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> int:
+    """Number of processes that load ``images``.
+
+    Batches reach the main process through shared memory, of which a container may have 64 MiB: where it is full, loading hangs.
+
+    Args:
+        wanted: None: none for images in memory, else up to two, or none where shared memory is too small.
+        batch_size: of the largest batches.
+        say: told where shared memory is too small.
+
+    Raises:
+        DataError: shared memory is too small for as many workers as are wanted.
+    """
+    workers = min(2, os.cpu_count() or 1) if wanted is None else wanted
+    if not workers or (wanted is None and isinstance(images.source, Digits | TensorDataset)):
+        return 0
+    values = max(math.prod(preprocessing.input_size), math.prod(preprocessing.train_size))
+    # Each worker loads two batches ahead, and one is in use.
+    needed = 4 * values * min(batch_size, len(images)) * (2 * workers + 1)
+    free = shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else needed
+    if free >= needed:
+        return workers
+    problem = (
+        f"{_SHARED_MEMORY} has {free >> 20} MiB, and {workers} workers need {-(-needed >> 20)} MiB of shared memory"
+    )
+    if wanted is not None:
+        raise DataError(f"{problem}: pass --workers 0, or give the container more (docker run --shm-size)")
+    say(f"{problem}: images are loaded in this process, as with --workers 0")
+    return 0
+
+
+def train_loader(images: Images, sampler: EpochSampler, batch_size: int, workers: int, pin: bool) -> Loader:
     """Whole batches in the sampler's order."""
-    return DataLoader(
+    return Loader(
         images,  # type: ignore[arg-type]  # collated to batches
         batch_size=batch_size,
         sampler=sampler,
@@ -82,9 +137,9 @@ def load_all(
     return batches, torch.cat(targets)
 
 
-def eval_loader(images: Images, batch_size: int, workers: int, pin: bool = False) -> DataLoader[Batch]:
+def eval_loader(images: Images, batch_size: int, workers: int, pin: bool = False) -> Loader:
     """Every image once, in order."""
-    return DataLoader(
+    return Loader(
         images,  # type: ignore[arg-type]  # collated to batches
         batch_size=batch_size,
         num_workers=workers,

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.data import ImageDataset, create_dataset
+from timm.data import create_dataset
 from torch.utils.data import IterableDataset
+from torchvision.datasets import DatasetFolder
 
 from dfs_cli.config import DataConfig, Preprocessing
 from dfs_cli.data import digits
+from dfs_cli.data.classes import check_class_count, check_class_names, class_names_of, read_class_map
+from dfs_cli.data.decode import read_image
+from dfs_cli.data.folder import ImageFolder
 from dfs_cli.data.images import Images
 from dfs_cli.data.preprocessing import eval_transform
-from dfs_cli.errors import ConfigError, DataError
+from dfs_cli.errors import ConfigError, DataError, printable
 
 DIGITS = "digits"
-_TRAIN_FOLDERS = ("train",)
-_VALIDATION_FOLDERS = ("val", "validation", "test")
+_TRAIN_FOLDERS = ("train", "training")
+_VALIDATION_FOLDERS = ("val", "valid", "validation", "eval", "evaluation", "test")
 _VALIDATION_SEED = 0  # the same images for every run, and for dfs eval, which has no seed
 _CALIBRATION_SHARE, _CALIBRATION_LIMIT, _CALIBRATION_BYTES = 0.1, 5000, 1 << 30
 
@@ -50,43 +55,59 @@ class Splits:
     class_names: tuple[str, ...]
 
 
-def open_splits(config: DataConfig, preprocessing: Preprocessing, seed: int = 0) -> Splits:
-    """Open train and validation split, and hold out a tenth of the training images (at most 5,000 and at most 1 GiB).
+def open_splits(
+    config: DataConfig,
+    preprocessing: Preprocessing,
+    seed: int = 0,
+    class_names: tuple[str, ...] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Splits:
+    """Open train and validation split, and hold out about a tenth of the training images (at most about 5,000 and 1 GiB).
 
-    All three splits have the evaluation transform.
+    An image is held out, or not, by its name and the seed alone: that does not change when others come or go. All three splits
+    have the evaluation transform.
+
+    Args:
+        class_names: of the network, in the order of its answers; None: those of the training images.
+        say: told what was opened: where, how many images and classes, and what was left out.
 
     Raises:
         ConfigError: the model takes neither 1 nor 3 channels.
         DataError: a split is missing, empty, has one class, or the splits' classes differ.
     """
     transform = eval_transform(preprocessing)
+    mode = _image_mode(preprocessing)
     if config.dataset == DIGITS:
-        mode = _image_mode(preprocessing)
+        _refuse_class_map(config)
         opened = {
             split: _limit(Images(digits.Digits(split), transform, mode=mode), config, split_seed)
             for split, split_seed in (("train", seed), ("validation", _VALIDATION_SEED))
         }
         calibration = Images(digits.Digits("calibration"), transform, mode=mode)
         return Splits(opened["train"], calibration, opened["validation"], digits.CLASS_NAMES)
-    mode = _image_mode(preprocessing)
-    train_source = _open(config, "train", config.train_split, mode, None)
-    class_names = _class_names(train_source)
-    validation_source = _open(config, "validation", config.val_split, mode, class_names)
+    train_source, class_names = _open(config, "train", config.train_split, mode, class_names)
+    validation_source, _ = _open(config, "validation", config.val_split, mode, class_names)
     train = _limit(Images(train_source, transform, mode=mode), config, seed)
     validation = _limit(Images(validation_source, transform, mode=mode), config, _VALIDATION_SEED)
+    for name, images in (("training", train), ("validation", validation)):
+        say(_describe(name, images, class_names, config))
     # Held-out images stay in memory, as 32-bit numbers.
     fitting = _CALIBRATION_BYTES // (4 * math.prod(preprocessing.input_size))
-    held_out = min(int(len(train) * _CALIBRATION_SHARE), _CALIBRATION_LIMIT, fitting)
-    if held_out < 1:
-        raise DataError(f"{len(train)} training images are too few: a tenth of them is held out for calibration")
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Splits(
-        train.subset(sorted(order[held_out:])), train.subset(sorted(order[:held_out])), validation, class_names
-    )
+    held_out = _held_out(train, min(_CALIBRATION_LIMIT, fitting), seed)
+    rest = sorted(set(range(len(train))) - set(held_out))
+    return Splits(train.subset(rest), train.subset(held_out), validation, class_names)
 
 
-def open_validation(config: DataConfig, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> Images:
+def open_validation(
+    config: DataConfig,
+    preprocessing: Preprocessing,
+    class_names: tuple[str, ...],
+    say: Callable[[str], None] = lambda text: None,
+) -> Images:
     """The validation split alone, its classes mapped by name to the indices of ``class_names``.
+
+    Args:
+        say: as for :func:`open_splits`.
 
     Raises:
         ConfigError: the model takes neither 1 nor 3 channels.
@@ -94,19 +115,24 @@ def open_validation(config: DataConfig, preprocessing: Preprocessing, class_name
     """
     mode = _image_mode(preprocessing)
     if config.dataset == DIGITS:
-        _check_class_names(digits.CLASS_NAMES, class_names, "the embedded digits")
+        _refuse_class_map(config)
+        check_class_names(digits.CLASS_NAMES, class_names, "the embedded digits")
         source: Any = digits.Digits("validation")
     else:
-        source = _open(config, "validation", config.val_split, mode, class_names)
-    return _limit(Images(source, eval_transform(preprocessing), mode=mode), config, _VALIDATION_SEED)
+        source, _ = _open(config, "validation", config.val_split, mode, class_names)
+    images = _limit(Images(source, eval_transform(preprocessing), mode=mode), config, _VALIDATION_SEED)
+    if config.dataset != DIGITS:
+        say(_describe("validation", images, class_names, config))
+    return images
 
 
-def check_class_count(class_names: tuple[str, ...], num_classes: int) -> None:
-    """Raises DataError unless the data has as many classes as the network."""
-    if len(class_names) != num_classes:
-        raise DataError(
-            f"the data has {len(class_names)} classes and the model's classifier has {num_classes}: they must agree"
-        )
+def _describe(name: str, images: Images, class_names: tuple[str, ...], config: DataConfig) -> str:
+    """What was opened, in one line."""
+    source = images.source
+    of_all = "" if len(images) == len(source) else f" of {len(source)}"
+    where = f"in {source.root}" if isinstance(source, ImageFolder) else f"of dataset {config.dataset}"
+    left_out = source.left_out_text() if isinstance(source, ImageFolder) else ""
+    return printable(f"{name}: {len(images)}{of_all} images of {len(class_names)} classes {where}{left_out}")
 
 
 def _image_mode(preprocessing: Preprocessing) -> str:
@@ -119,13 +145,46 @@ def _image_mode(preprocessing: Preprocessing) -> str:
 def _limit(images: Images, config: DataConfig, seed: int) -> Images:
     if config.num_samples is None or config.num_samples >= len(images):
         return images
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    return images.subset(sorted(order[: config.num_samples]))
+    lots = _lots(images, f"sample {seed}")
+    return images.subset(sorted(sorted(range(len(images)), key=lots.__getitem__)[: config.num_samples]))
 
 
-def _open(config: DataConfig, role: str, split: str | None, mode: str, class_names: tuple[str, ...] | None) -> Any:
+def _held_out(images: Images, limit: int, seed: int) -> list[int]:
+    """Positions of about a tenth of the images, one at least.
+
+    Args:
+        limit: about so many at most.
+
+    Raises:
+        DataError: there are too few images.
+    """
+    if len(images) * _CALIBRATION_SHARE < 1:
+        raise DataError(f"{len(images)} training images are too few: a tenth of them is held out for calibration")
+    lots = _lots(images, f"held out {seed}")
+    share = min(_CALIBRATION_SHARE, limit / len(images))
+    return [i for i, lot in enumerate(lots) if lot < share] or [min(range(len(images)), key=lots.__getitem__)]
+
+
+def _lots(images: Images, purpose: str) -> list[float]:
+    """A number in [0, 1) for each image, drawn from ``purpose`` and its name alone; the name stays when others come or go."""
+    digests = (
+        hashlib.blake2b(f"{purpose}/{name}".encode(errors="surrogateescape"), digest_size=8) for name in images.names()
+    )
+    return [int.from_bytes(digest.digest(), "big") / 2**64 for digest in digests]
+
+
+def _open(
+    config: DataConfig, role: str, split: str | None, mode: str, class_names: tuple[str, ...] | None
+) -> tuple[Any, tuple[str, ...]]:
+    """A split, and its classes in the order of their indices.
+
+    Args:
+        class_names: those that it must have, in the order that it must have; None: any.
+    """
+    class_map = read_class_map(config)
     if not config.dataset:
-        return _open_folder(config, role, split, mode, class_names)
+        return _open_folder(config, role, split, class_names, class_map)
+    where = f"dataset {config.dataset!r}"
     try:
         source = create_dataset(
             config.dataset,
@@ -133,76 +192,67 @@ def _open(config: DataConfig, role: str, split: str | None, mode: str, class_nam
             split=split or role,
             is_training=False,
             download=config.download,
+            class_map=class_map,  # type: ignore[arg-type]  # None means none
             input_img_mode=mode,
         )
     except Exception as error:  # readers come from many libraries, each with different errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"dataset {config.dataset!r} could not be opened: {reason[:200]}") from None
+        raise DataError(f"{where} could not be opened: {reason[:200]}") from None
     if isinstance(source, IterableDataset):
-        raise DataError(f"dataset {config.dataset!r} is a stream: held-out images need a reader with random access")
+        raise DataError(f"{where} is a stream: held-out images need a reader with random access")
+    if isinstance(source, DatasetFolder):
+        source.loader = read_image
+    names = class_names_of(source)
     if class_names is not None:
-        names = _class_names(source)
-        _check_class_names(names, class_names, f"dataset {config.dataset!r}")
+        check_class_names(names, class_names, where)
         if names != class_names:
-            raise DataError(f"dataset {config.dataset!r} orders its classes differently from the model")
-    return source
-
-
-def _check_class_names(names: tuple[str, ...], expected: tuple[str, ...], where: str) -> None:
-    """Raises DataError unless both name the same classes."""
-    check_class_count(names, len(expected))
-    if unknown := sorted(set(names) - set(expected)):
-        raise DataError(f"{where} has a class {unknown[0]!r} that is not among {_shorten(expected)}")
+            raise DataError(f"{where} orders its classes differently from the model")
+    return source, names
 
 
 def _open_folder(
-    config: DataConfig, role: str, split: str | None, mode: str, class_names: tuple[str, ...] | None
-) -> ImageDataset:
+    config: DataConfig,
+    role: str,
+    split: str | None,
+    class_names: tuple[str, ...] | None,
+    class_map: dict[str, int] | None,
+) -> tuple[ImageFolder, tuple[str, ...]]:
     assert config.data_dir is not None, "checked by the caller"
     folder = _split_folder(Path(config.data_dir), role, split)
-    if not any(p.is_dir() for p in folder.iterdir()):
-        raise DataError(f"{folder} has no class folders: expected one folder of images per class")
-    try:
-        source = ImageDataset(str(folder), input_img_mode=mode)
-    except RuntimeError:
-        raise DataError(f"{folder} has no images in its class folders") from None
-    names = _class_names(source)
+    if class_map is not None:
+        names = tuple(sorted(class_map, key=class_map.__getitem__))
+        if class_names is not None:
+            check_class_count(names, len(class_names))
+        return ImageFolder(folder, class_map), names
+    source = ImageFolder(folder)
+    names = class_names_of(source)
     if class_names is None or names == class_names:
-        return source
-    _check_class_names(names, class_names, str(folder))
-    return ImageDataset(str(folder), class_map={name: i for i, name in enumerate(class_names)}, input_img_mode=mode)
+        return source, names
+    check_class_names(names, class_names, str(folder))
+    return ImageFolder(folder, {name: i for i, name in enumerate(class_names)}), class_names
 
 
 def _split_folder(root: Path, role: str, split: str | None) -> Path:
-    if not root.is_dir():
-        raise DataError(f"data folder {root} does not exist")
-    if split is not None:
-        if not (root / split).is_dir():
-            raise DataError(f"data folder {root} has no split {split!r}")
-        return root / split
-    candidates = _TRAIN_FOLDERS if role == "train" else _VALIDATION_FOLDERS
-    for name in candidates:
-        if (root / name).is_dir():
-            return root / name
-    if role != "train" and not any((root / name).is_dir() for name in _TRAIN_FOLDERS):
-        return root  # the folder of a split was given
+    try:
+        if not root.is_dir():
+            raise DataError(
+                f"data folder {root} is not a folder" if root.exists() else f"data folder {root} does not exist"
+            )
+        if split is not None:
+            if not (root / split).is_dir():
+                raise DataError(f"data folder {root} has no split {split!r}")
+            return root / split
+        candidates = _TRAIN_FOLDERS if role == "train" else _VALIDATION_FOLDERS
+        for name in candidates:
+            if (root / name).is_dir():
+                return root / name
+        if role != "train" and not any((root / name).is_dir() for name in _TRAIN_FOLDERS):
+            return root  # the folder of a split was given
+    except OSError as error:
+        raise DataError(f"data folder {root} cannot be read: {error.strerror or error}") from None
     raise DataError(f"data folder {root} has no {', '.join(c + '/' for c in candidates)} with a folder per class")
 
 
-def _class_names(source: Any) -> tuple[str, ...]:
-    reader = getattr(source, "reader", source)
-    if isinstance(mapping := getattr(reader, "class_to_idx", None), dict):
-        names = tuple(str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1]))
-    elif classes := getattr(source, "classes", None):
-        names = tuple(map(str, classes))
-    else:
-        features = getattr(getattr(reader, "dataset", None), "features", {})
-        label = features.get(getattr(reader, "label_key", ""), None)
-        names = tuple(getattr(label, "names", None) or ())
-    if len(names) < 2:
-        raise DataError(f"the data has {'one class' if names else 'no classes'}: at least two are needed")
-    return names
-
-
-def _shorten(names: tuple[str, ...], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _refuse_class_map(config: DataConfig) -> None:
+    if config.class_map is not None:
+        raise ConfigError("--class-map has no meaning for the embedded digits")

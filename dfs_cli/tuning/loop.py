@@ -24,6 +24,7 @@ from dfs_cli.tuning.state import TuningState
 
 _COST_WEIGHT = 0.2
 _MULTIPLIER_RATE = 0.1
+_EXPLODED = 100  # times the loss of a network that guesses
 _LEAST_MULTIPLIER = 1e-3  # steps multiply it: zero would stay zero; this low, it changes no decision
 
 
@@ -59,7 +60,7 @@ def tune(
         on_step: called with the record of each step; nothing else is reported.
 
     Raises:
-        DivergedError: the loss is NaN or infinite.
+        DivergedError: the loss is NaN, infinite, or a hundred times that of guessing.
         DataError: too many images are unreadable.
     """
     network = state.network.to(memory_format=torch.channels_last).train()
@@ -123,7 +124,7 @@ def tuning_step(
         targets: (N,), class indices.
 
     Raises:
-        DivergedError: the loss is NaN or infinite.
+        DivergedError: the loss is NaN, infinite, or a hundred times that of guessing.
     """
     network = state.network
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.amp):
@@ -140,10 +141,11 @@ def tuning_step(
         loss = loss + _COST_WEIGHT * excess
     value = float(loss.detach())
     lr = max(group["lr"] for group in state.optimizer.param_groups)
-    if not math.isfinite(value):
-        raise DivergedError(f"the loss is {value} at step {state.step + 1}, learning rate {lr:.2g}: try a smaller --lr")
+    guessing = math.log(output.logits.shape[1]) * (1 + config.distillation * config.temperature**2)
+    _check_healthy("loss", value, _EXPLODED * guessing, state.step, lr)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+    _check_healthy("gradient's norm", float(norm), math.inf, state.step, lr)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)  # now, to free their memory for the next forward pass
     state.scheduler.step_update(state.step + 1)
@@ -155,6 +157,12 @@ def tuning_step(
     mean_cost = float((table.cost(output.decisions) if chosen_cost is None else chosen_cost).mean())
     multiplier = network.controller.cost_multiplier
     return StepRecord(state.step, state.total_steps, "", value, accuracy, mean_cost, target.cost, multiplier, lr)
+
+
+def _check_healthy(name: str, value: float, limit: float, step: int, lr: float) -> None:
+    """Raises DivergedError where ``value`` is NaN, infinite, or above ``limit``."""
+    if not math.isfinite(value) or value > limit:
+        raise DivergedError(f"the {name} is {value:.3g} at step {step + 1}, learning rate {lr:.2g}: try a smaller --lr")
 
 
 def _answers_loss(

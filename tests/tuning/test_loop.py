@@ -169,6 +169,21 @@ def test_nan_loss_stops_with_step_and_learning_rate() -> None:
         run.go(poison)
 
 
+@pytest.mark.parametrize(("name", "value"), [("loss", 1e4), ("gradient's norm", None)])
+def test_an_explosion_stops_at_once(name: str, value: float | None) -> None:
+    run = Run(SETTINGS.replace(distillation=0.0))
+    bias = run.network.backbone.get_parameter("fc.bias")
+
+    def explode(record: StepRecord) -> None:
+        if record.step == 2 and value is not None:
+            bias.data[0] = value  # of five classes, so nearly all images lose that much
+        elif record.step == 2:
+            bias.register_hook(lambda gradient: gradient * float("inf"))
+
+    with pytest.raises(DivergedError, match=rf"the {name} is .* at step 3, learning rate \d"):
+        run.go(explode)
+
+
 def test_the_teacher_sees_both_views_of_images_that_enter_a_mirrored_second_pass() -> None:
     torch.manual_seed(0)
     images = torch.randn(10, 3, 4, 4)

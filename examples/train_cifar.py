@@ -20,7 +20,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 from torch.nn import functional as F
 
-import dfs_cli.models.cifar  # noqa: F401  (registers resnet*_cifar)
+import dfs_cli.models  # noqa: F401  # registers the CIFAR and digits ResNets
 from dfs_cli.config import DataConfig
 from dfs_cli.data.images import UnreadableLog
 from dfs_cli.data.loading import EpochSampler, eval_loader, train_loader

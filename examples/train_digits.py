@@ -15,7 +15,7 @@ from timm.scheduler import CosineLRScheduler
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import dfs_cli.models.cifar  # noqa: F401  (registers resnet20_digits)
+import dfs_cli.models  # noqa: F401  # registers the CIFAR and digits ResNets
 from dfs_cli.data.digits import Digits
 from dfs_cli.data.images import Images, UnreadableLog, collate
 from dfs_cli.data.loading import eval_loader

@@ -14,7 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
-import dfs_cli.models.cifar  # noqa: F401  # registers the CIFAR ResNets
+import dfs_cli.models  # noqa: F401  # registers the CIFAR and digits ResNets
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import Request, Sensitivity, controller_of
 from dfs_cli.cost.decisions import Decisions

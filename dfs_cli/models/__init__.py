@@ -1,1 +1,3 @@
-"""Small residual networks, registered with timm, and functions that find and load any model."""
+"""Small residual networks, which this registers with timm, and functions that find and load any model."""
+
+import dfs_cli.models.cifar  # noqa: F401

@@ -4,7 +4,7 @@ import torch
 from common import tiny_resnet
 from torch import nn
 
-import dfs_cli.models.cifar  # noqa: F401  # registers our own
+import dfs_cli.models  # noqa: F401  # registers the CIFAR and digits ResNets
 from dfs_cli.artifact.manifest import ModelArgs
 from dfs_cli.config import DataConfig, GateKind, TuningConfig
 from dfs_cli.conversion.defaults import (

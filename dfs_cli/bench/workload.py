@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +115,13 @@ def workload_of_model(
     return _forced(model, network, table, dynamic.gate, images, mix, seed)
 
 
-def workload_of_file(path: Path, mix: Mix | None = None, data: DataConfig | None = None, seed: int = 0) -> Workload:
+def workload_of_file(
+    path: Path,
+    mix: Mix | None = None,
+    data: DataConfig | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Workload:
     """The workload of a converted network: real images and real decisions; without ``data``, random images and forced ones.
 
     Decisions that are the same for every image are real on random images, too.
@@ -123,6 +129,7 @@ def workload_of_file(path: Path, mix: Mix | None = None, data: DataConfig | None
     Args:
         mix: None: :func:`default_mix`.
         seed: of random images, and of which blocks get which bitwidth.
+        say: told which images were opened.
 
     Raises:
         ArtifactError: the file is missing, damaged, or not written by dfs.
@@ -139,9 +146,9 @@ def workload_of_file(path: Path, mix: Mix | None = None, data: DataConfig | None
     if mix is not None and least == most:
         raise ConfigError(f"--mix forces decisions: those of {path} are the same for every image, leave it out")
     if data is not None:
-        split = open_validation(data, manifest.preprocessing, manifest.class_names)
+        split = open_validation(data, manifest.preprocessing, manifest.class_names, say)
         log = UnreadableLog("validation", len(split))
-        workers = choose_workers(None, split, manifest.preprocessing, LARGE_BATCH)
+        workers = choose_workers(None, split, manifest.preprocessing, LARGE_BATCH, say)
         batches, targets = load_all(split, LARGE_BATCH, workers, torch.device("cpu"), log)
         known = Batch(torch.cat(batches), targets, ())
         images = known.images[:LARGE_BATCH]

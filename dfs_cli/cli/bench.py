@@ -92,7 +92,7 @@ def bench(
         source = None
         if data is not None:
             source = DataConfig(data_dir=str(data), val_split=val_split, num_samples=COMPARED_IMAGES)
-        workload = workload_of_file(Path(model), shares, source, seed)
+        workload = workload_of_file(Path(model), shares, source, seed, sink.say)
     else:
         dynamic = _dynamic_config(shares, bits, fixed_bits, gate)
         workload = _workload_of_model(model, weights, dynamic, img_size, shares, seed)

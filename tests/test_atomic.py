@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from dfs_cli.atomic import check_writable, write_atomically
+from dfs_cli.atomic import write_atomically
 from dfs_cli.errors import ArtifactError, OutputError
+from dfs_cli.outputs import check_writable
 
 
 def test_atomic_writing_leaves_no_trace_of_a_failure(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ class _Move:
                     os.link(self.target, self.old)
             self.temporary.replace(self.target)
         except FileExistsError:
-            raise TakenError(f"output {self.file.path} exists already: nothing was written") from None
+            raise TakenError(f"output {self.file.path} was taken meanwhile: nothing was written there") from None
         except OSError as error:
             raise self._failure(error) from None
 

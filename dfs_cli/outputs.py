@@ -49,8 +49,8 @@ class Outputs:
             self.write(files)
         except OutputError as error:
             paths = _write_elsewhere(files, beside=isinstance(error, TakenError))
-            where = f"wrote {', '.join(map(str, paths))} instead" if paths else "the temporary folder cannot be either"
-            return paths, WriteError(f"{error}; {where}")
+            where = f"; wrote {', '.join(map(str, paths))} instead" if paths else ", not in the temporary folder either"
+            return paths, WriteError(f"{error}{where}")
         return tuple(file.path for file in files), None
 
 
@@ -106,10 +106,11 @@ def _check_places(paths: tuple[Path, ...], inputs: Iterable[Path | None]) -> Non
         for source in inputs:
             if source is not None and _is_same(path, source):
                 raise OutputError(f"output {path} is an input, too ({source}): pass another name")
-        folder = target.parent
+        if any(_is_open_as(path, descriptor) for descriptor in (1, 2)):
+            raise OutputError(f"output {path} is where the output of the program goes: pass another name")
+        folder = target.parent if path.is_symlink() else path.parent
         if not folder.is_dir():
-            what = "is not a folder" if folder.exists() else "does not exist"
-            raise OutputError(f"output folder {path.parent} {what}")
+            raise OutputError(f"output folder {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
     for folder in {target.parent for target in targets}:
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -144,6 +145,14 @@ def _is_same(path: Path, other: Path) -> bool:
     """Whether both names are of one file: also by links, hard or symbolic."""
     try:
         return path.samefile(other)
+    except OSError:
+        return False
+
+
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    """Whether a standard stream goes to the file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
     except OSError:
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -46,7 +47,7 @@ class Results:
         self.path, self.fresh = path, fresh
         if restart:
             self._empty()
-        self.record = self._read() or fresh
+        self.record = self._read() or copy.deepcopy(fresh)
 
     def has(self, job: Job) -> bool:
         """Whether a job is done, or could not be done; also by another sweep meanwhile."""

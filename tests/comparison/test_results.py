@@ -19,7 +19,7 @@ from dfs_cli.comparison.jobs import Job
 from dfs_cli.comparison.results import Results
 path, fresh, figures, bits = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
 results = Results(path, fresh)
-for seed in range(20):
+for seed in range(8):
     results.add(Job("uniform", seed, bits=bits), **figures)
 """
 
@@ -56,7 +56,7 @@ def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> N
     arguments = [sys.executable, "-c", ADD, str(path), json.dumps(fresh()), json.dumps(FIGURES)]
     processes = [subprocess.Popen([*arguments, str(bits)]) for bits in (4, 8)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    assert stored(path) == [(bits, seed) for bits in (4, 8) for seed in range(20)]
+    assert stored(path) == [(bits, seed) for bits in (4, 8) for seed in range(8)]
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -51,6 +51,18 @@ class OutputError(DfsError):
     """An output file exists already or cannot be written."""
 
 
+class TakenError(OutputError):
+    """The name of an output was taken while the work was done."""
+
+    exit_code = 1
+
+
+class WriteError(OutputError):
+    """Writing an output failed: the disk is full, read-only or broken."""
+
+    exit_code = 1
+
+
 class MissingDependencyError(DfsError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -15,9 +15,10 @@ from torch import Tensor
 import dfs_cli.models.cifar  # noqa: F401  # registers the CIFAR and digits models, which a file may hold
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.artifact.packing import load_packed, packed_tensors
-from dfs_cli.atomic import check_writable, write_atomically
+from dfs_cli.atomic import File
 from dfs_cli.errors import ArtifactError, DfsError
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.outputs import reserve
 from dfs_cli.surgery.swap import make_dynamic
 
 _MANIFEST, _DIGEST = "dfs_manifest", "dfs_sha256"
@@ -30,13 +31,20 @@ def save_artifact(path: Path, network: DynamicResNet, manifest: Manifest, force:
         OutputError: the file exists (unless ``force``) or cannot be written.
         ArtifactError: the loaded file gives other logits or decisions than ``network``.
     """
-    check_writable([path], force)
+    with reserve([path], force) as outputs:
+        outputs.write([artifact_file(path, network, manifest)])
+
+
+def artifact_file(path: Path, network: DynamicResNet, manifest: Manifest) -> File:
+    """The file of ``network`` and ``manifest``, ready to be written to ``path``.
+
+    Its check raises ArtifactError where the loaded file gives other logits or decisions than ``network``.
+    """
     tensors = packed_tensors(network)
     text = manifest.to_json()
     metadata = {"format": "pt", _MANIFEST: text, _DIGEST: tensor_digest(tensors, text)}
-    write_atomically(
-        path, serialise(tensors, metadata=metadata), check=lambda p: _check_identical(p, network, manifest)
-    )
+    content = serialise(tensors, metadata=metadata)
+    return File(path, content, check=lambda temporary: _check_identical(temporary, network, manifest))
 
 
 @torch.no_grad()

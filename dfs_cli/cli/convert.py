@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,10 @@ from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.config import check_budget
 from dfs_cli.errors import BudgetMissedError, ConfigError
+
+if TYPE_CHECKING:
+    from dfs_cli.atomic import File
+    from dfs_cli.conversion.converted import Converted
 
 EXAMPLES = """
 Examples:
@@ -61,47 +66,63 @@ def convert(
     reports = (output.with_suffix(".report.json"), output.with_suffix(".report.md"))
 
     from dfs_cli import api
-    from dfs_cli.atomic import check_writable, write_atomically
     from dfs_cli.conversion.defaults import default_data, describe_source, resolve_device
     from dfs_cli.models.zoo import check_convertible
-    from dfs_cli.report.markdown import render_markdown
+    from dfs_cli.outputs import reserve
     from dfs_cli.report.terminal import print_conversion
 
     keep_freed_memory()
     check_convertible(model)
-    if not dry_run:
-        check_writable((output, *reports), force)
-        data = default_data(model.partition(".")[0], data)
-    settings = tuning.config(api.default_tuning(data))
-    dynamic = network.config(budget, settings)
     if dry_run:
+        dynamic = network.config(budget, tuning.config(api.default_tuning(data)))
         _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, sink)
         return
-    resolve_device(settings.device)
-    module = weights.load(model, settings.seed)
-    with sink.observer(logs=True, settings=True) as observer:
-        converted = api.convert(
-            module,
-            budget,
-            data,
-            dynamic=dynamic,
-            tuning=settings,
-            preprocessing=preprocessing.resolve(module),
-            source=describe_source(module, weights.weights),
-            spend=network.spend,
-            observer=observer,
-        )
-    api.save(converted, output, force)
-    report = api.cost_report(converted)
-    write_atomically(reports[0], json.dumps(report, indent=1) + "\n")
-    write_atomically(reports[1], render_markdown(report))
+    with reserve((output, *reports), force, [weights.checkpoint]) as outputs:
+        data = default_data(model.partition(".")[0], data)
+        settings = tuning.config(api.default_tuning(data))
+        dynamic = network.config(budget, settings)
+        resolve_device(settings.device)
+        module = weights.load(model, settings.seed)
+        with sink.observer(logs=True, settings=True) as observer:
+            converted = api.convert(
+                module,
+                budget,
+                data,
+                dynamic=dynamic,
+                tuning=settings,
+                preprocessing=preprocessing.resolve(module),
+                source=describe_source(module, weights.weights),
+                spend=network.spend,
+                observer=observer,
+            )
+        files, report = _files(converted, output, reports)
+        written, failure = outputs.keep(files)
     sink.result(report, lambda console: print_conversion(console, report))
-    sink.say(f"wrote {', '.join(map(str, (output, *reports)))}")
+    if failure is not None:
+        raise failure
+    sink.say(f"wrote {', '.join(map(str, written))}")
     if not converted.keeps_budget:
         raise BudgetMissedError(
             f"the budget was missed: cost {report['cost']:.4f} on the validation split, {_promise(budget, network.spend)}; "
             f"{output} was written as it is"
         )
+
+
+def _files(converted: Converted, output: Path, reports: tuple[Path, Path]) -> tuple[list[File], dict[str, Any]]:
+    """The network and its reports, which name its digest; and the report."""
+    from dfs_cli import api
+    from dfs_cli.artifact.artifact import artifact_file
+    from dfs_cli.atomic import File
+    from dfs_cli.report.markdown import render_markdown
+
+    file = artifact_file(output, converted.network, converted.manifest)
+    report = api.cost_report(converted) | {"file_sha256": hashlib.sha256(file.data).hexdigest()}
+    files = [
+        file,
+        File(reports[0], json.dumps(report, indent=1) + "\n"),
+        File(reports[1], render_markdown(report)),
+    ]
+    return files, report
 
 
 def _promise(budget: float, spend: bool) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,40 +19,90 @@ from dfs_cli.errors import DfsError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What the machine does; any other error of the operating system is of a name that was given."""
+_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to end.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.number = number
+
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """End a command that raises a DfsError with one line on stderr and the error's exit code."""
+    """End a command that fails in a way that the user should know about with one line on stderr and an exit code."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         _quieten_libraries()
         try:
-            result = command(*args, **kwargs)
-            sys.stdout.flush()
-            return result
-        except BrokenPipeError:
-            # Whoever read this has seen enough; the interpreter must not try to flush once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-        except DfsError as error:
-            message = " ".join(str(error).split())
-            print(f"dfs: error: {message}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:
-            where = f" {error.filename}" if error.filename else ""
-            print(f"dfs: error:{where} {error.strerror or error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            print("dfs: interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
+            return command(*args, **kwargs)
+        except (Exception, KeyboardInterrupt) as error:
+            code = explain(error)
+            if code is None:
+                raise
+            raise typer.Exit(code) from None
 
     return wrapped
 
 
+def explain(error: BaseException) -> int | None:
+    """Say in one line on stderr what went wrong, and return the exit code; None where it is a fault of the program."""
+    if isinstance(error, KeyboardInterrupt):
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        _print("dfs: interrupted" if number == signal.SIGINT else f"dfs: stopped by {signal.Signals(number).name}")
+        return 128 + number
+    if isinstance(error, DfsError):
+        say_error(str(error))
+        return error.exit_code
+    if _is_memory(error):
+        say_error("there is not enough memory: try a smaller --batch-size, a smaller model or fewer --workers")
+        return 1
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        say_error(f"{where}{error.strerror or error}")
+        return 1 if error.errno in _FAILURES else 2
+    return None
+
+
+def explain_usage(error: Exception) -> int | None:
+    """As :func:`explain`, for what typer says about the command line; None where ``error`` is something else."""
+    message = getattr(error, "format_message", None)  # of typer's exceptions, wherever it takes them from
+    if message is None:
+        return None
+    path = getattr(getattr(error, "ctx", None), "command_path", "dfs")
+    say_error(f"{' '.join(message().split()).rstrip('.')} (see {path} --help)")
+    return 2
+
+
+def say_error(message: str) -> None:
+    """One line on stderr, in which nothing controls the terminal."""
+    line = " ".join(message.split())
+    _print("dfs: error: " + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+
+
+def _print(line: str) -> None:
+    if sys.stderr is not None:  # closed; print would take standard output in its place
+        print(line, file=sys.stderr)
+
+
+def _is_memory(error: BaseException) -> bool:
+    """Whether memory is out: libraries say so in exceptions of many classes."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
+
+
 def _quieten_libraries() -> None:
-    """Keep what libraries say to their developers out of the user's terminal."""
+    """Keep what libraries say to their developers out of the user's terminal, and matplotlib from looking for a display."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by torch's profiler
+    os.environ["MPLBACKEND"] = "agg"  # a notebook leaves the name of its own, which may not be installed here
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    for name in ("timm", "fvcore", "huggingface_hub"):
+    for name in ("timm", "fvcore", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)

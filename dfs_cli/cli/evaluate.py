@@ -6,13 +6,17 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dfs_cli.cli import options
 from dfs_cli.cli.output import Output
 from dfs_cli.errors import BudgetMissedError, ConfigError
+
+if TYPE_CHECKING:
+    from dfs_cli.atomic import File
+    from dfs_cli.conversion.converted import Converted
 
 EXAMPLES = """
 Examples:
@@ -70,39 +74,48 @@ def evaluate(
     data = images.config()
 
     from dfs_cli import api
-    from dfs_cli.atomic import check_writable, write_atomically
+    from dfs_cli.outputs import reserve
     from dfs_cli.report.cost import evaluation_record
     from dfs_cli.report.terminal import print_evaluation
 
-    check_writable([path for path in (results_file, output) if path is not None], force)
-    converted = api.load(file, device)
-    with sink.observer() as observer:
-        if budget is not None:
-            converted = api.recalibrate(converted, budget, data, spend=spend, workers=workers, observer=observer)
-        evaluation = api.evaluate(
-            converted,
-            data,
-            batch_size=batch_size,
-            workers=workers,
-            amp=amp,
-            channels_last=channels_last,
-            observer=observer,
-        )
-    evaluated = converted._replace(manifest=converted.manifest.replace(validation=evaluation))
-    if output is not None:
-        api.save(evaluated, output, force)
-    parameters = sum(p.numel() for p in converted.network.parameters())
-    record = evaluation_record(evaluated.manifest, evaluation, round(parameters / 1e6, 2))
-    if results_file is not None:
-        write_atomically(
-            results_file, _to_csv(record) if results_file.suffix != ".json" else json.dumps(record, indent=1)
-        )
+    with reserve([path for path in (output, results_file) if path is not None], force, [file]) as outputs:
+        converted = api.load(file, device)
+        with sink.observer() as observer:
+            if budget is not None:
+                converted = api.recalibrate(converted, budget, data, spend=spend, workers=workers, observer=observer)
+            evaluation = api.evaluate(
+                converted,
+                data,
+                batch_size=batch_size,
+                workers=workers,
+                amp=amp,
+                channels_last=channels_last,
+                observer=observer,
+            )
+        evaluated = converted._replace(manifest=converted.manifest.replace(validation=evaluation))
+        parameters = sum(p.numel() for p in converted.network.parameters())
+        record = evaluation_record(evaluated.manifest, evaluation, round(parameters / 1e6, 2))
+        _, failure = outputs.keep(_files(evaluated, record, output, results_file))
     if evaluation.unreadable:
         names = ", ".join(evaluation.unreadable[:10])
         sink.say(f"left out {len(evaluation.unreadable)} unreadable images: {names}")
     sink.result(record, lambda console: print_evaluation(console, record))
+    if failure is not None:
+        raise failure
     if budget is not None and not evaluated.keeps_budget:
         raise BudgetMissedError(f"the budget was missed: cost {evaluation.cost:.4f} where {budget:g} was asked for")
+
+
+def _files(evaluated: Converted, record: dict[str, Any], output: Path | None, results_file: Path | None) -> list[File]:
+    """What is to be written: the network, the figures, both or nothing."""
+    from dfs_cli.artifact.artifact import artifact_file
+    from dfs_cli.atomic import File
+
+    files = [] if output is None else [artifact_file(output, evaluated.network, evaluated.manifest)]
+    if results_file is not None:
+        text = json.dumps(record, indent=1) if results_file.suffix == ".json" else _to_csv(record)
+        files.append(File(results_file, text))
+    return files
 
 
 def _to_csv(record: dict[str, Any]) -> str:

@@ -50,9 +50,11 @@ def export(
         data = dataclasses.replace(data, num_samples=COMPARED_IMAGES)
 
     from dfs_cli import api
+    from dfs_cli.outputs import check_writable
     from dfs_cli.report.cost import export_record
     from dfs_cli.report.terminal import print_export
 
+    check_writable([onnx], force, [file])
     with sink.observer() as observer:
         converted = api.load(file, "cpu")
         comparison = api.export_onnx(

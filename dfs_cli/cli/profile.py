@@ -54,27 +54,28 @@ def profile(
 
     from dfs_cli import api
     from dfs_cli.artifact.artifact import read_manifest
-    from dfs_cli.atomic import check_writable
+    from dfs_cli.outputs import reserve
     from dfs_cli.report.cost import layers_csv, profile_record
-    from dfs_cli.report.plot import check_plot_path, plot_choices, save_plot
+    from dfs_cli.report.plot import check_plot_path, plot_choices, plot_file
     from dfs_cli.report.terminal import print_profile
 
     if plot is not None:
         check_plot_path(plot)
-        check_writable([plot], force)
-    if measure or data.names_data:
-        converted = api.load(file, device)
-        manifest = converted.manifest
-        with sink.observer() as observer:
-            evaluation = api.evaluate(converted, data, batch_size=batch_size, workers=workers, observer=observer)
-    else:
-        manifest = read_manifest(file)
-        if manifest.validation is None:
-            raise ConfigError(f"{file} holds no histograms: pass --data DIR to measure them")
-        evaluation = manifest.validation
-    if plot is not None:
-        save_plot(plot_choices(manifest, evaluation), plot)
-    if as_csv:
-        typer.echo(layers_csv(manifest.table, evaluation), nl=False)
-        return
-    sink.result(profile_record(manifest, evaluation), lambda console: print_profile(console, manifest, evaluation))
+    with reserve([plot] if plot else [], force, [file]) as outputs:
+        if measure or data.names_data:
+            converted = api.load(file, device)
+            manifest = converted.manifest
+            with sink.observer() as observer:
+                evaluation = api.evaluate(converted, data, batch_size=batch_size, workers=workers, observer=observer)
+        else:
+            manifest = read_manifest(file)
+            if manifest.validation is None:
+                raise ConfigError(f"{file} holds no histograms: pass --data DIR to measure them")
+            evaluation = manifest.validation
+        if as_csv:
+            typer.echo(layers_csv(manifest.table, evaluation), nl=False)
+        else:
+            record = profile_record(manifest, evaluation)
+            sink.result(record, lambda console: print_profile(console, manifest, evaluation))
+        if plot is not None:
+            outputs.write([plot_file(plot_choices(manifest, evaluation), plot)])

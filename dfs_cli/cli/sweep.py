@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +13,7 @@ from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.config import BASELINES, SweepConfig, check_budget
-from dfs_cli.errors import ConfigError
+from dfs_cli.errors import ConfigError, OutputError
 
 EXAMPLES = """
 Examples:
@@ -59,16 +61,20 @@ def sweep(
     beside = output.with_suffix(".csv"), output.with_suffix(".png")
 
     from dfs_cli import api
-    from dfs_cli.atomic import check_writable, write_atomically
+    from dfs_cli.atomic import File
+    from dfs_cli.comparison.results import answers_folder, held
     from dfs_cli.conversion.defaults import default_data, resolve_device
     from dfs_cli.models.zoo import check_convertible
-    from dfs_cli.report.plot import has_matplotlib, save_plot
+    from dfs_cli.outputs import check_writable, reserve
+    from dfs_cli.report.plot import plot_file, why_not
     from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep
 
     keep_freed_memory()
     check_convertible(model)
     # What lies beside the results of a sweep belongs to it.
-    check_writable([output, *beside], force or output.exists())
+    check_writable([output, *beside], force or output.exists(), [weights.checkpoint])
+    if not answers_folder(output).is_dir() and os.path.lexists(answers_folder(output)):
+        raise OutputError(f"{answers_folder(output)}, which is for answers, is not a folder: pass another --output")
     data = default_data(model.partition(".")[0], images.config())
     settings = tuning.config(api.default_tuning(data))
     resolve_device(settings.device)
@@ -81,7 +87,7 @@ def sweep(
     )
     module = weights.load(model, settings.seed)
     with sink.observer(logs=True) as observer:
-        results = api.sweep(
+        api.sweep(
             module,
             config,
             output,
@@ -91,10 +97,12 @@ def sweep(
             observer=observer,
             restart=force,
         )
-    written = [output, beside[0]]
-    write_atomically(beside[0], points_csv(results))
-    if has_matplotlib():
-        written.append(beside[1])
-        save_plot(plot_sweep(results), beside[1])
+    with held(output):  # other sweeps may have added to it
+        results = json.loads(output.read_text())
+        files = [File(beside[0], points_csv(results))]
+        if why_not() is None:
+            files.append(plot_file(plot_sweep(results), beside[1]))
+        with reserve([file.path for file in files], force=True) as outputs:
+            outputs.write(files)
     sink.result(results, lambda console: print_sweep(console, results))
-    sink.say(f"wrote {', '.join(map(str, written))}")
+    sink.say(f"wrote {', '.join(map(str, (output, *(file.path for file in files))))}")

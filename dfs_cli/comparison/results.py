@@ -2,57 +2,107 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dfs_cli.artifact.artifact import tensor_digest
-from dfs_cli.atomic import write_atomically
+from dfs_cli.atomic import File, write_files
 from dfs_cli.comparison.jobs import Job, static_fixed_bits
 from dfs_cli.comparison.summary import summarise, verdicts
 from dfs_cli.config import DataConfig, Preprocessing, SweepConfig, TuningConfig
 from dfs_cli.conversion.defaults import describe_model
 from dfs_cli.data.splits import open_splits
-from dfs_cli.errors import OutputError
+from dfs_cli.errors import OutputError, WriteError
+from dfs_cli.locks import locked
 
 RECIPE = 6
 """Raised with every change of how networks are tuned: results of different recipes must not share a file."""
 
+_GROWING = ("dynamic", "original", "points", "skipped")
+"""What changes while a sweep runs; all the rest is its identity."""
+
 
 class Results:
-    """The results so far.
+    """The results so far, which several sweeps may add to at the same time.
 
     Args:
         path: the JSON file.
-        record: its content: the identity of the sweep, ``points``, ``skipped``, ``summary`` and ``verdicts``.
+        fresh: its content where it does not exist: the identity of the sweep and ``dynamic``; no ``points`` and ``skipped``.
+        restart: remove the results of an earlier sweep first.
+
+    Raises:
+        OutputError: the file is the result of another sweep, or of none.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any]) -> None:
-        self.path, self.record = path, record
+    def __init__(self, path: Path, fresh: dict[str, Any], restart: bool = False) -> None:
+        self.path, self.fresh = path, fresh
+        if restart:
+            self._empty()
+        self.record = self._read() or copy.deepcopy(fresh)
 
     def has(self, job: Job) -> bool:
-        """Whether a job is done, or could not be done."""
+        """Whether a job is done, or could not be done; also by another sweep meanwhile."""
+        self.record = self._read() or self.record
         return any(job.matches(point) for point in (*self.record["points"], *self.record["skipped"]))
 
     def add(self, job: Job, **values: Any) -> None:
-        """Record a point or, with a ``reason``, a skipped job, and write the file."""
-        self.drop(job)
-        self.record["skipped" if "reason" in values else "points"].append({**dataclasses.asdict(job), **values})
-        self.write()
+        """Record a point or, with a ``reason``, a skipped job, in place of earlier records of the job."""
+        with self.update() as record:
+            for kind in ("points", "skipped"):
+                record[kind] = [point for point in record[kind] if not job.matches(point)]
+            record["skipped" if "reason" in values else "points"].append({**dataclasses.asdict(job), **values})
 
-    def drop(self, job: Job) -> None:
-        """Remove the records of a job."""
-        for kind in ("points", "skipped"):
-            self.record[kind] = [point for point in self.record[kind] if not job.matches(point)]
+    @contextlib.contextmanager
+    def update(self) -> Iterator[dict[str, Any]]:
+        """The record as it is on disk now, to change it. It is written at the end of the block; nobody else does meanwhile.
 
-    def write(self) -> None:
-        """Update summary and verdicts, and write the file."""
-        self.record["summary"], self.record["verdicts"] = summarise(self.record), verdicts(self.record)
-        write_atomically(self.path, json.dumps(self.record, indent=1) + "\n")
+        Raises:
+            OutputError: another sweep was started again in the same file, or it cannot be written.
+        """
+        with held(self.path):
+            self.record = self._read() or self.record
+            yield self.record
+            self.record["summary"], self.record["verdicts"] = summarise(self.record), verdicts(self.record)
+            self._write(self.record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        write_files([File(self.path, json.dumps(record, indent=1) + "\n")], replace=True)
+
+    def _empty(self) -> None:
+        """Remove earlier results, and the answers of the static networks."""
+        with held(self.path):
+            if self.path.exists():
+                self._write(self.fresh)
+            shutil.rmtree(os.path.realpath(answers_folder(self.path)), ignore_errors=True)
+
+    def _read(self) -> dict[str, Any] | None:
+        """The content of the file, with this sweep's budgets; None: there is no file."""
+        if not self.path.exists():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(self.path.read_text())
+            stored, dynamic = record["dynamic"], self.fresh["dynamic"]
+            same = all(record[key] == value for key, value in self.fresh.items() if key not in _GROWING)
+            same = same and all(stored.get(budget, value) == value for budget, value in dynamic.items())
+            for point in (*record["points"], *record["skipped"]):
+                Job(**{field.name: point[field.name] for field in dataclasses.fields(Job)})
+            record["dynamic"] = stored | dynamic
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OutputError(f"{self.path} exists and is not the result of a sweep: {error}") from None
+        if not same:
+            raise OutputError(
+                f"{self.path} holds a sweep with other settings: pass --force to start again, or another --output"
+            )
+        return record
 
     def answers_path(self, job: Job) -> Path:
         """The file of a static network's answers."""
@@ -63,6 +113,21 @@ class Results:
 def answers_folder(path: Path) -> Path:
     """The folder of the static networks' answers, for the results ``path``."""
     return path.with_suffix(".answers")
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the results ``path``: no sweep writes them until the end of the block.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, wait=True))
+        except OSError as error:
+            raise WriteError(f"output {path} cannot be written: {error.strerror or error}") from None
+        yield
 
 
 def open_results(
@@ -96,19 +161,4 @@ def open_results(
     # Budgets may be added later; those that are there keep their options and gate.
     dynamic = {str(budget): settings.to_dict() for budget, settings in config.dynamic.items()}
     fresh: dict[str, Any] = {**identity, "dynamic": dynamic, "original": None, "points": [], "skipped": []}
-    if restart:
-        path.unlink(missing_ok=True)
-        shutil.rmtree(answers_folder(path), ignore_errors=True)
-    if not path.exists():
-        return Results(path, fresh)
-    try:
-        record = json.loads(path.read_text())
-        stored = record["dynamic"]
-        same = all(record[key] == value for key, value in identity.items())
-        same = same and all(stored.get(budget, value) == value for budget, value in dynamic.items())
-        record["dynamic"] = stored | dynamic
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path} exists and is not the result of a sweep: {error}") from None
-    if not same:
-        raise OutputError(f"{path} holds a sweep with other settings: pass --force to start again, or another --output")
-    return Results(path, record)
+    return Results(path, fresh, restart)

@@ -108,7 +108,8 @@ def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> No
     if results.record["original"] is None:
         with stages.own_generators(setup.tuning.seed):
             top1, top5 = stages.evaluate_original(setup, observer)
-        results.record["original"] = {"top1": top1, "top5": top5}
+        with results.update() as record:
+            record["original"] = {"top1": top1, "top5": top5}
     original = results.record["original"]
     converted = run(setup, observer, (original["top1"], original["top5"]))
     manifest = converted.manifest

@@ -10,7 +10,7 @@ import torch
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 from torch import Tensor
 
-from dfs_cli.atomic import check_writable, write_atomically
+from dfs_cli.atomic import File
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.data.images import Batch
 from dfs_cli.errors import DataError, ExportError
@@ -20,6 +20,7 @@ from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Parts
 from dfs_cli.export.scales import measure_scales
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.outputs import reserve
 
 _SCALE_IMAGES = 8
 
@@ -53,12 +54,12 @@ def write_onnx(
         ExportError: the graph decides or answers otherwise than the network, or is too large for ONNX; nothing is written.
         DataError: there is no image.
     """
-    check_writable([path], force)
-    is_plain = (static or tensorrt) and fixed_decisions(network) is None
-    decisions = common_decisions(network, batches) if is_plain else None
-    content, comparison = make_graph(network, input_size, batches, labelled, decisions, tensorrt, on_batch)
-    check_holds(comparison)
-    write_atomically(path, content)
+    with reserve([path], force) as outputs:
+        is_plain = (static or tensorrt) and fixed_decisions(network) is None
+        decisions = common_decisions(network, batches) if is_plain else None
+        content, comparison = make_graph(network, input_size, batches, labelled, decisions, tensorrt, on_batch)
+        check_holds(comparison)
+        outputs.write([File(path, content)])
     return comparison
 
 

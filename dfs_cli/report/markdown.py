@@ -45,6 +45,7 @@ def render_markdown(report: dict[str, Any]) -> str:
         *_dynamics(report),
         "",
         f"Weights: {source.get('weights') or 'unknown'}; licence: {source.get('license') or 'unknown'}.",
+        *([f"SHA-256 of the network's file: `{digest}`."] if (digest := report.get("file_sha256")) else []),
         "",
         "## Layers",
         "",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfs_cli.artifact.manifest import Manifest
-from dfs_cli.atomic import write_atomically
+from dfs_cli.atomic import File
 from dfs_cli.errors import ConfigError, MissingDependencyError
 from dfs_cli.records import Evaluation
 from dfs_cli.report.cost import block_shares
@@ -19,17 +18,23 @@ if TYPE_CHECKING:
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
-def has_matplotlib() -> bool:
-    """Whether figures can be drawn."""
-    return find_spec("matplotlib") is not None
+def why_not() -> str | None:
+    """Why figures cannot be drawn; None: they can."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError:
+        return "plots need matplotlib: pip install 'dfs-cli[plot]'"
+    except Exception as error:  # whatever a broken installation or a broken setting of it raises
+        return f"plots need matplotlib, which cannot be imported here: {' '.join(str(error).split())}"
+    return None
 
 
 def check_plot_path(path: Path) -> None:
     """Raises ConfigError where the suffix names no format, MissingDependencyError without matplotlib."""
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ConfigError(f"plot {path}: expected a name that ends in {', '.join(PLOT_SUFFIXES)}")
-    if not has_matplotlib():
-        raise MissingDependencyError("plots need matplotlib: pip install 'dfs-cli[plot]'")
+    if reason := why_not():
+        raise MissingDependencyError(reason)
 
 
 def plot_choices(manifest: Manifest, evaluation: Evaluation) -> Figure:
@@ -67,8 +72,8 @@ def plot_choices(manifest: Manifest, evaluation: Evaluation) -> Figure:
     return figure
 
 
-def save_plot(figure: Figure, path: Path) -> None:
-    """Write the figure atomically, in the format of the suffix."""
+def plot_file(figure: Figure, path: Path) -> File:
+    """The figure, ready to be written to ``path``, in the format of its suffix."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix.lower()[1:], dpi=150)
-    write_atomically(path, buffer.getvalue())
+    return File(path, buffer.getvalue())

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import io
 import json
 import pickle
@@ -70,6 +71,8 @@ def test_convert_eval_profile() -> None:
         assert word in result.stdout
     report = json.loads(Path("model.report.json").read_text())
     assert 0.27 <= report["cost"] <= 0.303 and report["top1_after"] >= 97
+    digest = hashlib.sha256(Path("model.safetensors").read_bytes()).hexdigest()
+    assert report["file_sha256"] == digest and digest in Path("model.report.md").read_text()
     assert "everything at 8 bits" in Path("model.report.md").read_text()
 
     shown = run("eval", "model.safetensors", "--workers", "0")
@@ -190,12 +193,6 @@ def test_help_has_panels_and_examples() -> None:
     for command in ("convert", "eval", "profile", "sweep", "export", "bench", "bench-tuning", "list"):
         shown = run(command, "--help").stdout
         assert shown.count(f" dfs {command}") >= 2, command
-
-
-def test_a_closed_pipe_ends_quietly() -> None:
-    command = f"{sys.executable} -m dfs_cli list | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.startswith("model ") and done.stderr == ""
 
 
 def test_list() -> None:

@@ -1,6 +1,11 @@
 """The exceptions of dfs. Each message is one line that a person can act on."""
 
 
+def printable(text: str) -> str:
+    """``text`` with what no terminal shows, as control characters, as escape sequences; line breaks are kept."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class DfsError(Exception):
     """Base of every error that dfs raises on purpose.
 

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from dfs_cli.errors import DfsError
+from dfs_cli.errors import DfsError, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,12 +33,12 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except DfsError as error:
-            message = " ".join(str(error).split())
+            message = printable(" ".join(str(error).split()))
             print(f"dfs: error: {message}", file=sys.stderr)
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
             where = f" {error.filename}" if error.filename else ""
-            print(f"dfs: error:{where} {error.strerror or error}", file=sys.stderr)
+            print(printable(f"dfs: error:{where} {error.strerror or error}"), file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             print("dfs: interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import timm
 import torch
@@ -63,7 +64,9 @@ def check_figures(manifest: Manifest) -> None:
         expected = expected.with_layer_bits(table.layer_bits)
     for name in ("blocks", "layers", "controller_macs"):
         if getattr(table, name) != getattr(expected, name):
-            raise ValueError(f"the {name.replace('_', ' ')} of the cost table are not those of the network at this size")
+            raise ValueError(
+                f"the {name.replace('_', ' ')} of the cost table are not those of the network at this size"
+            )
     costs = [held_out.cost for held_out in (manifest.held_out,) if held_out] + list(manifest.movable or ())
     if not all(_is_between(table.cheapest, cost, table.dearest) for cost in costs):
         raise ValueError("a cost is outside what the options cost")
@@ -103,7 +106,7 @@ def _is_between(low: float, value: float, high: float) -> bool:
 
 
 def _is_ascending(values: tuple[float, ...]) -> bool:
-    return all(a <= b * (1 + _TOLERANCE) for a, b in zip(values, values[1:], strict=False))
+    return all(a <= b * (1 + _TOLERANCE) for a, b in pairwise(values))
 
 
 def check_values(network: DynamicResNet, table: CostTable) -> None:

@@ -79,6 +79,9 @@ def convert(
         return
     resolve_device(settings.device)
     module = weights.load(model, settings.seed)
+    origin = weights.describe(model)
+    if weights.checkpoint and origin != str(weights.checkpoint):
+        sink.say(f"weights: {origin}")
     with sink.observer(logs=True, settings=True) as observer:
         converted = api.convert(
             module,
@@ -87,7 +90,7 @@ def convert(
             dynamic=dynamic,
             tuning=settings,
             preprocessing=preprocessing.resolve(module),
-            source=describe_source(module, weights.weights),
+            source=describe_source(module, origin),
             spend=network.spend,
             observer=observer,
         )

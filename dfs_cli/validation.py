@@ -28,6 +28,8 @@ def first_problem(error: pydantic.ValidationError) -> str:
     if isinstance(reason, Exception):
         return str(reason)
     place = ".".join(str(part) for part in problem["loc"]) or error.title
+    if problem["type"] == "missing":
+        return f"{place} is missing"
     message = problem["msg"]
     return f"{place} {_shown(problem['input'])}: {message[:1].lower()}{message[1:]}"
 

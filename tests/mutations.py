@@ -56,9 +56,7 @@ def any_value(rng: random.Random) -> Any:
         return rng.choice(TEXTS)
     if kind <= 2:
         return rng.choice(NUMBERS)
-    return [None, True, [], {}, [rng.choice(NUMBERS)], {"a": rng.choice(TEXTS)}, DEEP][
-        rng.randrange(7)
-    ]
+    return [None, True, [], {}, [rng.choice(NUMBERS)], {"a": rng.choice(TEXTS)}, DEEP][rng.randrange(7)]
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -87,7 +85,9 @@ def change_value(rng: random.Random, values: dict[str, Any]) -> str:
     elif action == "add":
         parent.insert(rng.randrange(len(parent) + 1), any_value(rng))
     elif action == "near" and isinstance(old, int | float) and not isinstance(old, bool) and abs(old) < 1e300:
-        parent[key] = rng.choice((old + 1, old - 1, -old, old * 1000, old * 1.001, old / 2, float(old), str(old), [old]))
+        parent[key] = rng.choice(
+            (old + 1, old - 1, -old, old * 1000, old * 1.001, old / 2, float(old), str(old), [old])
+        )
     elif action == "near" and isinstance(old, str):
         parent[key] = rng.choice((old + rng.choice(TEXTS), old[:-1], old.upper(), [old]))
     elif action == "length" and isinstance(old, list) and old:
@@ -118,7 +118,16 @@ def change_tensor(rng: random.Random, tensors: dict[str, Tensor]) -> str:
         )  # fmt: skip
         tensors[name] = rng.choice(shapes).clone()
     elif action == "type":
-        kinds = (torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.uint8, torch.complex64)
+        kinds = (
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int8,
+            torch.int64,
+            torch.bool,
+            torch.uint8,
+            torch.complex64,
+        )
         tensors[name] = tensor.to(rng.choice(kinds))
     elif action == "remove":
         del tensors[name]
@@ -229,7 +238,9 @@ def change_checkpoint(rng: random.Random, state: dict[str, Tensor]) -> tuple[byt
             done.append(what)
         return whole, f"safetensors {done}", ".safetensors"
     content: Any = state
-    wrapper = rng.choice(("", "", "state_dict", "model", "net", "model_ema", "[red]x", "two", "trap", "scalars", "nested"))
+    wrapper = rng.choice(
+        ("", "", "state_dict", "model", "net", "model_ema", "[red]x", "two", "trap", "scalars", "nested")
+    )
     if wrapper == "two":
         content = {"state_dict": state, rng.choice(("state_dict_ema", "other")): state}
     elif wrapper == "trap":
@@ -241,7 +252,9 @@ def change_checkpoint(rng: random.Random, state: dict[str, Tensor]) -> tuple[byt
     elif wrapper:
         content = {wrapper: state, "epoch": 3, "optimizer": {"state": {0: {"step": torch.zeros(1)}}}}
     if rng.random() < 0.3 and isinstance(content, dict) and content is state:
-        content = {rng.choice(("module.", "model.", "_orig_mod.", "a.b.c.", "\x1b[2J.")) + k: v for k, v in state.items()}
+        content = {
+            rng.choice(("module.", "model.", "_orig_mod.", "a.b.c.", "\x1b[2J.")) + k: v for k, v in state.items()
+        }
     buffer = io.BytesIO()
     try:
         torch.save(content, buffer, _use_new_zipfile_serialization=rng.random() < 0.7)

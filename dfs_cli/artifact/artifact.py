@@ -74,7 +74,7 @@ def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[Dynam
     with _fitting(path):
         network = create_network(manifest)
         load_packed(network, tensors)
-        check_values(network, manifest.table)
+        check_values(network, manifest)
     return network.to(device).eval(), manifest
 
 

@@ -67,11 +67,15 @@ def check_figures(manifest: Manifest) -> None:
             raise ValueError(
                 f"the {name.replace('_', ' ')} of the cost table are not those of the network at this size"
             )
-    costs = [held_out.cost for held_out in (manifest.held_out,) if held_out] + list(manifest.movable or ())
-    if not all(_is_between(table.cheapest, cost, table.dearest) for cost in costs):
-        raise ValueError("a cost is outside what the options cost")
-    if manifest.movable and manifest.movable[0] > manifest.movable[1] * (1 + _TOLERANCE):
-        raise ValueError("movable: the least cost is above the largest")
+    if manifest.held_out and not _is_ascending((table.cheapest, manifest.held_out.cost, table.dearest)):
+        raise ValueError("held_out.cost is not between the cheapest and the dearest")
+    if manifest.movable and not _is_ascending((table.cheapest, *manifest.movable, table.dearest)):
+        raise ValueError("movable: not two costs between the cheapest and the dearest, in order")
+    made_with = manifest.configuration
+    if made_with and (made_with.model, made_with.budget, made_with.dynamic, made_with.preprocessing) != (
+        manifest.architecture, manifest.budget, manifest.dynamic, manifest.preprocessing,
+    ):  # fmt: skip
+        raise ValueError("configuration: not that of this network")
     if manifest.validation:
         _check_evaluation(table, manifest.validation)
 
@@ -89,7 +93,7 @@ def _check_evaluation(table: CostTable, evaluation: Evaluation) -> None:
         raise ValueError("validation.choices: the counts do not add up to the number of images")
     counts = torch.tensor(choices, dtype=torch.float64)
     total = float((counts * table.option_costs).sum()) + sum(n * table.fixed_cost(i) for i, n in enumerate(runs))
-    if not math.isclose(evaluation.cost, total / evaluation.images, rel_tol=_TOLERANCE):
+    if not _is_close(evaluation.cost, total / evaluation.images):
         raise ValueError(f"validation.cost {evaluation.cost:g} is not that of its choices")
     ordered = (table.cheapest, evaluation.cost_p50, evaluation.cost_p95, evaluation.cost_max, table.dearest)
     common = (table.cheapest, evaluation.dynamics.common_cost, evaluation.cost_max)
@@ -101,20 +105,20 @@ def _check_evaluation(table: CostTable, evaluation: Evaluation) -> None:
         raise ValueError("validation.top5 is below top1")
 
 
-def _is_between(low: float, value: float, high: float) -> bool:
-    return _is_ascending((low, value, high))
+def _is_close(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=_TOLERANCE)
 
 
 def _is_ascending(values: tuple[float, ...]) -> bool:
     return all(a <= b * (1 + _TOLERANCE) for a, b in pairwise(values))
 
 
-def check_values(network: DynamicResNet, table: CostTable) -> None:
+def check_values(network: DynamicResNet, manifest: Manifest) -> None:
     """Check numbers that were loaded into ``network``.
 
     Raises:
         ValueError: a tensor holds infinite or undefined numbers, negative variances or step sizes that are none, or the
-            controller cannot decide by its state; the message names the tensor.
+            controller cannot decide by its state; the message names the tensor. Or it can be moved to other costs.
     """
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -123,4 +127,7 @@ def check_values(network: DynamicResNet, table: CostTable) -> None:
             raise ValueError(f"{name} holds negative variances")
         if name.endswith("_steps") and bool((tensor.abs() > _LARGEST_LOGARITHM).any()):
             raise ValueError(f"{name} holds logarithms of step sizes beyond {_LARGEST_LOGARITHM:g}")
-    controller_of(network).check(table)
+    controller = controller_of(network)
+    controller.check(manifest.table)
+    if manifest.movable and not all(map(_is_close, manifest.movable, controller.movable(manifest.table))):
+        raise ValueError("movable: not the costs that the network can be moved to")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 import zipfile
@@ -79,6 +80,10 @@ def _read(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the file's age, to its author
             return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise WeightsError(
+            f"checkpoint {path} is damaged, or holds Python objects, which could run code: save model.state_dict()"
+        ) from None
     except Exception as error:  # unpickling hostile or truncated bytes can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(f"checkpoint {path} cannot be read as weights: {reason[:160]}") from None

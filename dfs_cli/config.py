@@ -19,8 +19,7 @@ GateKind = Literal["probe", "rnn", "ff", "static"]
 DeviceKind = Literal["auto", "cpu", "cuda"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 """timm's names."""
-BatchSize = Annotated[int, Field(ge=1, le=2**20)]
-WorkerCount = Annotated[int, Field(ge=0, le=1024)]
+LARGEST_BATCH, MOST_WORKERS, LARGEST_SEED = 2**20, 1024, 2**32 - 1
 Baseline = Literal["uniform", "mixed", "skipnet", "cascade"]
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
@@ -53,6 +52,19 @@ def parse_mix(text: str) -> dict[int, float]:
     if len(mix) < len(pairs) or not min(mix.values()) >= 0 or abs(sum(mix.values()) - 1) > 1e-6:
         raise ConfigError(f"--mix {text!r}: expected each bitwidth once, with shares that add up to 1")
     return mix
+
+
+def check_range(name: str, value: int | None, low: int, high: int) -> None:
+    """Raises ConfigError unless ``value`` is None or from ``low`` to ``high``."""
+    if value is not None and not low <= value <= high:
+        shown = value if abs(value) < 2**64 else "of so many digits"
+        raise ConfigError(f"{name} {shown}: expected {low} to {high}")
+
+
+def check_loading(batch_size: int | None = None, workers: int | None = None) -> None:
+    """Raises ConfigError where images cannot be loaded so."""
+    check_range("batch-size", batch_size, 1, LARGEST_BATCH)
+    check_range("workers", workers, 0, MOST_WORKERS)
 
 
 def check_budget(budget: float) -> None:
@@ -144,13 +156,13 @@ class TuningConfig(Json):
 
     epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
-    batch_size: BatchSize = 128
+    batch_size: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = 128
     lr: Annotated[float, Field(ge=1e-12, le=1e3)] = 1e-3
     freeze_backbone: bool = False
     amp: bool = False
     device: DeviceKind = "auto"
-    workers: WorkerCount | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    workers: Annotated[int, Field(ge=0, le=MOST_WORKERS)] | None = None
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.15
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.3
     distillation: Annotated[float, Field(ge=0, le=1e6)] = 1.0

@@ -22,7 +22,8 @@ from timm.models import (
 from torch import Tensor, nn
 
 import dfs_cli.models.cifar  # noqa: F401  # registers the CIFAR and digits models
-from dfs_cli.errors import ConfigError, UnsupportedModelError, WeightsError
+from dfs_cli.config import LARGEST_SEED, check_range
+from dfs_cli.errors import UnsupportedModelError, WeightsError
 from dfs_cli.models.checkpoints import check_fit, read_weights
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import find_blocks
@@ -72,9 +73,8 @@ def _arguments(num_classes: int | None, in_chans: int | None) -> dict[str, int]:
     Raises:
         ConfigError: one is out of range.
     """
-    for option, value, low, high in (("num-classes", num_classes, 2, 2**20), ("in-chans", in_chans, 1, 2**12)):
-        if value is not None and not low <= value <= high:
-            raise ConfigError(f"{option} {value}: expected {low} to {high}")
+    check_range("num-classes", num_classes, 2, 2**20)
+    check_range("in-chans", in_chans, 1, 2**12)
     return {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
 
 
@@ -138,6 +138,7 @@ def load_model(
     Raises:
         UnsupportedModelError: the architecture is unknown or cannot be converted.
         WeightsError: weights are missing, unreachable, unreadable or do not match.
+        ConfigError: a number is out of range.
 
     Example:
         >>> import dfs_cli
@@ -145,6 +146,7 @@ def load_model(
         >>> model.fc.out_features
         50
     """
+    check_range("seed", seed, 0, LARGEST_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _load(name, pretrained, checkpoint, num_classes, in_chans)

@@ -1,7 +1,7 @@
 """Change valid files in thousands of ways, and see that every command that reads them ends well.
 
-Each case must end in one line and exit code 2, or load and run, within 10 seconds and 2 GiB above the file's size, and nothing of
-the file may be executed. `python examples/mutate_files.py --cases 10000`
+Each case must end in one line and exit code 2, or load and run, within 10 seconds and 2 GiB above the file's size, and
+nothing of the file may be executed. `python examples/mutate_files.py --cases 10000`
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ SECONDS, BYTES = 10, 2 * 2**30
 """How long a command may take, and how much memory above the size of its file."""
 
 TEXTS = (
-    "", " ", "x", "[red]x[/nope]", "[/]", "[link=file:///etc/passwd]x", ":smiley:", "\x1b[2J\x1b]0;x\x07", "a\nb\r\tc", "\x00",
-    "\u202eevil", "\ud800", "../../etc/passwd", "/dev/zero", "hf-hub:timm/resnet18", "local-dir:/tmp", "resnet18", "resnet110_cifar",
-    "vit_base_patch16_224", "resnetv2_152x4_bit", "tv_resnet50", "$(touch x)", "x" * 100_000, "{0.__class__}", "%n%s", "é" * 300,
-    "nan", "1e999", "None", "torch.load",
+    "", " ", "x", "[red]x[/nope]", "[/]", "[link=file:///etc/passwd]x", ":smiley:", "\x1b[2J\x1b]0;x\x07", "a\nb\r\tc",
+    "\x00", "\u202eevil", "\ud800", "../../etc/passwd", "/dev/zero", "hf-hub:timm/resnet18", "local-dir:/tmp", "resnet18",
+    "resnet110_cifar", "vit_base_patch16_224", "resnetv2_152x4_bit", "tv_resnet50", "$(touch x)", "x" * 100_000,
+    "{0.__class__}", "%n%s", "é" * 300, "nan", "1e999", "None", "torch.load",
 )  # fmt: skip
 NUMBERS = (
     0, 1, -1, 2, 3, 7, 8, 9, 16, 17, 31, 32, 33, 255, 4096, 65536, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**9, 10**18, 10**400,

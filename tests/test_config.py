@@ -177,11 +177,11 @@ def test_preprocessing_out_of_range_is_refused(settings: dict[str, Any]) -> None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [10**400, 10**5000, -(10**400), [10**400]])
-def test_huge_numbers_are_refused_in_one_line(value: object) -> None:
-    with pytest.raises(ConfigError, match="^lr ") as caught:
-        TuningConfig(lr=value)  # type: ignore[arg-type]
-    assert len(str(caught.value)) < 200
+def test_huge_numbers_are_refused_in_one_line() -> None:
+    for value in (10**400, 10**5000, -(10**400), [10**400]):
+        with pytest.raises(ConfigError, match="^lr ") as caught:
+            TuningConfig(lr=value)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("text", ["[" * 300 + "]" * 300, "NaN", '{"a": Infinity}', "1" * 5000, "{"])
@@ -192,12 +192,8 @@ def test_json_that_is_none_is_refused(text: str) -> None:
 
 def test_batches_workers_and_seeds_have_a_range() -> None:
     check_loading(1, 0)
-    for batch_size, workers, message in (
-        (0, 0, "batch-size 0"),
-        (2**30, 0, "batch-size"),
-        (1, -1, "workers -1"),
-        (1, 10**9, "workers"),
-    ):
+    refused = ((0, 0, "batch-size 0"), (2**30, 0, "batch-size"), (1, -1, "workers -1"), (1, 10**9, "workers"))
+    for batch_size, workers, message in refused:
         with pytest.raises(ConfigError, match=message):
             check_loading(batch_size, workers)
     with pytest.raises(ConfigError, match="seed of so many digits: expected 0 to 9"):

@@ -65,7 +65,7 @@ def _plain_console(**settings: Any) -> Console:
     from rich.text import Text
 
     class PlainConsole(Console):
-        def render_str(self, text: str, **settings: Any) -> Text:  # type: ignore[override]
+        def render_str(self, text: str, **settings: Any) -> Text:
             return super().render_str(printable(text), **settings)
 
     return PlainConsole(markup=False, emoji=False, highlight=False, **settings)

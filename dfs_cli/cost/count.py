@@ -73,7 +73,7 @@ def _count_on_meta(model: nn.Module, image: torch.Tensor) -> dict[str, int]:
         """A module's count, with its children's; of a list of modules, which is never called, the sum of theirs."""
         layers[name] = 0  # keeps the order of the network
         within = sum(total(f"{name}.{child}" if name else child, m) for child, m in module.named_children())
-        mine = counts.get(f"{type(model).__name__}.{name}" if name else type(model).__name__, within)
+        mine: int = counts.get(f"{type(model).__name__}.{name}" if name else type(model).__name__, within)
         layers[name] = mine - within
         return mine
 

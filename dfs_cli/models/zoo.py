@@ -205,7 +205,7 @@ def _read_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> tuple[dic
     state = read_weights(path, outline).tensors
     weight = state.get(f"{classifier}.weight")
     classes = weight.shape[0] if weight is not None and weight.dim() else None
-    expected = outline.get_submodule(classifier).weight.shape[0]
+    expected = outline.state_dict()[f"{classifier}.weight"].shape[0]
     is_another = classes is not None and classes != expected
     check_fit(path, name, state, outline, classifier if is_another else None)
     if is_another and num_classes is None:

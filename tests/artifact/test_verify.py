@@ -157,7 +157,7 @@ def test_a_small_file_cannot_name_a_large_network(
         "else: sys.exit('loaded')\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
-    values = {
+    values: dict[tuple[Any, ...], Any] = {
         ("architecture",): architecture,
         ("model_args",): {"num_classes": classes, "in_chans": channels},
         ("class_names",): [],

@@ -1,4 +1,5 @@
 import pytest
+from rich.console import Console
 from rich.table import Table
 
 from dfs_cli.cli.output import Output
@@ -13,7 +14,12 @@ def test_text_is_never_markup(capsys: pytest.CaptureFixture[str]) -> None:
     table = Table()
     table.add_column("[bold]head[/bold]")
     table.add_row("[red]cell[/nope] :smiley: \x1b[2J")
-    Output().result({}, lambda console: (console.print("[/] [link=x]y", soft_wrap=True), console.print(table)))  # type: ignore[func-returns-value]
+
+    def render(console: Console) -> None:
+        console.print("[/] [link=x]y", soft_wrap=True)
+        console.print(table)
+
+    Output().result({}, render)
     Output().say("[red]said[/nope]")
     shown = capsys.readouterr()
     assert "[/] [link=x]y\n" in shown.out and "[bold]head[/bold]" in shown.out

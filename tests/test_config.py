@@ -179,7 +179,7 @@ def test_preprocessing_out_of_range_is_refused(settings: dict[str, Any]) -> None
 
 def test_huge_numbers_are_refused_in_one_line() -> None:
     for value in (10**400, 10**5000, -(10**400), [10**400]):
-        with pytest.raises(ConfigError, match="^lr ") as caught:
+        with pytest.raises(ConfigError, match=r"^lr ") as caught:
             TuningConfig(lr=value)  # type: ignore[arg-type]
         assert len(str(caught.value)) < 200
 

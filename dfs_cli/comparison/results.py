@@ -107,7 +107,7 @@ def open_results(
         same = all(record[key] == value for key, value in identity.items())
         same = same and all(stored.get(budget, value) == value for budget, value in dynamic.items())
         record["dynamic"] = stored | dynamic
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(f"{path} exists and is not the result of a sweep: {error}") from None
     if not same:
         raise OutputError(f"{path} holds a sweep with other settings: pass --force to start again, or another --output")

@@ -157,7 +157,7 @@ class TuningConfig(Json):
     epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
     steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = 128
-    lr: Annotated[float, Field(ge=1e-12, le=1e3)] = 1e-3
+    lr: Annotated[float, Field(ge=1e-12, le=1e38)] = 1e-3
     freeze_backbone: bool = False
     amp: bool = False
     device: DeviceKind = "auto"

@@ -82,7 +82,8 @@ def _read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise WeightsError(
-            f"checkpoint {path} is damaged, or holds Python objects, which could run code: save model.state_dict()"
+            f"checkpoint {path} cannot be read as weights: it is damaged, or holds Python objects, which could run code; save "
+            "model.state_dict()"
         ) from None
     except Exception as error:  # unpickling hostile or truncated bytes can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -19,7 +19,8 @@ import dfs_cli
 from dfs_cli.config import GateKind
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from mutations import draw, judge, watch
+from mutations import draw
+from verdicts import judge, watch
 
 NETWORKS: tuple[tuple[GateKind, tuple[int, ...], float], ...] = (
     ("probe", (0, 2, 8), 0.04), ("rnn", (0, 4, 8), 0.3), ("ff", (0, 8, 32), 0.3), ("static", (0, 2, 4, 8), 0.04),

@@ -4,8 +4,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 from hypothesis import strategies
-from mutations import draw, judge, watch
+from mutations import draw
 from torch import nn
+from verdicts import judge, watch
 
 pytestmark = pytest.mark.medium
 

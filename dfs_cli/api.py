@@ -13,7 +13,7 @@ from torch import nn
 from dfs_cli.artifact.artifact import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.comparison.sweep import sweep
-from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SweepConfig, TuningConfig
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SweepConfig, TuningConfig, check_loading
 from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.defaults import default_data, default_tuning, resolve_device
@@ -155,7 +155,7 @@ def evaluate(
         observer: told about progress.
 
     Raises:
-        ConfigError: the batch size is below 1.
+        ConfigError: the batch size or the number of workers is out of range.
         DataError: images are missing, unreadable, or of other classes.
 
     Example:
@@ -168,8 +168,7 @@ def evaluate(
     """
     observer = observer or Observer()
     network, manifest = converted
-    if batch_size < 1:
-        raise ConfigError(f"batch-size {batch_size} is below 1")
+    check_loading(batch_size, workers)
     if not isinstance(data, Images):
         source = default_data(manifest.architecture, data)
         data = open_validation(source, manifest.preprocessing, manifest.class_names, observer.note)
@@ -226,6 +225,7 @@ def export_onnx(
         (450, True)
     """
     require_onnx()
+    check_loading(workers=workers)
     from dfs_cli.export.network import fixed_decisions
     from dfs_cli.export.write import random_batches, write_onnx
 

@@ -17,6 +17,9 @@ QUANTIZED_BITS = range(2, 17)
 GateKind = Literal["probe", "rnn", "ff", "static"]
 """What decides; see :mod:`dfs_cli.control`."""
 DeviceKind = Literal["auto", "cpu", "cuda"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+"""timm's names."""
+LARGEST_BATCH, MOST_WORKERS, LARGEST_SEED = 2**20, 1024, 2**32 - 1
 Baseline = Literal["uniform", "mixed", "skipnet", "cascade"]
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
@@ -49,6 +52,19 @@ def parse_mix(text: str) -> dict[int, float]:
     if len(mix) < len(pairs) or not min(mix.values()) >= 0 or abs(sum(mix.values()) - 1) > 1e-6:
         raise ConfigError(f"--mix {text!r}: expected each bitwidth once, with shares that add up to 1")
     return mix
+
+
+def check_range(name: str, value: int | None, low: int, high: int) -> None:
+    """Raises ConfigError unless ``value`` is None or from ``low`` to ``high``."""
+    if value is not None and not low <= value <= high:
+        shown = value if abs(value) < 2**64 else "of so many digits"
+        raise ConfigError(f"{name} {shown}: expected {low} to {high}")
+
+
+def check_loading(batch_size: int | None = None, workers: int | None = None) -> None:
+    """Raises ConfigError where images cannot be loaded so."""
+    check_range("batch-size", batch_size, 1, LARGEST_BATCH)
+    check_range("workers", workers, 0, MOST_WORKERS)
 
 
 def check_budget(budget: float) -> None:
@@ -88,8 +104,8 @@ class DynamicConfig(Json):
     bits: tuple[int, ...] = PRESETS["lowbit"].bits
     fixed_bits: int = PRESETS["lowbit"].fixed_bits
     gate: GateKind = "probe"
-    embedding: Annotated[int, Field(ge=1)] = 10
-    hidden: Annotated[int, Field(ge=1)] = 10
+    embedding: Annotated[int, Field(ge=1, le=4096)] = 10
+    hidden: Annotated[int, Field(ge=1, le=4096)] = 10
     mirror: bool = False
 
     def __post_init__(self) -> None:
@@ -138,21 +154,21 @@ class TuningConfig(Json):
         (400, 350)
     """
 
-    epochs: Annotated[int, Field(ge=1)] | None = None
-    steps: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    epochs: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = 128
+    lr: Annotated[float, Field(ge=1e-12, le=1e38)] = 1e-3
     freeze_backbone: bool = False
     amp: bool = False
     device: DeviceKind = "auto"
-    workers: Annotated[int, Field(ge=0)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    workers: Annotated[int, Field(ge=0, le=MOST_WORKERS)] | None = None
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.15
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.3
-    distillation: Annotated[float, Field(ge=0)] = 1.0
-    temperature: Annotated[float, Field(gt=0)] = 2.0
+    distillation: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 2.0
     hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
-    min_crop: Annotated[float, Field(gt=0, le=1)] = 0.9
+    min_crop: Annotated[float, Field(ge=0.01, le=1)] = 0.9
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
@@ -171,10 +187,7 @@ class TuningConfig(Json):
 
 
 Budget = Annotated[float, Field(gt=0, le=1)]
-
-ImageSize = tuple[
-    Annotated[int, Field(ge=1, le=2**16)], Annotated[int, Field(ge=1, le=2**16)], Annotated[int, Field(ge=1, le=2**16)]
-]
+Side = Annotated[int, Field(ge=1, le=2**12)]
 
 
 @validated
@@ -196,18 +209,20 @@ class Preprocessing(Json):
         (1, 16, 16)
     """
 
-    input_size: ImageSize
-    train_size: ImageSize
-    interpolation: str
-    crop_pct: Annotated[float, Field(gt=0)]
-    crop_mode: str
-    mean: tuple[float, ...]
-    std: tuple[Annotated[float, Field(gt=0)], ...]
+    input_size: tuple[Side, Side, Side]
+    train_size: tuple[Side, Side, Side]
+    interpolation: Interpolation
+    crop_pct: Annotated[float, Field(ge=0.1, le=1)]
+    crop_mode: Literal["center", "squash", "border"]
+    mean: tuple[Annotated[float, Field(ge=-1e4, le=1e4)], ...]
+    std: tuple[Annotated[float, Field(ge=1e-4, le=1e4)], ...]
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.input_size[0]:
                 raise ConfigError(f"{name} has {len(getattr(self, name))} values for {self.input_size[0]} channels")
+        if self.train_size[0] != self.input_size[0]:
+            raise ConfigError(f"train-size has {self.train_size[0]} channels and input-size {self.input_size[0]}")
 
 
 @validated
@@ -236,7 +251,7 @@ class DataConfig(Json):
     train_split: str | None = None
     val_split: str | None = None
     class_map: str | None = None
-    num_samples: Annotated[int, Field(ge=1)] | None = None
+    num_samples: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     download: bool = False
 
     @property
@@ -267,9 +282,9 @@ class SweepConfig(Json):
         dfs_cli.errors.ConfigError: a budget is given twice
     """
 
-    budgets: Annotated[tuple[float, ...], Field(min_length=1)]
+    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)]
     baselines: tuple[Baseline, ...] = BASELINES
-    seeds: Annotated[int, Field(ge=1)] = 1
+    seeds: Annotated[int, Field(ge=1, le=10**4)] = 1
     dynamic: dict[float, DynamicConfig] = dataclasses.field(default_factory=dict)
     spend: bool = False
 
@@ -304,8 +319,8 @@ class Configuration(Json):
     data: DataConfig | None
     preprocessing: Preprocessing
     device: str
-    steps: Annotated[int, Field(ge=0)]
-    images: dict[str, Annotated[int, Field(ge=0)]]
+    steps: Annotated[int, Field(ge=0, lt=2**63)]
+    images: dict[str, Annotated[int, Field(ge=0, lt=2**63)]]
     versions: dict[str, str]
-    threads: Annotated[int, Field(ge=0)]
+    threads: Annotated[int, Field(ge=0, lt=2**31)]
     unreadable_training_images: tuple[str, ...] = ()

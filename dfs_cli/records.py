@@ -10,8 +10,8 @@ from dfs_cli.validation import Json, validated
 
 Percent = Annotated[float, Field(ge=0, le=100.001)]
 Share = Annotated[float, Field(ge=-1e-9, le=1 + 1e-9)]
-Cost = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=0)]
+Cost = Annotated[float, Field(ge=0, le=1e6)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @validated
@@ -27,7 +27,7 @@ class Dynamics(Json):
     """
 
     policies: Count
-    choice_entropy: Annotated[float, Field(ge=-1e-9)]
+    choice_entropy: Annotated[float, Field(ge=-1e-9, le=64)]
     variance_between_images: Share
     common_share: Share
     common_top1: Percent
@@ -56,7 +56,7 @@ class Evaluation(Json):
         (450, 1.0, 9)
     """
 
-    images: Annotated[int, Field(ge=1)]
+    images: Annotated[int, Field(ge=1, lt=2**63)]
     top1: Percent
     top5: Percent
     cost: Cost
@@ -64,7 +64,7 @@ class Evaluation(Json):
     cost_p95: Cost
     cost_max: Cost
     choices: tuple[tuple[tuple[Count, ...], ...], ...]
-    images_per_second: Annotated[float, Field(ge=0)]
+    images_per_second: Annotated[float, Field(ge=0, le=1e15)]
     dynamics: Dynamics
     unreadable: tuple[str, ...] = ()
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
+import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
+import pydantic_core
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import dataclass_transform
 
@@ -25,9 +28,26 @@ def first_problem(error: pydantic.ValidationError) -> str:
     if isinstance(reason, Exception):
         return str(reason)
     place = ".".join(str(part) for part in problem["loc"]) or error.title
-    value, message = problem["input"], problem["msg"]
-    given = f"{value:g}" if type(value) in (int, float) else repr(value)[:60]
-    return f"{place} {given}: {message[:1].lower()}{message[1:]}"
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    message = problem["msg"]
+    return f"{place} {_shown(problem['input'])}: {message[:1].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value of any type, briefly."""
+    if type(value) is float or (type(value) is int and abs(value) < sys.float_info.max):
+        return f"{value:g}"
+    return "a huge number" if type(value) is int else reprlib.repr(value)
+
+
+def parse_json(text: str) -> Any:
+    """The plain values that ``text`` stands for.
+
+    Raises:
+        ValueError: it is no JSON, is nested deeper than 200 levels, or has an infinite or undefined number.
+    """
+    return pydantic_core.from_json(text, allow_inf_nan=False)
 
 
 class Json:

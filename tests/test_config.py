@@ -3,10 +3,20 @@ from typing import Any
 
 import pytest
 
-from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SweepConfig, TuningConfig, check_budget, parse_mix
+from dfs_cli.config import (
+    DataConfig,
+    DynamicConfig,
+    Preprocessing,
+    SweepConfig,
+    TuningConfig,
+    check_budget,
+    check_loading,
+    check_range,
+    parse_mix,
+)
 from dfs_cli.errors import ConfigError
 from dfs_cli.presets import PRESETS, parse_bits
-from dfs_cli.validation import Json
+from dfs_cli.validation import Json, parse_json
 
 
 @pytest.mark.parametrize("budget", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
@@ -149,3 +159,42 @@ def test_settings_do_not_change() -> None:
     with pytest.raises(AttributeError):
         config.epochs = 3  # type: ignore[misc]
     assert config.replace(epochs=3).epochs == 3 and config.epochs is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crop_pct": 1e-9}, {"crop_pct": float("inf")}, {"crop_pct": 1.5}, {"std": (1e-320,)}, {"std": (float("inf"),)},
+        {"mean": (float("nan"),)}, {"mean": (1e308,)}, {"mean": ("0.5",)}, {"interpolation": "cubic"}, {"crop_mode": "left"},
+        {"input_size": (1, 8.0, 8)}, {"input_size": (1, 2**13, 8)}, {"input_size": (1, 8)}, {"train_size": (3, 8, 8)},
+    ],
+)  # fmt: skip
+def test_preprocessing_out_of_range_is_refused(settings: dict[str, Any]) -> None:
+    valid = Preprocessing((1, 8, 8), (1, 8, 8), "bicubic", 0.9, "center", (0.5,), (1.0,))
+    ((name, _),) = settings.items()
+    with pytest.raises(ConfigError, match=f"^{name.replace('_', '-')}") as caught:
+        valid.replace(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_huge_numbers_are_refused_in_one_line() -> None:
+    for value in (10**400, 10**5000, -(10**400), [10**400]):
+        with pytest.raises(ConfigError, match=r"^lr ") as caught:
+            TuningConfig(lr=value)  # type: ignore[arg-type]
+        assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["[" * 300 + "]" * 300, "NaN", '{"a": Infinity}', "1" * 5000, "{"])
+def test_json_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="line 1 column"):
+        parse_json(text)
+
+
+def test_batches_workers_and_seeds_have_a_range() -> None:
+    check_loading(1, 0)
+    refused = ((0, 0, "batch-size 0"), (2**30, 0, "batch-size"), (1, -1, "workers -1"), (1, 10**9, "workers"))
+    for batch_size, workers, message in refused:
+        with pytest.raises(ConfigError, match=message):
+            check_loading(batch_size, workers)
+    with pytest.raises(ConfigError, match="seed of so many digits: expected 0 to 9"):
+        check_range("seed", 10**5000, 0, 9)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
-import timm
 import torch
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-import dfs_cli.models.cifar  # noqa: F401  # registers the CIFAR and digits models, which a file may hold
 from dfs_cli.artifact.manifest import Manifest
-from dfs_cli.artifact.packing import load_packed, packed_tensors
+from dfs_cli.artifact.packing import check_shapes, load_packed, packed_tensors
+from dfs_cli.artifact.verify import check_figures, check_values, create_network
 from dfs_cli.atomic import File
 from dfs_cli.errors import ArtifactError, DfsError
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.outputs import reserve
-from dfs_cli.surgery.swap import make_dynamic
 
 _MANIFEST, _DIGEST = "dfs_manifest", "dfs_sha256"
 
@@ -63,7 +63,7 @@ def _check_identical(path: Path, network: DynamicResNet, manifest: Manifest) -> 
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest alone.
+    """The manifest alone, checked as for :func:`load_artifact`; the network is not allocated.
 
     Raises:
         ArtifactError: as :func:`load_artifact`.
@@ -75,30 +75,29 @@ def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[Dynam
     """The network, in evaluation mode, and its manifest. Nothing in the file is executed.
 
     Raises:
-        ArtifactError: the file is missing, truncated, not written by dfs, or was changed after it was written.
+        ArtifactError: the file is missing, truncated, not written by dfs, or was changed after it was written; its figures
+            are not those of the network; or it holds numbers that no tuned network has.
     """
     manifest, tensors = _read(path)
-    try:
-        network = _rebuild(manifest)
+    with _fitting(path):
+        network = create_network(manifest)
         load_packed(network, tensors)
-    except (DfsError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"{path} does not fit the network it describes: {reason}") from None
+        check_values(network, manifest)
     return network.to(device).eval(), manifest
 
 
-def _rebuild(manifest: Manifest) -> DynamicResNet:
-    if not timm.is_model(manifest.architecture) or ":" in manifest.architecture:
-        raise ArtifactError(f"unknown architecture {manifest.architecture!r}")
-    with torch.random.fork_rng(devices=[]):  # loading must not change the caller's random state
-        model = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args.to_dict())
-        network = make_dynamic(model.eval(), manifest.dynamic, manifest.table).network
-    network.controller.operating_point = manifest.operating_point
-    return network
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """Whatever does not fit within the context is an ArtifactError."""
+    try:
+        yield
+    except (DfsError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"{path} does not fit the network it describes: {reason}") from None
 
 
 def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
-    """Manifest and tensors of an intact file."""
+    """Manifest and tensors of an intact file, compared with the network that the manifest describes."""
     if not path.is_file():
         raise ArtifactError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
@@ -113,6 +112,9 @@ def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     manifest = Manifest.from_json(metadata[_MANIFEST])
     if metadata.get(_DIGEST) != tensor_digest(tensors, metadata[_MANIFEST]):
         raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
+    with _fitting(path):
+        check_figures(manifest)
+        check_shapes(create_network(manifest, "meta"), tensors)
     return manifest, tensors
 
 
@@ -121,5 +123,5 @@ def tensor_digest(tensors: dict[str, Tensor], text: str = "") -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

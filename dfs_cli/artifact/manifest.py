@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Any
+import reprlib
+from typing import Annotated
 
 import pydantic
 from pydantic import Field
@@ -14,17 +15,19 @@ from dfs_cli.cost.operating_point import keeps_budget
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ArtifactError, ConfigError
 from dfs_cli.records import Cost, Evaluation, Source, Tuned
-from dfs_cli.validation import Json, first_problem, validated
+from dfs_cli.validation import Json, first_problem, parse_json, validated
 
 FORMAT_VERSION = 6
+_LONGEST = 2**24
+"""Characters of a manifest at most: those of the largest networks have a hundredth of that."""
 
 
 @validated
 class ModelArgs(Json):
     """Arguments of ``timm.create_model`` besides the name."""
 
-    num_classes: Annotated[int, Field(ge=2)]
-    in_chans: Annotated[int, Field(ge=1)] = 3
+    num_classes: Annotated[int, Field(ge=2, le=2**20)]
+    in_chans: Annotated[int, Field(ge=1, le=2**12)] = 3
 
 
 @validated
@@ -64,7 +67,7 @@ class Manifest(Json):
     dynamic: DynamicConfig
     table: CostTable
     budget: Budget | None
-    operating_point: float
+    operating_point: Annotated[float, Field(ge=-1e12, le=1e12)]
     configuration: Configuration | None = None
     source: Source = dataclasses.field(default_factory=Source)
     held_out: Tuned | None = None
@@ -76,6 +79,9 @@ class Manifest(Json):
             raise ConfigError("the cost table has other options than the network")
         if self.class_names and len(self.class_names) != self.model_args.num_classes:
             raise ConfigError(f"{len(self.class_names)} class names for {self.model_args.num_classes} classes")
+        if self.preprocessing.input_size[0] != self.model_args.in_chans:
+            channels = self.preprocessing.input_size[0]
+            raise ConfigError(f"images of {channels} channels for a network of {self.model_args.in_chans}")
 
     @property
     def spend(self) -> bool:
@@ -100,13 +106,18 @@ class Manifest(Json):
         Raises:
             ArtifactError: the text is not a manifest of this format version.
         """
+        if len(text) > _LONGEST:
+            raise ArtifactError(f"the manifest is damaged: it is longer than {_LONGEST} characters")
         try:
-            values: Any = json.loads(text)
-            version = values.pop("format_version")
-        except (ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-            raise ArtifactError(f"the manifest is damaged: {type(error).__name__} {error}") from None
-        if version != FORMAT_VERSION:
-            raise ArtifactError(f"format version {version!r} is not {FORMAT_VERSION}: use the dfs that wrote the file")
+            values = parse_json(text)
+        except ValueError as error:
+            raise ArtifactError(f"the manifest is damaged: {error}") from None
+        if not isinstance(values, dict) or "format_version" not in values:
+            raise ArtifactError("the manifest is damaged: it has no format version")
+        version = values.pop("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            shown = reprlib.repr(version)
+            raise ArtifactError(f"format version {shown} is not {FORMAT_VERSION}: use the dfs that wrote the file")
         try:
             return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
         except pydantic.ValidationError as error:

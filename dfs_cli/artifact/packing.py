@@ -96,6 +96,47 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
             layer.set_weight_codes(codes[layer])
 
 
+def check_shapes(outline: DynamicResNet, tensors: dict[str, Tensor]) -> None:
+    """Compare the result of :func:`packed_tensors` with a network, which may be on the meta device, before it is loaded.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another shape or type, or not finite; or a packed one is too short.
+    """
+    state = outline.state_dict()
+    packed = {name: kind for kind in _PER_BITWIDTH for name in _names(state, kind)}
+    optional = {f"{name}.{key}" for name, module in outline.named_modules() for key in _neutral_values(module)}
+    for name, layer in _weighted(outline):
+        weight, steps = f"{name}.weight", f"{name}.{_STEPS}"
+        if weight not in tensors:
+            packed[weight] = _kind_of_codes(layer)
+            if not isinstance(layer, FractionalLayer):
+                state[steps] = layer.weight.new_empty((len(layer.weight),) + (1,) * (layer.weight.dim() - 1)).bfloat16()
+    numbers = dict.fromkeys(_TYPES, 0)
+    for name, kind in packed.items():
+        numbers[kind] += state.pop(name).numel()
+    for kind, count in numbers.items():
+        if count:
+            state[kind] = torch.empty(_least_bytes(count, _TYPES[kind]), dtype=torch.uint8, device="meta")
+    if missing := state.keys() - tensors.keys() - optional:
+        raise ValueError(f"{min(missing)} is missing")
+    for name, tensor in tensors.items():
+        if name not in state:
+            raise ValueError(f"there is no tensor {name[:80]!r} in the network")
+        expected = state[name]
+        is_long_enough = name in numbers and tensor.dim() == 1 and len(tensor) >= len(expected)
+        if tensor.shape != expected.shape and not is_long_enough:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)} where {tuple(expected.shape)} was expected")
+        if tensor.dtype != expected.dtype and (tensor.dtype, expected.dtype) != (torch.float16, torch.float32):
+            raise ValueError(f"{name} is of {tensor.dtype} where {expected.dtype} was expected")
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds infinite or undefined numbers")
+
+
+def _least_bytes(count: int, kind: str) -> int:
+    """The fewest bytes into which :func:`pack` can put so many numbers: a bit for each of their bytes."""
+    return -(-count * np.dtype(kind).itemsize // 8)
+
+
 def _weighted(network: DynamicResNet) -> Iterator[tuple[str, _Weighted]]:
     """The layers whose weights may consist of integer codes, with their names, sorted by name."""
     for name, module in sorted(network.named_modules(), key=lambda named: named[0]):
@@ -155,7 +196,7 @@ def unpack(packed: Tensor, kind: str, shapes: Sequence[torch.Size]) -> list[Tens
     sizes = [shape.numel() for shape in shapes]
     count, width = sum(sizes), np.dtype(kind).itemsize
     mismatch = ValueError(f"{tuple(packed.shape)} of {packed.dtype} is not {count} packed numbers of {width} bytes")
-    if packed.dtype != torch.uint8 or packed.dim() != 1:
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) < _least_bytes(count, kind):
         raise mismatch
     decoder = zlib.decompressobj()
     try:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 
 from dfs_cli.bench.process import pinned_to
-from dfs_cli.errors import ConfigError
+from dfs_cli.config import check_range
 
 T = TypeVar("T")
 
@@ -34,10 +34,9 @@ def on_threads(threads: int) -> Iterator[int]:
         The number of cores it may use; 0: unknown.
 
     Raises:
-        ConfigError: ``threads`` is below 1.
+        ConfigError: ``threads`` is out of range.
     """
-    if threads < 1:
-        raise ConfigError(f"threads {threads} is below 1")
+    check_range("threads", threads, 1, 1024)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -68,7 +67,7 @@ def in_turns(
         What each measure returned, in the rounds that count.
 
     Raises:
-        ConfigError: ``repeats`` is below 1.
+        ConfigError: ``repeats`` is out of range.
     """
     check_repeats(repeats)
     results: list[list[T]] = [[] for _ in measures]
@@ -85,9 +84,8 @@ def in_turns(
 
 
 def check_repeats(repeats: int) -> None:
-    """Raises ConfigError where ``repeats`` is below 1."""
-    if repeats < 1:
-        raise ConfigError(f"repeats {repeats} is below 1")
+    """Raises ConfigError where ``repeats`` is out of range."""
+    check_range("repeats", repeats, 1, 10**6)
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.artifact.artifact import load_artifact
-from dfs_cli.config import LARGE_BATCH, DataConfig, DynamicConfig
+from dfs_cli.config import LARGE_BATCH, LARGEST_SEED, DataConfig, DynamicConfig, check_range
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, UnreadableLog
@@ -84,6 +84,7 @@ def draw_policies(mix: Mix, options: Sequence[int], blocks: int, seed: int, imag
     for bits in sorted(mix, key=lambda b: counts[b] - mix[b] * blocks)[: blocks - sum(counts.values())]:
         counts[bits] += 1
     policy = torch.tensor([options.index(bits) for bits in sorted(counts) for _ in range(counts[bits])])
+    check_range("seed", seed, 0, LARGEST_SEED)
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([policy[torch.randperm(blocks, generator=generator)] for _ in range(images)])
 

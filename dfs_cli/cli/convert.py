@@ -83,6 +83,9 @@ def convert(
         dynamic = network.config(budget, settings)
         resolve_device(settings.device)
         module = weights.load(model, settings.seed)
+        origin = weights.describe(model)
+        if weights.checkpoint and origin != str(weights.checkpoint):
+            sink.say(f"weights: {origin}")
         with sink.observer(logs=True, settings=True) as observer:
             converted = api.convert(
                 module,
@@ -91,7 +94,7 @@ def convert(
                 dynamic=dynamic,
                 tuning=settings,
                 preprocessing=preprocessing.resolve(module),
-                source=describe_source(module, weights.weights),
+                source=describe_source(module, origin),
                 spend=network.spend,
                 observer=observer,
             )

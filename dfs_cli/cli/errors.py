@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from dfs_cli.errors import DfsError
+from dfs_cli.errors import DfsError, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,8 +84,7 @@ def explain_usage(error: Exception) -> int | None:
 
 def say_error(message: str) -> None:
     """One line on stderr, in which nothing controls the terminal."""
-    line = " ".join(message.split())
-    _print("dfs: error: " + "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+    _print(f"dfs: error: {printable(' '.join(message.split()))}")
 
 
 def _print(line: str) -> None:

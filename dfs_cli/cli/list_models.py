@@ -29,8 +29,10 @@ def list_models(
 
     models = list_convertible(pattern)
     if not models:
-        from dfs_cli.models.zoo import close_matches
+        from dfs_cli.models.zoo import close_matches, current_name
 
+        models = list_convertible(current_name(pattern).partition(".")[0])
+    if not models:
         raise UnsupportedModelError(f"no convertible model matches {pattern!r}{close_matches(pattern)}")
 
     def render(console: Console) -> None:

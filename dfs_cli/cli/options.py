@@ -177,10 +177,13 @@ class ModelOptions:
 
         return load_outline(name, self.checkpoint, self.num_classes, self.in_chans)
 
-    @property
-    def weights(self) -> str | None:
+    def describe(self, name: str) -> str | None:
         """What to record about the weights; None: they are timm's."""
-        return str(self.checkpoint) if self.checkpoint else None if self.pretrained else "random"
+        from dfs_cli.models.zoo import describe_checkpoint
+
+        if self.checkpoint:
+            return describe_checkpoint(name, self.checkpoint)
+        return None if self.pretrained else "random"
 
 
 @dataclasses.dataclass(frozen=True)

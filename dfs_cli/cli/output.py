@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dfs_cli.cli.options import JsonOutput, Quiet
+from dfs_cli.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,9 +35,7 @@ class Output:
         if self.as_json:
             typer.echo(json.dumps(record))
         elif not self.quiet:
-            from rich.console import Console
-
-            render(Console())
+            render(_plain_console())
 
     def say(self, *lines: str) -> None:
         """Lines on stderr."""
@@ -46,9 +45,7 @@ class Output:
 
     def stderr(self) -> Console:
         """The console for everything that is not a result."""
-        from rich.console import Console
-
-        return Console(stderr=True, quiet=self.quiet)
+        return _plain_console(stderr=True, quiet=self.quiet)
 
     def observer(self, logs: bool = False, settings: bool = False) -> TerminalObserver | PlainObserver:
         """Shows a run: bars where stderr is a terminal, lines elsewhere.
@@ -60,3 +57,15 @@ class Output:
         from dfs_cli.cli.progress import create_observer
 
         return create_observer(self.stderr(), logs and not self.quiet, settings)
+
+
+def _plain_console(**settings: Any) -> Console:
+    """A console that shows text as it is: nothing in it is markup, and control characters are escaped."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class PlainConsole(Console):
+        def render_str(self, text: str, **settings: Any) -> Text:
+            return super().render_str("\n".join(map(printable, text.split("\n"))), **settings)
+
+    return PlainConsole(markup=False, emoji=False, highlight=False, **settings)

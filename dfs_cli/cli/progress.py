@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from dfs_cli.config import Configuration
 from dfs_cli.cost.table import CostTable
+from dfs_cli.errors import printable
 from dfs_cli.observer import Observer
 from dfs_cli.records import StepRecord
 
@@ -67,10 +67,10 @@ class TerminalObserver(Observer):
         self.averages = _Averages()
         self.progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             _Optional(BarColumn(bar_width=20)),
             _Optional(MofNCompleteColumn()),
-            TextColumn("{task.fields[figures]}", style="cyan"),
+            TextColumn("{task.fields[figures]}", style="cyan", markup=False),
             TimeElapsedColumn(),
             _Optional(TimeRemainingColumn(compact=True)),
             console=console,
@@ -209,4 +209,4 @@ def print_configuration(console: Console, configuration: Configuration, table: C
         f"{configuration.device}, {tuning.workers} workers, seed {tuning.seed}",
     }
     for name, text in lines.items():
-        console.print(f"[bold]{name:8}[/bold]{escape(text)}", highlight=False, soft_wrap=True)
+        console.print(Text.assemble((f"{name:8}", "bold"), printable(text)), soft_wrap=True)

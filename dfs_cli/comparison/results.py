@@ -24,7 +24,7 @@ from dfs_cli.data.splits import open_splits
 from dfs_cli.errors import OutputError, WriteError
 from dfs_cli.locks import locked
 
-RECIPE = 6
+RECIPE = 7
 """Raised with every change of how networks are tuned: results of different recipes must not share a file."""
 
 _GROWING = ("dynamic", "original", "points", "skipped")
@@ -96,7 +96,7 @@ class Results:
             for point in (*record["points"], *record["skipped"]):
                 Job(**{field.name: point[field.name] for field in dataclasses.fields(Job)})
             record["dynamic"] = stored | dynamic
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(f"{self.path} exists and is not the result of a sweep: {error}") from None
         if not same:
             raise OutputError(

@@ -181,6 +181,15 @@ class Controller(nn.Module, ABC):
     def movable(self, table: CostTable) -> tuple[float, float]:
         """The least and the largest mean cost that a tuned network can be moved to without tuning."""
 
+    def check(self, table: CostTable) -> None:
+        """Check what was loaded from a file.
+
+        Raises:
+            ValueError: the controller cannot decide by its state, or cannot have these costs.
+        """
+        if table.layer_bits:
+            raise ValueError("only a static network has bitwidths of single layers")
+
     def freeze(self) -> None:
         """Round the parameters to what half precision can hold, once tuning is done."""
         with torch.no_grad():

@@ -288,6 +288,11 @@ class ProbeController(Controller):
         low = self._first_cost(table)
         return low, low + table.dearest_pass(1)
 
+    def check(self, table: CostTable) -> None:
+        super().check(table)
+        if not torch.equal(self.policy, self.policy.clamp(0, len(self.bits) - 1)):
+            raise ValueError(f"controller.policy: an option is none of the {len(self.bits)} there are")
+
     def freeze(self) -> None:
         self.tuned_multiplier.copy_(self.multiplier)
         super().freeze()

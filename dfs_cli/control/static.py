@@ -117,6 +117,9 @@ class StaticController(Controller):
         cost = table.cost(Decisions.alike(self.policy.cpu(), 1)).item()
         return cost, cost
 
+    def check(self, table: CostTable) -> None:
+        """Nothing is loaded: the policy follows from the table."""
+
     def force(self, policies: Tensor) -> None:
         self.policy.copy_(torch.atleast_2d(policies)[0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
-from dfs_cli.config import DataConfig, TuningConfig, check_budget
+from dfs_cli.config import DataConfig, TuningConfig, check_budget, check_loading
 from dfs_cli.control.base import Request, controller_of
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.converted import Converted
@@ -56,6 +56,7 @@ def recalibrate(
         (0.05, True, True)
     """
     check_budget(budget)
+    check_loading(workers=workers)
     observer = observer or Observer()
     manifest, network = converted.manifest, copy.deepcopy(converted.network)
     low, high = controller_of(network).movable(manifest.table)

@@ -18,7 +18,7 @@ from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.errors import ConfigError
 from dfs_cli.validation import Json, validated
 
-Macs = Annotated[int, Field(ge=0)]
+Macs = Annotated[int, Field(ge=0, le=2**53)]  # sums in double precision stay exact
 
 
 @validated
@@ -66,7 +66,7 @@ class CostTable(Json):
     blocks: tuple[str, ...]
     layers: tuple[LayerCost, ...]
     controller_macs: Annotated[tuple[tuple[Macs, ...], ...], Field(min_length=1)]
-    not_counted: dict[str, int] = dataclasses.field(default_factory=dict)
+    not_counted: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.blocks) for row in self.controller_macs):
@@ -77,6 +77,15 @@ class CostTable(Json):
             raise ConfigError("the cost table has a fixed layer without a bitwidth")
         if not sum(layer.macs for layer in self.layers):
             raise ConfigError("the cost table has no MACs")
+        if not self.options or not self.blocks:
+            raise ConfigError("the cost table has no options or no blocks")
+        if {layer.block for layer in self.layers} - {None} != set(range(len(self.blocks))):
+            raise ConfigError("the cost table has a block without layers")
+        if not set(self.layer_bits.values()) <= set(self.options):
+            raise ConfigError("the cost table has a layer with a bitwidth that is no option")
+        skipped = {layer.block for layer in self.layers if layer.block is not None and layer.bits == 0}
+        if any(layer.block in skipped and layer.bits != 0 for layer in self.layers):
+            raise ConfigError("the cost table has a block that is skipped in part")
 
     @property
     def passes(self) -> int:

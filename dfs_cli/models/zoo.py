@@ -13,16 +13,18 @@ import timm
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import (
+    get_deprecated_models,
     get_pretrained_cfg,
     get_pretrained_cfg_value,
     is_model_pretrained,
-    load_state_dict,
     split_model_name_tag,
 )
 from torch import Tensor, nn
 
 import dfs_cli.models.cifar  # noqa: F401  # registers the CIFAR and digits models
+from dfs_cli.config import LARGEST_SEED, check_range
 from dfs_cli.errors import UnsupportedModelError, WeightsError
+from dfs_cli.models.checkpoints import check_fit, read_weights
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import find_blocks
 
@@ -41,6 +43,18 @@ def close_matches(name: str) -> str:
     return f"; close matches: {', '.join(matches)}" if matches else "; see dfs list"
 
 
+def current_name(name: str) -> str:
+    """What timm calls today what it called ``name`` before; any other name as it is.
+
+    Raises:
+        UnsupportedModelError: timm has it no longer.
+    """
+    current = get_deprecated_models().get(name, name)
+    if current is None:
+        raise UnsupportedModelError(f"{name} was removed from timm{close_matches(name)}")
+    return current
+
+
 def check_name(name: str) -> None:
     """Raises UnsupportedModelError unless ``name`` is a registered timm architecture, with a valid weight tag if any."""
     if not timm.is_model(name):
@@ -53,13 +67,29 @@ def check_name(name: str) -> None:
         raise UnsupportedModelError(f"unknown weights {name!r}: {arch} has {tags}") from None
 
 
+def _arguments(num_classes: int | None, in_chans: int | None) -> dict[str, int]:
+    """The arguments of ``timm.create_model`` that are given.
+
+    Raises:
+        ConfigError: one is out of range.
+    """
+    check_range("num-classes", num_classes, 2, 2**20)
+    check_range("in-chans", in_chans, 1, 2**12)
+    return {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
+
+
 def _build(name: str, **kwargs: Any) -> nn.Module:
     model: nn.Module = timm.create_model(name, **kwargs)
     return model
 
 
-def check_convertible(name: str) -> None:
-    """Raises UnsupportedModelError, with the reason, unless the architecture ``name`` can be converted."""
+def check_convertible(name: str) -> str:
+    """The current name of an architecture that can be converted.
+
+    Raises:
+        UnsupportedModelError: it is unknown or cannot be converted; the message says why.
+    """
+    name = current_name(name)
     check_name(name)
     with torch.device("meta"):
         model = _build(name)
@@ -67,6 +97,7 @@ def check_convertible(name: str) -> None:
         find_blocks(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}{close_matches(name)}") from None
+    return name
 
 
 def load_outline(
@@ -76,12 +107,11 @@ def load_outline(
 
     Raises:
         UnsupportedModelError: the architecture is unknown or cannot be converted.
-        WeightsError: ``checkpoint`` cannot be read.
+        WeightsError: ``checkpoint`` cannot be read or does not fit.
     """
-    check_convertible(name)
-    kwargs = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
+    name, kwargs = check_convertible(name), _arguments(num_classes, in_chans)
     if checkpoint is not None:
-        _needs_new_classifier(name, checkpoint, read_weights(checkpoint), num_classes)
+        _read_checkpoint(name, checkpoint, kwargs)
     with torch.device("meta"):
         model = _build(name, **kwargs)
     return model.to_empty(device="cpu").eval()
@@ -108,6 +138,7 @@ def load_model(
     Raises:
         UnsupportedModelError: the architecture is unknown or cannot be converted.
         WeightsError: weights are missing, unreachable, unreadable or do not match.
+        ConfigError: a number is out of range.
 
     Example:
         >>> import dfs_cli
@@ -115,6 +146,7 @@ def load_model(
         >>> model.fc.out_features
         50
     """
+    check_range("seed", seed, 0, LARGEST_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _load(name, pretrained, checkpoint, num_classes, in_chans)
@@ -123,8 +155,7 @@ def load_model(
 def _load(
     name: str, pretrained: bool, checkpoint: Path | None, num_classes: int | None, in_chans: int | None
 ) -> nn.Module:
-    check_convertible(name)
-    kwargs = {k: v for k, v in (("num_classes", num_classes), ("in_chans", in_chans)) if v is not None}
+    name, kwargs = check_convertible(name), _arguments(num_classes, in_chans)
     if checkpoint is not None:
         return _load_checkpoint(name, checkpoint, kwargs).eval()
     if not pretrained:
@@ -162,57 +193,46 @@ def _check_hub(name: str) -> None:
         ) from None
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in a checkpoint file; wrappers' prefixes and a ``state_dict`` key are understood, no code is run.
+def _read_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:
+    """The weights in ``path``, compared with the architecture, and the path of its classifier where that needs new ones.
 
     Raises:
-        WeightsError: the file is missing, unreadable, or does not hold named tensors.
+        WeightsError: they do not fit, or have another number of classes than the architecture and none was asked for.
     """
-    if not path.is_file():
-        raise WeightsError(f"checkpoint {path} does not exist")
-    try:
-        state = load_state_dict(str(path), device="cpu", weights_only=True)
-    except Exception as error:  # unpickling hostile or truncated bytes can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"checkpoint {path} cannot be read as weights: {reason[:160]}") from None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"checkpoint {path} holds no plain dictionary of tensors: save model.state_dict()")
-    return state
-
-
-def _classifier_of(name: str) -> str:
-    """Path of the architecture's classifier."""
-    return str(get_pretrained_cfg_value(name, "classifier"))
-
-
-def _needs_new_classifier(name: str, path: Path, state: dict[str, Tensor], num_classes: int | None) -> bool:
-    """Whether the classifier in ``state`` has another number of classes than the one that was asked for.
-
-    Raises:
-        WeightsError: no number was asked for, and the checkpoint's differs from the architecture's.
-    """
-    classes = len(state.get(f"{_classifier_of(name)}.bias", ()))
-    expected = num_classes or int(get_pretrained_cfg_value(name, "num_classes") or 0)
-    if classes and classes != expected and num_classes is None:
+    classifier, num_classes = str(get_pretrained_cfg_value(name, "classifier")), kwargs.get("num_classes")
+    with torch.device("meta"):
+        outline = _build(name, **kwargs)
+    state = read_weights(path, outline).tensors
+    weight = state.get(f"{classifier}.weight")
+    classes = weight.shape[0] if weight is not None and weight.dim() else None
+    expected = outline.state_dict()[f"{classifier}.weight"].shape[0]
+    is_another = classes is not None and classes != expected
+    check_fit(path, name, state, outline, classifier if is_another else None)
+    if is_another and num_classes is None:
         raise WeightsError(
             f"checkpoint {path} has {classes} classes and {name} has {expected}: pass --num-classes {classes} to keep its "
             "classifier, or another number for a new one"
         )
-    return bool(classes) and classes != expected
+    return state, classifier if is_another else None
 
 
 def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
-    state, classifier = read_weights(path), _classifier_of(name)
-    new_classifier = _needs_new_classifier(name, path, state, kwargs.get("num_classes"))
-    if new_classifier:
-        state = {k: v for k, v in state.items() if not k.startswith(f"{classifier}.")}
+    state, new_classifier = _read_checkpoint(name, path, kwargs)
     model = _build(name, **kwargs)
     if new_classifier:
-        state |= model.get_submodule(classifier).state_dict(prefix=f"{classifier}.")
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = lines[1] if len(lines) > 1 else lines[0]
-        raise WeightsError(f"checkpoint {path} does not fit {name}: {reason[:160]}") from None
+        state = {k: v for k, v in state.items() if not k.startswith(f"{new_classifier}.")}
+        state |= model.get_submodule(new_classifier).state_dict(prefix=f"{new_classifier}.")
+    optional = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
+    model.load_state_dict(optional | state, strict=True)
     return model
+
+
+def describe_checkpoint(name: str, path: Path) -> str:
+    """What is recorded about a checkpoint: the file, and which weights in it were taken where there is a choice.
+
+    Raises:
+        WeightsError: see :func:`dfs_cli.models.checkpoints.read_weights`.
+    """
+    with torch.device("meta"):
+        note = read_weights(path, _build(current_name(name))).note
+    return f"{path} ({note})" if note else str(path)

@@ -26,7 +26,7 @@ def test_what_takes_long_is_measured_less_often() -> None:
 
 
 def test_there_must_be_a_round() -> None:
-    with pytest.raises(ConfigError, match="repeats 0 is below 1"):
+    with pytest.raises(ConfigError, match="repeats 0: expected 1 to"):
         in_turns([lambda turn: turn], repeats=0, warm_up=1)
 
 
@@ -48,5 +48,5 @@ def test_threads_are_set_and_set_back() -> None:
     with on_threads(before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
-    with pytest.raises(ConfigError, match="threads 0 is below 1"), on_threads(0):
+    with pytest.raises(ConfigError, match="threads 0: expected 1 to"), on_threads(0):
         pass

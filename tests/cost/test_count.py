@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.cost.count import count_macs
+from dfs_cli.models.catalogue import list_convertible
 from dfs_cli.surgery.plan import plan_costs
 
 
@@ -18,6 +19,27 @@ def test_counts_of_a_hand_counted_network() -> None:
     assert count.layers == {"0": 4 * 8 * 8 * 3 * 9, "2": 8 * 4 * 4 * 2 * 4, "4": 128 * 5}
     assert count.not_counted["batch_norm"] == 1
     assert network.training, "the model is left as it was"
+
+
+def meta_model(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name).eval()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "seresnet50", "skresnet18", "res2net50_14w_8s", "resnest14d"])
+def test_without_memory_the_same_is_counted(name: str) -> None:
+    size = (3, 64, 64)
+    assert list(count_macs(meta_model(name), size).layers.items()) == list(
+        count_macs(meta_model(name).to_empty(device="cpu"), size).layers.items()
+    )
+
+
+@pytest.mark.slow
+def test_without_memory_the_same_is_counted_for_every_architecture() -> None:
+    for model in list_convertible():
+        size = (1 if model.name == "resnet20_digits" else 3, 64, 64)
+        found = count_macs(meta_model(model.name), size)
+        assert found.layers == count_macs(meta_model(model.name).to_empty(device="cpu"), size).layers, model.name
 
 
 @pytest.mark.parametrize(

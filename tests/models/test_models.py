@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import get_deprecated_models
 from torch import nn
 
-from dfs_cli.errors import UnsupportedModelError, WeightsError
+from dfs_cli.errors import ConfigError, UnsupportedModelError, WeightsError
 from dfs_cli.models.catalogue import list_convertible
+from dfs_cli.models.checkpoints import read_weights
 from dfs_cli.models.cifar import DEPTHS
-from dfs_cli.models.zoo import check_convertible, load_model, load_outline, read_weights
+from dfs_cli.models.zoo import check_convertible, current_name, describe_checkpoint, load_model, load_outline
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -78,13 +81,14 @@ def state() -> dict[str, torch.Tensor]:
     return dict(timm.create_model("resnet20_cifar").state_dict())
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-@pytest.mark.parametrize("key", [None, "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "model.module."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "net", "whatever it is called"])
 def test_checkpoints_in_wrappers_are_understood(
     prefix: str, key: str | None, state: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     content: dict[str, object] = {prefix + k: v for k, v in state.items()}
-    torch.save({key: content, "epoch": 3} if key else content, tmp_path / "c.pth")
+    optimizer = {"state": {0: {"momentum": torch.ones(3)}}}
+    torch.save({key: content, "epoch": 3, "optimizer": optimizer} if key else content, tmp_path / "c.pth")
     model = load_model("resnet20_cifar", checkpoint=tmp_path / "c.pth")
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
@@ -99,10 +103,10 @@ def test_checkpoint_formats(suffix: str, state: dict[str, torch.Tensor], tmp_pat
 def test_checkpoints_are_strict(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = tmp_path / "c.pth"
     torch.save({k: v for k, v in state.items() if k != "layer1.0.conv1.weight"}, path)
-    with pytest.raises(WeightsError, match="Missing key"):
+    with pytest.raises(WeightsError, match=r"does not fit resnet20_cifar: it lacks layer1\.0\.conv1\.weight$"):
         load_model("resnet20_cifar", checkpoint=path)
     torch.save(state | {"extra": torch.zeros(1)}, path)
-    with pytest.raises(WeightsError, match="Unexpected key"):
+    with pytest.raises(WeightsError, match=r"has unknown extra$"):
         load_model("resnet20_cifar", checkpoint=path)
     torch.save(state, path)
     with pytest.raises(WeightsError, match="does not fit"):
@@ -125,6 +129,88 @@ def test_another_number_of_classes_is_refused_unless_asked_for(state: dict[str, 
 class _Dangerous:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (print, ("code in a pickle ran",))
+
+
+def test_of_plain_and_averaged_weights_the_averaged_ones_are_taken_and_named(
+    state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path, plain = tmp_path / "c.pth", {k: torch.zeros_like(v) for k, v in state.items()}
+    for key, averaged in (("state_dict_ema", state), ("ema", {f"module.{k}": v for k, v in state.items()})):
+        torch.save({"state_dict": plain, key: averaged}, path)
+        assert torch.equal(
+            load_model("resnet20_cifar", checkpoint=path).state_dict()["conv1.weight"], state["conv1.weight"]
+        )
+        assert describe_checkpoint("resnet20_cifar", path) == f"{path} ({key}, not state_dict)"
+    torch.save({"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in state.items()}, path)
+    assert describe_checkpoint("resnet20_cifar", path) == str(path)
+    torch.save({"generator": state, "discriminator": {"conv1.weight": torch.ones(1)}}, path)
+    assert read_weights(path, load_outline("resnet20_cifar")).entry == "generator", "the only one that fits"
+    torch.save({"student": state, "teacher": plain}, path)
+    with pytest.raises(WeightsError, match="several sets of weights \\('student', 'teacher'\\): save the one"):
+        load_model("resnet20_cifar", checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("fc.bias", torch.tensor(1.0), r"fc.bias has shape \(\) where \(10,\) was expected"),
+        ("conv1.weight", torch.full((16, 3, 3, 3), float("nan")), "conv1.weight holds infinite or undefined numbers"),
+        ("bn1.bias", torch.full((16,), float("inf")), "bn1.bias holds infinite or undefined numbers"),
+        ("bn1.running_var", torch.full((16,), -1.0), "bn1.running_var holds negative variances"),
+        ("bn1.weight", torch.ones(16, dtype=torch.complex64), "bn1.weight is of torch.complex64"),
+        ("bn1.weight", torch.ones(16).to_sparse(), "bn1.weight is of torch.float32, torch.sparse_coo"),
+        ("layer9.weight", torch.ones(1), "it has unknown layer9.weight"),
+    ],
+)
+def test_the_tensor_that_does_not_fit_is_named(
+    name: str, value: torch.Tensor, reason: str, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "c.pth"
+    torch.save(state | {name: value}, path)
+    for load in (load_model, load_outline):
+        with pytest.raises(WeightsError, match=f"does not fit resnet20_cifar: {reason}"):
+            load("resnet20_cifar", checkpoint=path)
+
+
+def test_a_checkpoint_that_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is a folder: pass the file"):
+        read_weights(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WeightsError, match="is not a file"):
+        read_weights(tmp_path / "pipe")
+
+
+def test_a_compressed_archive_is_not_expanded(state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "c.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "c.pth") as archive,
+        zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for entry in archive.infolist():
+            small.writestr(entry.filename, archive.read(entry))
+    with pytest.raises(WeightsError, match="compressed archive"):
+        read_weights(tmp_path / "small.pth")
+
+
+def test_names_that_timm_gave_up_work_as_in_timm(tmp_path: Path) -> None:
+    for old, new in get_deprecated_models("resnet").items():
+        assert current_name(old) == new
+    assert check_convertible("tv_resnet50") == "resnet50.tv_in1k" and check_convertible("resnet50") == "resnet50"
+    torch.manual_seed(1)
+    weights = timm.create_model("resnet18").state_dict()
+    torch.save(weights, tmp_path / "c.pth")
+    model = load_model("swsl_resnet18", checkpoint=tmp_path / "c.pth")
+    assert torch.equal(model.state_dict()["fc.bias"], weights["fc.bias"])
+    assert model.pretrained_cfg["architecture"] == "resnet18" and model.pretrained_cfg["tag"] == "fb_swsl_ig1b_ft_in1k"  # type: ignore[index]
+    assert load_outline("swsl_resnet18").num_classes == 1000
+    with pytest.raises(WeightsError, match=r"weights of resnet50\.tv_in1k"):
+        load_model("tv_resnet50")
+
+
+@pytest.mark.parametrize("settings", [{"num_classes": 1}, {"num_classes": 10**30}, {"in_chans": 0}, {"seed": -1}])
+def test_numbers_out_of_range_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(settings)).replace('_', '-')} .*: expected"):
+        load_model("resnet20_cifar", pretrained=False, **settings)  # type: ignore[arg-type]
 
 
 def test_pickles_that_are_not_weights_are_refused_and_not_run(

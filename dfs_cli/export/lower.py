@@ -61,7 +61,7 @@ class Lowering:
         self.values |= {
             n.output[0]: self.values[n.input[0]]
             for n in self.nodes
-            if n.input[0] in self.values and n.op_type == "Identity"
+            if n.op_type == "Identity" and n.input[0] in self.values
         }
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.nodes:

@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from dfs_cli.errors import ExportError
 from dfs_cli.export.constants import fold_constants
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
@@ -109,21 +110,28 @@ def trace(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
 
     Returns:
         The nodes, and the output for ``x``.
+
+    Raises:
+        ExportError: ONNX has no operator for what the module computes.
     """
     plain = copy.deepcopy(module).requires_grad_(False)
     layers = _make_plain(plain)
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter is deprecated, and shapes are fixed on purpose
-        torch.onnx.export(
-            _Call(plain, run).eval(),
-            (x,),
-            content,  # type: ignore[arg-type]  # a buffer is accepted by this exporter
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["x"],
-            output_names=["y"],
-        )
+        try:
+            torch.onnx.export(
+                _Call(plain, run).eval(),
+                (x,),
+                content,  # type: ignore[arg-type]  # a buffer is accepted by this exporter
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["x"],
+                output_names=["y"],
+            )
+        except RuntimeError as error:  # so are all of the exporter's
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ExportError(f"a {type(module).__name__} cannot be written as an ONNX graph: {reason}") from None
     model = onnx.load_from_string(content.getvalue())
     return Traced(fold_constants(_with_shapes(model, plain)), layers), run(module, x)
 

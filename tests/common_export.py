@@ -33,10 +33,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 TENSORRT_TAKES = {
-    "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "DequantizeLinear", "Div", "Erf", "Expand",
-    "Flatten", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "HardSwish", "Identity", "InstanceNormalization", "LeakyRelu", "Max",
-    "MaxPool", "Mul", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMean", "ReduceSum", "Relu", "Reshape", "Sigmoid", "Slice",
-    "Softmax", "Split", "Sqrt", "Sub", "Transpose", "Unsqueeze",
+    "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "DequantizeLinear", "Div", "Erf",
+    "Expand", "Flatten", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "HardSwish", "Identity",
+    "InstanceNormalization", "LeakyRelu", "Max", "MaxPool", "Mul", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMean",
+    "ReduceSum", "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Sub", "Transpose", "Unsqueeze",
 }  # fmt: skip
 """Of the operators of its importer's list (docs/operators.md of onnx-tensorrt), those that a ResNet may need."""
 
@@ -82,7 +82,10 @@ def make_network(
 
 
 def static_network(
-    model: nn.Module, choose: Callable[[int, int], int], bits: tuple[int, ...] = (0, 4, 8)
+    model: nn.Module,
+    choose: Callable[[int, int], int],
+    bits: tuple[int, ...] = (0, 4, 8),
+    size: tuple[int, int, int] = SIZE,
 ) -> DynamicResNet:
     """A static network.
 
@@ -90,15 +93,15 @@ def static_network(
         choose: from a block's index and a layer's index in the block to the layer's bitwidth.
     """
     config = DynamicConfig(bits=bits, gate="static")
-    table = plan_costs(model, config, SIZE)
+    table = plan_costs(model, config, size)
     seen = [0] * len(table.blocks)
     chosen = {}
     for layer in table.layers:
         if layer.block is not None:
             chosen[layer.name] = choose(layer.block, seen[layer.block])
             seen[layer.block] += 1
-    network = make_dynamic(model, config, table=table.with_layer_bits(chosen))
-    round_biases(network, SIZE)
+    network = make_dynamic(model, config, size, table=table.with_layer_bits(chosen))
+    round_biases(network, size)
     return network
 
 

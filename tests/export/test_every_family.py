@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,14 +14,14 @@ import pytest
 import timm
 import torch
 from common import randomise, shallow_model
-from common_export import TENSORRT_TAKES, make_network, subgraphs
+from common_export import TENSORRT_TAKES, make_network, static_network, subgraphs
 from onnx import helper
 from torch import Tensor, nn
 
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.export.baselines import export_dense, quantize_dense
 from dfs_cli.export.graph import IR_VERSION, Graph
-from dfs_cli.export.network import BITS, IMAGES, LOGITS, export_network, export_static, options_of
+from dfs_cli.export.network import BITS, IMAGES, LOGITS, export_network, export_static, fixed_decisions, options_of
 from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Key, Parts
 from dfs_cli.export.runtime import open_session
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.medium
 slow = pytest.mark.slow
 
 ALL_BITS = (0, 2, 3, 4, 5, 6, 7, 8, 16, 32)
-GATES = ("rnn", "ff", "probe")
+GATES = ("rnn", "ff", "probe", "static")
 SIZE = (3, 64, 32)
 ARCHITECTURES = [name for name in candidate_names() if not name.endswith(("_cifar", "_digits"))]
 
@@ -42,7 +43,7 @@ class Structure(NamedTuple):
     """An architecture, arguments of timm, and the (C, H, W) of images."""
 
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: Mapping[str, Any] = MappingProxyType({})
     size: tuple[int, int, int] = SIZE
 
 
@@ -85,6 +86,13 @@ STRUCTURES = {
     "their mean": Structure("resnetv2_18", {"global_pool": "avgmax"}),
     "drop rates": Structure("resnet18", {"drop_rate": 0.5, "drop_path_rate": 0.5, "drop_block_rate": 0.1}),
 }
+
+ALIKE = {
+    "bottleneck", "groups", "light attention", "SENet", "blur pooling, deep stem", "Res2NeXt", "ResNeSt, one split",
+    "preactivation", "selective kernels, bottleneck", "leaky ReLU", "one channel", "maximum pooling", "their mean",
+    "drop rates",
+}  # fmt: skip
+"""Structures that trace to what others trace to: those run by default."""
 
 
 def small_model(structure: Structure) -> nn.Module:
@@ -199,6 +207,19 @@ def check_int8_features(parts: Parts) -> None:
         check_close(run(session, images(size)[0])[LOGITS], network.run(images(size)[:1], decisions).logits, 0.3)
 
 
+def check_static_network(model: nn.Module, size: tuple[int, int, int], bits: int) -> None:
+    """Layers of ``bits`` and of 8 bits in turns; the second block is skipped."""
+    network = static_network(
+        model,
+        lambda block, layer: 0 if block == 1 else (8, bits)[(block + layer) % 2],
+        tuple(sorted({0, bits, 8})),
+        size,
+    )
+    decisions = fixed_decisions(network)
+    assert decisions is not None
+    check_plain_graphs(Parts(network, size), decisions.options.flatten().tolist())
+
+
 @torch.no_grad()
 def check_dense_graphs(model: nn.Module, size: tuple[int, int, int]) -> None:
     """Those that ``dfs bench`` measures."""
@@ -212,17 +233,20 @@ def check_dense_graphs(model: nn.Module, size: tuple[int, int, int]) -> None:
 
 def check_all(structure: Structure, index: int) -> None:
     """All kinds of graphs, for the gate and the bitwidth that ``index`` names."""
-    bits, gate = ALL_BITS[1 + index % 9], GATES[index // 9 % 3]
+    bits, gate = ALL_BITS[1 + index % 9], GATES[index // 9 % 4]
     model = small_model(structure)
-    parts = Parts(make_network(model, gate, (0, bits), structure.size), structure.size)
-    check_plain_graphs(parts, [1] * len(parts.network.blocks))
-    check_decisions(parts)
-    if bits == 8:
-        check_int8_features(parts)
+    if gate == "static":
+        check_static_network(model, structure.size, bits)
+    else:
+        parts = Parts(make_network(model, gate, (0, bits), structure.size), structure.size)
+        check_plain_graphs(parts, [1] * len(parts.network.blocks))
+        check_decisions(parts)
+        if bits == 8:
+            check_int8_features(parts)
     check_dense_graphs(model, structure.size)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow) if name in ALIKE else name for name in STRUCTURES])
 def test_every_structure(name: str) -> None:
     check_all(STRUCTURES[name], list(STRUCTURES).index(name))
 
@@ -243,7 +267,8 @@ def test_every_structure_with_every_gate_and_bitwidth(name: str) -> None:
     for first in (1, 6):
         check_plain_graphs(parts, [(first + i) % len(ALL_BITS) for i in range(blocks)])
     check_int8_features(parts)
-    networks = [make_network(model, gate, (0, 4, 8), size) for gate in GATES]
+    check_static_network(model, size, 4)
+    networks = [make_network(model, gate, (0, 4, 8), size) for gate in GATES if gate != "static"]
     parts = Parts(networks[0], size)
     for network in networks:
         parts.network.controller = network.controller  # the parts are the same

@@ -198,10 +198,10 @@ def check_decisions(parts: Parts) -> None:
 
 
 @torch.no_grad()
-def check_int8_features(parts: Parts) -> None:
+def check_int8_features(parts: Parts, bits: int) -> None:
     """Where there can be such features, the answers are nearly the network's."""
     network, size = parts.network, parts.input_size
-    decisions = Decisions.alike(torch.full((len(network.blocks),), network.bits.index(8)), 1)
+    decisions = Decisions.alike(torch.full((len(network.blocks),), network.bits.index(bits)), 1)
     scales = measure_scales(parts, options_of(network, decisions), images(size).numpy())
     if scales is not None:
         session = open_session(export_static(PartWriter(parts, scales), decisions).SerializeToString(), threads=1)
@@ -242,8 +242,8 @@ def check_all(structure: Structure, index: int) -> None:
         parts = Parts(make_network(model, gate, (0, bits), structure.size), structure.size)
         check_plain_graphs(parts, [1] * len(parts.network.blocks))
         check_decisions(parts)
-        if bits == 8:
-            check_int8_features(parts)
+        if 5 <= bits <= 8:
+            check_int8_features(parts, bits)
     check_dense_graphs(model, structure.size)
 
 
@@ -267,7 +267,7 @@ def test_every_structure_with_every_gate_and_bitwidth(name: str) -> None:
     blocks = len(parts.network.blocks)
     for first in (1, 6):
         check_plain_graphs(parts, [(first + i) % len(ALL_BITS) for i in range(blocks)])
-    check_int8_features(parts)
+    check_int8_features(parts, 8)
     check_static_network(model, size, 4)
     networks = [make_network(model, gate, (0, 4, 8), size) for gate in GATES if gate != "static"]
     parts = Parts(networks[0], size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import timm
 import torch
@@ -87,6 +87,20 @@ def timm_model(name: str) -> nn.Module:
     """A timm model with random weights under which every block matters."""
     torch.manual_seed(0)
     return randomise(timm.create_model(name, pretrained=False))
+
+
+def shallow_model(name: str, **kwargs: Any) -> nn.Module:
+    """A timm architecture with one block of each structure; pruned ones, whose widths belong to their depth, stay whole."""
+    depths = (2, 1, 1, 1)
+    if "pruned" in name:
+        return timm.create_model(name, **kwargs)
+    try:
+        return timm.create_model(name, layers=depths, **kwargs)
+    except TypeError:  # BiT entrypoints fix their depth
+        model = timm.create_model(name, **kwargs)
+        for stage, depth in zip(model.get_submodule("stages").children(), depths, strict=True):
+            stage.blocks = cast(nn.Sequential, stage.blocks)[:depth]
+        return model
 
 
 def make_dynamic(

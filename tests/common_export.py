@@ -32,40 +32,60 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def images(count: int) -> Tensor:
-    return torch.randn(count, *SIZE, generator=torch.Generator().manual_seed(1))
+TENSORRT_TAKES = {
+    "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "DequantizeLinear", "Div", "Erf",
+    "Expand", "Flatten", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "HardSwish", "Identity",
+    "InstanceNormalization", "LeakyRelu", "Max", "MaxPool", "Mul", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMean",
+    "ReduceSum", "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Sub", "Transpose", "Unsqueeze",
+}  # fmt: skip
+"""Of the operators of its importer's list (docs/operators.md of onnx-tensorrt), those that a ResNet may need."""
 
 
-def gated_network(model: nn.Module, gate: str = "rnn", bits: tuple[int, ...] = (0, 4, 8)) -> DynamicResNet:
+def images(count: int, size: tuple[int, int, int] = SIZE) -> Tensor:
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(1))
+
+
+def gated_network(
+    model: nn.Module, gate: str = "rnn", bits: tuple[int, ...] = (0, 4, 8), size: tuple[int, int, int] = SIZE
+) -> DynamicResNet:
     """A network with a gate before every block, whose decisions depend on the image."""
-    network = make_dynamic(model, DynamicConfig(bits=bits, gate=gate))  # type: ignore[arg-type]
+    network = make_dynamic(model, DynamicConfig(bits=bits, gate=gate), size)  # type: ignore[arg-type]
     spread_gate(network, 1.0)
-    round_biases(network, SIZE)
+    round_biases(network, size)
     return network
 
 
-def probe_network(model: nn.Module, bits: tuple[int, ...] = (0, 4, 8), mirror: bool = False) -> DynamicResNet:
+def probe_network(
+    model: nn.Module, bits: tuple[int, ...] = (0, 4, 8), mirror: bool = False, size: tuple[int, int, int] = SIZE
+) -> DynamicResNet:
     """A network of two passes; half of 40 images take the second one."""
-    network = make_dynamic(model, DynamicConfig(bits=bits, gate="probe", mirror=mirror))
+    network = make_dynamic(model, DynamicConfig(bits=bits, gate="probe", mirror=mirror), size)
     spread_gate(network, 4.0)
-    round_biases(network, SIZE)
+    round_biases(network, size)
     controller = controller_of(network)
     assert isinstance(controller, ProbeController)
     controller.policy.copy_(torch.arange(len(network.blocks)) % len(bits))
     with torch.no_grad():
-        logits, features = network.follow(images(40), controller.policy.expand(40, -1))
+        logits, features = network.follow(images(40, size), controller.policy.expand(40, -1))
         controller.gate.normalise_input(summarise(logits, features))
         controller.operating_point = float(uncertainty(logits).median())
     return network
 
 
-def make_network(model: nn.Module, gate: str, bits: tuple[int, ...] = (0, 4, 8)) -> DynamicResNet:
+def make_network(
+    model: nn.Module, gate: str, bits: tuple[int, ...] = (0, 4, 8), size: tuple[int, int, int] = SIZE
+) -> DynamicResNet:
     """A network whose decisions depend on the image; the second pass, where there is one, is mirrored."""
-    return probe_network(model, bits, mirror=True) if gate == "probe" else gated_network(model, gate, bits)
+    if gate == "probe":
+        return probe_network(model, bits, mirror=True, size=size)
+    return gated_network(model, gate, bits, size)
 
 
 def static_network(
-    model: nn.Module, choose: Callable[[int, int], int], bits: tuple[int, ...] = (0, 4, 8)
+    model: nn.Module,
+    choose: Callable[[int, int], int],
+    bits: tuple[int, ...] = (0, 4, 8),
+    size: tuple[int, int, int] = SIZE,
 ) -> DynamicResNet:
     """A static network.
 
@@ -73,15 +93,15 @@ def static_network(
         choose: from a block's index and a layer's index in the block to the layer's bitwidth.
     """
     config = DynamicConfig(bits=bits, gate="static")
-    table = plan_costs(model, config, SIZE)
+    table = plan_costs(model, config, size)
     seen = [0] * len(table.blocks)
     chosen = {}
     for layer in table.layers:
         if layer.block is not None:
             chosen[layer.name] = choose(layer.block, seen[layer.block])
             seen[layer.block] += 1
-    network = make_dynamic(model, config, table=table.with_layer_bits(chosen))
-    round_biases(network, SIZE)
+    network = make_dynamic(model, config, size, table=table.with_layer_bits(chosen))
+    round_biases(network, size)
     return network
 
 

@@ -49,17 +49,20 @@ class GateWriter(ABC):
         """Decide on a block from the mean of its input.
 
         Returns:
-            The decision, one element: the option's index, or, of two options, whether it is the first; and the next state.
+            The decision (1,): the option's index, or, of two options, whether it is the first; and the next state.
         """
         hidden, head, state = self._hidden(graph, block, pooled, state)
         weight = self._scores(_double(head.weight).T)
         if self._is_binary:
             # The second option's lead in what depends on the image, against the first one's in what does not.
             lead = graph.add("MatMul", [hidden, graph.constant(-weight, self.dtype)])
-            return graph.add("LessOrEqual", [lead, self._biases[block]]), list(state)
-        scores = graph.add("MatMul", [hidden, graph.constant(weight, self.dtype)])
-        scores = graph.add("Add", [scores, self._biases[block]])
-        return graph.add("ArgMax", [scores], axis=-1, keepdims=1), list(state)
+            decision = graph.add("LessOrEqual", [lead, self._biases[block]])
+        else:
+            scores = graph.add("MatMul", [hidden, graph.constant(weight, self.dtype)])
+            scores = graph.add("Add", [scores, self._biases[block]])
+            decision = graph.add("ArgMax", [scores], axis=-1, keepdims=1)
+        # OpenVINO takes no condition of more axes.
+        return graph.add("Reshape", [decision, graph.constant([1], np.int64)]), list(state)
 
     def test(self, decision: str) -> Test:
         """The test whether an option is the one that ``decision`` names."""
@@ -67,7 +70,7 @@ class GateWriter(ABC):
 
     def write_bits(self, graph: Graph, decisions: Sequence[str], bits: Sequence[int]) -> str:
         """The bitwidths (1, L) of ``decisions``."""
-        joined = graph.add("Concat", decisions, axis=1)
+        joined = graph.add("Concat", decisions, axis=0)
         joined = graph.add("Reshape", [joined, graph.constant([1, len(decisions)], np.int64)])
         if not self._is_binary:
             return look_up_bits(graph, bits, joined)

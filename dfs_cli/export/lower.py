@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.space_to_depth import merge_pixels, on_merged_pixels
-from dfs_cli.export.trace import DOMAIN, QuantizedLayer, Traced
+from dfs_cli.export.trace import DOMAIN, QuantizedLayer, Traced, key_of
 from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution, code_range, nearest_integer_bias
 
 MIDDLE = LARGEST_BYTE + 1
@@ -57,12 +57,6 @@ class Lowering:
         self.shape = [d.dim_value for d in traced.graph.input[0].type.tensor_type.shape.dim]
         self.names = {self.source: x, "": ""}
         self.values = {tensor.name: tensor for tensor in traced.graph.initializer}
-        # The exporter stores equal tensors once; the others are identities of the first.
-        self.values |= {
-            n.output[0]: self.values[n.input[0]]
-            for n in self.nodes
-            if n.input[0] in self.values and n.op_type == "Identity"
-        }
         self.readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
         for node in self.nodes:
             for name in node.input:
@@ -104,7 +98,7 @@ class Lowering:
         self.names.update(zip(node.output, outputs, strict=True))
 
     def _layer_of(self, node: onnx.NodeProto) -> QuantizedLayer:
-        return self.layers[node.attribute[0].s.decode()]
+        return self.layers[key_of(node)]
 
     def _needs_no_relu(self, node: onnx.NodeProto) -> bool:
         """Whether the readers of a ReLU clip at zero themselves."""

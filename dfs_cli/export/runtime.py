@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from dfs_cli.errors import MissingDependencyError
+from dfs_cli.errors import ExportError, MissingDependencyError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -36,6 +36,9 @@ def open_session(
         threads: how many; 0: one for each core.
         optimised: name of a file to which the optimised graph is written.
         spin: whether threads busy-wait for work: faster on an idle machine, much slower on a busy one.
+
+    Raises:
+        ExportError: ONNX Runtime cannot run the model.
     """
     import onnxruntime
 
@@ -47,4 +50,8 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimised:
         options.optimized_model_filepath = optimised
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no class in common
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"ONNX Runtime cannot run the graph: {reason}") from None

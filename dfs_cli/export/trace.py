@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from dfs_cli.errors import ExportError
+from dfs_cli.export.constants import fold_constants
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
 from dfs_cli.nn.quantization import Convolution, code_range
@@ -68,7 +71,7 @@ class _Opaque(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: _OpaqueLayer) -> Tensor:  # noqa: ARG004
         # On a copy: a conversion of the input's type must not be recorded for the input's other readers.
         y: Tensor = layer.__dict__["layer"](x.clone())
-        layer.shape = list(y.shape)
+        layer.shape = [int(size) for size in y.shape]
         return y
 
     @staticmethod
@@ -107,22 +110,47 @@ def trace(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
 
     Returns:
         The nodes, and the output for ``x``.
+
+    Raises:
+        ExportError: ONNX has no operator for what the module computes.
     """
     plain = copy.deepcopy(module).requires_grad_(False)
     layers = _make_plain(plain)
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter is deprecated, and shapes are fixed on purpose
-        torch.onnx.export(
-            _Call(plain, run).eval(),
-            (x,),
-            content,  # type: ignore[arg-type]  # a buffer is accepted by this exporter
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["x"],
-            output_names=["y"],
-        )
-    return Traced(onnx.load_from_string(content.getvalue()).graph, layers), run(module, x)
+        try:
+            torch.onnx.export(
+                _Call(plain, run).eval(),
+                (x,),
+                content,  # type: ignore[arg-type]  # a buffer is accepted by this exporter
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["x"],
+                output_names=["y"],
+            )
+        except RuntimeError as error:  # so are all of the exporter's
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ExportError(f"a {type(module).__name__} cannot be written as an ONNX graph: {reason}") from None
+    model = onnx.load_from_string(content.getvalue())
+    return Traced(fold_constants(_with_shapes(model, plain)), layers), run(module, x)
+
+
+def _with_shapes(model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:
+    """``model`` with the shapes of what its opaque nodes return."""
+    opaque = {layer.key: layer for layer in module.modules() if isinstance(layer, _OpaqueLayer)}
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            shape = opaque[key_of(node)].shape
+            value = helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, shape)
+            model.graph.value_info.append(value)
+    return model
+
+
+def key_of(node: onnx.NodeProto) -> str:
+    """The key of the layer that an opaque node stands for."""
+    key: str = node.attribute[0].s.decode()
+    return key
 
 
 class _Call(nn.Module):

@@ -21,7 +21,6 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-import dfs_cli.models.cifar  # noqa: F401  # registers the CIFAR and digits models
 from dfs_cli.config import LARGEST_SEED, check_range
 from dfs_cli.errors import UnsupportedModelError, WeightsError
 from dfs_cli.models.checkpoints import check_fit, read_weights

@@ -4,7 +4,16 @@ import numpy as np
 import onnx
 import pytest
 from common import SIZE
-from common_export import MODELS, decisions_of, images, make_network, mixed_bits, run_graph, static_network
+from common_export import (
+    MODELS,
+    TENSORRT_TAKES,
+    decisions_of,
+    images,
+    make_network,
+    mixed_bits,
+    run_graph,
+    static_network,
+)
 from onnx import numpy_helper
 
 from dfs_cli.cost.decisions import Decisions
@@ -14,12 +23,6 @@ from dfs_cli.export.parts import Parts
 from dfs_cli.nn.network import DynamicResNet
 
 pytestmark = pytest.mark.medium
-
-TENSORRT_TAKES = {
-    "Add", "AveragePool", "BatchNormalization", "Clip", "Conv", "DequantizeLinear", "Flatten", "Gemm", "GlobalAveragePool",
-    "Identity", "MaxPool", "Mul", "Pad", "QuantizeLinear", "ReduceMean", "Relu", "Reshape", "Sigmoid", "Slice", "Sub",
-}  # fmt: skip
-"""Of the operators of its importer's list (docs/operators.md of onnx-tensorrt), those that a ResNet may need."""
 
 
 def check_graph(model: onnx.ModelProto, network: DynamicResNet, decisions: Decisions | None) -> None:

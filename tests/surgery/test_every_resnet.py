@@ -7,12 +7,12 @@ more of the same blocks.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import timm
 import torch
-from common import everywhere, mixed_decisions, randomise, start_controller
+from common import everywhere, mixed_decisions, randomise, shallow_model, start_controller
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +33,6 @@ from dfs_cli.surgery.plan import plan_costs
 from dfs_cli.surgery.swap import make_dynamic
 
 SIZE = (3, 64, 64)
-SHALLOW = (2, 1, 1, 1)
 CONFIG = DynamicConfig(bits=(0, 4, 8, 32), fixed_bits=FULL_BITS, gate="rnn")
 FAMILY_NAMES = (
     "resnet18",
@@ -49,18 +48,10 @@ NAMES = [name for name in candidate_names() if not name.endswith(("_cifar", "_di
 
 
 def register_shallow(name: str) -> str:
-    """Register the architecture with few blocks; pruned ones, whose widths belong to their depth, stay whole."""
+    """Register the architecture with few blocks."""
 
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if "pruned" in name:
-            return timm.create_model(name, pretrained=pretrained, **kwargs)
-        try:
-            return timm.create_model(name, pretrained=pretrained, layers=SHALLOW, **kwargs)
-        except TypeError:  # BiT entrypoints fix their depth
-            model = timm.create_model(name, pretrained=pretrained, **kwargs)
-            for stage, depth in zip(model.get_submodule("stages").children(), SHALLOW, strict=True):
-                stage.blocks = cast(nn.Sequential, stage.blocks)[:depth]
-            return model
+        return shallow_model(name, pretrained=pretrained, **kwargs)
 
     entrypoint.__name__, entrypoint.__module__ = f"shallow_{name}", __name__
     timm.models.register_model(entrypoint)

@@ -82,9 +82,9 @@ def check_figures(manifest: Manifest) -> None:
 
 def _check_evaluation(table: CostTable, evaluation: Evaluation) -> None:
     """Raises ValueError unless counts add up to the images, and costs are those of the counts."""
-    shape = (len(table.blocks), len(table.options))
-    choices = evaluation.choices
-    if len(choices) != table.passes or any((len(rows), len(row)) != shape for rows in choices for row in rows):
+    blocks, options, choices = len(table.blocks), len(table.options), evaluation.choices
+    is_complete = len(choices) == table.passes and all(len(rows) == blocks for rows in choices)
+    if not is_complete or any(len(row) != options for rows in choices for row in rows):
         raise ValueError("validation.choices: expected a count for each pass, block and option")
     runs = [sum(rows[0]) for rows in choices]
     if any(sum(row) != count for rows, count in zip(choices, runs, strict=True) for row in rows):

@@ -17,7 +17,7 @@ from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.artifact.packing import check_shapes, load_packed, packed_tensors
 from dfs_cli.artifact.verify import check_figures, check_values, create_network
 from dfs_cli.atomic import File
-from dfs_cli.errors import ArtifactError, DfsError
+from dfs_cli.errors import ArtifactError, DfsError, is_out_of_memory
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.outputs import reserve
 
@@ -92,6 +92,8 @@ def _fitting(path: Path) -> Iterator[None]:
     try:
         yield
     except (DfsError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ArtifactError(f"{path} does not fit the network it describes: {reason}") from None
 

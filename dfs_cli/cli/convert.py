@@ -77,7 +77,7 @@ def convert(
         dynamic = network.config(budget, tuning.config(api.default_tuning(data)))
         _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, sink)
         return
-    with reserve((output, *reports), force, [weights.checkpoint]) as outputs:
+    with reserve((output, *reports), force, [weights.checkpoint, images.class_map]) as outputs:
         data = default_data(model.partition(".")[0], data)
         settings = tuning.config(api.default_tuning(data))
         dynamic = network.config(budget, settings)

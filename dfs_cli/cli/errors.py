@@ -14,14 +14,13 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from dfs_cli.errors import DfsError, printable
+from dfs_cli.errors import DfsError, is_out_of_memory, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """What the machine does; any other error of the operating system is of a name that was given."""
-_NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
 class Stopped(KeyboardInterrupt):
@@ -62,7 +61,7 @@ def explain(error: BaseException) -> int | None:
     if isinstance(error, DfsError):
         say_error(str(error))
         return error.exit_code
-    if _is_memory(error):
+    if is_out_of_memory(error):
         say_error("there is not enough memory: try a smaller --batch-size, a smaller model or fewer --workers")
         return 1
     if isinstance(error, OSError):
@@ -90,11 +89,6 @@ def say_error(message: str) -> None:
 def _print(line: str) -> None:
     if sys.stderr is not None:  # closed; print would take standard output in its place
         print(line, file=sys.stderr)
-
-
-def _is_memory(error: BaseException) -> bool:
-    """Whether memory is out: libraries say so in exceptions of many classes."""
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def _quieten_libraries() -> None:

@@ -54,7 +54,7 @@ def export(
     from dfs_cli.report.cost import export_record
     from dfs_cli.report.terminal import print_export
 
-    check_writable([onnx], force, [file])
+    check_writable([onnx], force, [file, images.class_map])
     with sink.observer() as observer:
         converted = api.load(file, "cpu")
         comparison = api.export_onnx(

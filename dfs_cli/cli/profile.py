@@ -61,7 +61,7 @@ def profile(
 
     if plot is not None:
         check_plot_path(plot)
-    with reserve([plot] if plot else [], force, [file]) as outputs:
+    with reserve([plot] if plot else [], force, [file, images.class_map]) as outputs:
         if measure or data.names_data:
             converted = api.load(file, device)
             manifest = converted.manifest

@@ -72,7 +72,7 @@ def sweep(
     keep_freed_memory()
     check_convertible(model)
     # What lies beside the results of a sweep belongs to it.
-    check_writable([output, *beside], force or output.exists(), [weights.checkpoint])
+    check_writable([output, *beside], force or output.exists(), [weights.checkpoint, images.class_map])
     if not answers_folder(output).is_dir() and os.path.lexists(answers_folder(output)):
         raise OutputError(f"{answers_folder(output)}, which is for answers, is not a folder: pass another --output")
     data = default_data(model.partition(".")[0], images.config())

@@ -31,6 +31,8 @@ class BlockFamily:
         shortcut: the module whose convolutions always run, at the bitwidth of the fixed layers.
         apart: modules whose normalisation keeps the original's statistics: those before the first convolution, and attention,
             which stays in floating point.
+        norms: a list of normalisations, and the list of convolutions whose outputs they normalise, one each. Others follow the
+            convolution before them.
 
     Convolutions elsewhere in the block (attention) always run in floating point.
     """
@@ -40,6 +42,7 @@ class BlockFamily:
     skip: Callable[[nn.Module, Tensor], Tensor]
     shortcut: str = "downsample"
     apart: tuple[str, ...] = ()
+    norms: tuple[str, str] | None = None
 
 
 def _skip_after_activation(last_activation: str) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -92,7 +95,7 @@ FAMILIES = {
     for family in (
         BlockFamily(BasicBlock, ("conv1", "conv2"), _skip_after_activation("act2")),
         BlockFamily(Bottleneck, ("conv1", "conv2", "conv3"), _skip_after_activation("act3")),
-        BlockFamily(Bottle2neck, ("conv1", "convs", "conv3"), _skip_after_activation("relu")),
+        BlockFamily(Bottle2neck, ("conv1", "convs", "conv3"), _skip_after_activation("relu"), norms=("bns", "convs")),
         # conv2 is split attention: its `conv` is the branch, its `fc1` and `fc2` are attention.
         BlockFamily(
             ResNestBottleneck, ("conv1", "conv2.conv", "conv3"), _skip_after_activation("act3"), apart=("conv2.bn1",)

@@ -29,7 +29,7 @@ class SurgeryPlan:
         branch: the layers that follow a block's option, with the block's index.
         fixed: the layers that always run.
         norms: the batch-norms whose input depends on a bitwidth, with the layer of the branch whose bitwidth they follow: the
-            one before them or, for lack of one, the one after.
+            one that their family names, or the one before them or, for lack of one, the one after.
     """
 
     blocks: tuple[str, ...]
@@ -58,7 +58,9 @@ def plan_surgery(model: nn.Module) -> SurgeryPlan:
         for name, module in block.named_modules(prefix=path):
             inside.add(name)
             if type(module) in FRACTIONAL_NORMS and not _is_within(name, path, (family.shortcut, *family.apart)):
-                if layer is None:
+                if family.norms is not None and _is_within(name, path, family.norms[:1]):
+                    norms[name] = name.replace(f"{path}.{family.norms[0]}.", f"{path}.{family.norms[1]}.", 1)
+                elif layer is None:
                     waiting.append(name)
                 else:
                     norms[name] = layer

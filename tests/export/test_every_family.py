@@ -18,6 +18,7 @@ from common_export import TENSORRT_TAKES, make_network, static_network, subgraph
 from onnx import helper
 from torch import Tensor, nn
 
+from dfs_cli.control.probe import ProbeController, uncertainty
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.export.baselines import export_dense, quantize_dense
 from dfs_cli.export.graph import IR_VERSION, Graph
@@ -184,6 +185,11 @@ def check_plain_graphs(parts: Parts, policy: Sequence[int], most: float = 0.5) -
 def check_decisions(parts: Parts) -> None:
     """The graph decides as the network does, and computes what the network computes for these decisions."""
     network, size = parts.network, parts.input_size
+    controller = network.controller
+    if isinstance(controller, ProbeController):
+        # A threshold between images, not on one of them.
+        values = uncertainty(network.follow(images(size), controller.policy.expand(4, -1))[0]).sort().values
+        controller.operating_point = float(values[(gap := int(values.diff().argmax())) : gap + 2].mean())
     session, compiled = load_everywhere(export_network(PartWriter(parts)))
     results = [run(session, image) for image in images(size)]
     bits = torch.from_numpy(np.concatenate([result[BITS] for result in results]))

@@ -1,6 +1,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from common import RNN, SIZE, preactivated_resnet, se_resnet, tiny_resnet
 from timm.models.resnet import Bottleneck
@@ -123,3 +124,11 @@ def test_step_sizes_and_statistics_are_those_of_the_sample() -> None:
     (mean, variance), (mean_4, variance_4) = ((x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) for x in seen)
     torch.testing.assert_close(norm.bit_mean[0], norm.running_mean + mean_4 - mean)
     torch.testing.assert_close(norm.bit_var[0], norm.running_var * (variance_4 + norm.eps) / (variance + norm.eps))
+
+
+def test_each_batch_norm_of_a_res2net_follows_its_own_convolution() -> None:
+    """Both lie in lists: the convolution before a norm in the list of modules is another one's."""
+    norms = plan_surgery(timm.create_model("res2net50_26w_4s")).norms
+    for i in range(3):
+        assert norms[f"layer1.0.bns.{i}"] == f"layer1.0.convs.{i}"
+    assert norms["layer1.0.bn1"] == "layer1.0.conv1" and norms["layer1.0.bn3"] == "layer1.0.conv3"

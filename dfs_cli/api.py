@@ -169,9 +169,10 @@ def evaluate(
     observer = observer or Observer()
     network, manifest = converted
     check_loading(batch_size, workers)
+    notes: list[str] = []
     if not isinstance(data, Images):
         source = default_data(manifest.architecture, data)
-        data = open_validation(source, manifest.preprocessing, manifest.class_names, observer.note)
+        data = open_validation(source, manifest.preprocessing, manifest.class_names, notes.append)
     device = network.device
     workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
     observer.stage("evaluating", len(data))
@@ -181,6 +182,8 @@ def evaluate(
     if channels_last:
         layout, network = torch.channels_last, copy.deepcopy(network).to(memory_format=torch.channels_last)
     evaluation = evaluate_network(network, manifest.table, loader, device, log, amp, layout, observer.advance)
+    for note in notes:
+        observer.note(note)
     classes = manifest.model_args.num_classes
     if not better_than_chance(evaluation.top1, evaluation.images, classes):
         observer.note(f"the network {CHANCE_HINT.format(top1=evaluation.top1, classes=classes)}")
@@ -230,6 +233,7 @@ def export_onnx(
     from dfs_cli.export.write import random_batches, write_onnx
 
     observer, manifest = observer or Observer(), converted.manifest
+    notes: list[str] = []
     network, size = copy.deepcopy(converted.network).cpu().eval(), manifest.preprocessing.input_size
     is_given = isinstance(data, Images) or (data is not None and data.names_data)
     if not is_given and manifest.architecture != DIGITS_MODEL:
@@ -241,18 +245,21 @@ def export_onnx(
     else:
         if not isinstance(data, Images):
             source = default_data(manifest.architecture, data)
-            data = open_validation(source, manifest.preprocessing, manifest.class_names, observer.note)
+            data = open_validation(source, manifest.preprocessing, manifest.class_names, notes.append)
         labelled, log = True, UnreadableLog("validation", len(data))
         workers = choose_workers(workers, data, manifest.preprocessing, EVAL_BATCH, observer.note)
         batches = eval_loader(data, EVAL_BATCH, workers)
     observer.stage("comparing", None)  # once with 8-bit features, and once more where they do not do
 
-    def note(batch: Batch) -> None:
+    def on_batch(batch: Batch) -> None:
         if log is not None:
             log.add(batch.unreadable)
         observer.advance(len(batch.targets) + len(batch.unreadable))
 
-    return write_onnx(Path(path), network, size, batches, labelled, static, tensorrt, force, note)
+    comparison = write_onnx(Path(path), network, size, batches, labelled, static, tensorrt, force, on_batch)
+    for note in notes:
+        observer.note(note)
+    return comparison
 
 
 def profile(converted: Converted, evaluation: Evaluation | None = None) -> list[report.LayerRow]:

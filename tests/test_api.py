@@ -116,13 +116,14 @@ def test_unreadable_training_images_are_counted_over_the_whole_split(make_folder
     bad = sorted((data / "train").rglob("*.jpg"))[0]
     bad.write_bytes(b"no image")  # one of 160; more than 1% of the 16 that are held out, if it is among them
     model = timm.create_model("resnet20_digits", num_classes=4)
-    converted = dfs_cli.convert(model, 0.3, root, tuning=SHORT.replace(steps=2, batch_size=32))
+    tuning = SHORT.replace(steps=2, batch_size=160)  # every step sees every image
+    converted = dfs_cli.convert(model, 0.3, root, tuning=tuning)
     assert converted.manifest.configuration is not None
     assert converted.manifest.configuration.unreadable_training_images == (f"0/{bad.name}",)
     assert converted.manifest.source.license is None, "weights given by the caller have no known licence"
     bad.with_name("x.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match="more than 1% of the 161 training images"):
-        dfs_cli.convert(model, 0.3, root, tuning=SHORT.replace(steps=2, batch_size=32))
+        dfs_cli.convert(model, 0.3, root, tuning=tuning)
 
 
 @pytest.mark.slow

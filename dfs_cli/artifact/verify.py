@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from itertools import pairwise
 
 import timm
@@ -12,7 +11,7 @@ import torch
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.table import CostTable
-from dfs_cli.models.zoo import candidate_names
+from dfs_cli.models.zoo import is_candidate
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.records import Evaluation
 from dfs_cli.surgery.plan import plan_costs
@@ -22,8 +21,6 @@ _TOLERANCE = 1e-6
 _LARGEST_LOGARITHM = 80.0
 """Of step sizes: the exponential of more is no number in single precision."""
 
-_known_names = cache(lambda: frozenset(candidate_names()))
-
 
 def create_model(manifest: Manifest, device: str) -> torch.nn.Module:
     """The original architecture on ``device``, with meaningless weights.
@@ -31,7 +28,7 @@ def create_model(manifest: Manifest, device: str) -> torch.nn.Module:
     Raises:
         ValueError: it is none that ``dfs list`` lists.
     """
-    if manifest.architecture not in _known_names():
+    if not is_candidate(manifest.architecture):
         raise ValueError(f"the architecture {manifest.architecture[:80]!r} is none of those that dfs list lists")
     with torch.random.fork_rng(devices=[]), torch.device(device):  # the caller's random state stays as it was
         return timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args.to_dict()).eval()

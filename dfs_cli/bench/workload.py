@@ -147,10 +147,13 @@ def workload_of_file(
     if mix is not None and least == most:
         raise ConfigError(f"--mix forces decisions: those of {path} are the same for every image, leave it out")
     if data is not None:
-        split = open_validation(data, manifest.preprocessing, manifest.class_names, say)
+        notes: list[str] = []
+        split = open_validation(data, manifest.preprocessing, manifest.class_names, notes.append)
         log = UnreadableLog("validation", len(split))
         workers = choose_workers(None, split, manifest.preprocessing, LARGE_BATCH, say)
         batches, targets = load_all(split, LARGE_BATCH, workers, torch.device("cpu"), log)
+        for note in notes:
+            say(note)
         known = Batch(torch.cat(batches), targets, ())
         images = known.images[:LARGE_BATCH]
         cost = _mean_cost(network, table, images)

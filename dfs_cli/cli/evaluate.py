@@ -78,7 +78,9 @@ def evaluate(
     from dfs_cli.report.cost import evaluation_record
     from dfs_cli.report.terminal import print_evaluation
 
-    with reserve([path for path in (output, results_file) if path is not None], force, [file, images.class_map]) as outputs:
+    with reserve(
+        [path for path in (output, results_file) if path is not None], force, [file, images.class_map]
+    ) as outputs:
         converted = api.load(file, device)
         with sink.observer() as observer:
             if budget is not None:

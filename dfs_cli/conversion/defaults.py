@@ -15,6 +15,7 @@ from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.data.splits import DIGITS, Splits
 from dfs_cli.errors import ConfigError, DataError, UnsupportedModelError
 from dfs_cli.models.cifar import DIGITS_MODEL
+from dfs_cli.models.zoo import is_candidate
 from dfs_cli.presets import PRESETS, Preset
 from dfs_cli.records import Source
 
@@ -122,8 +123,10 @@ def describe_model(model: nn.Module) -> tuple[str, ModelArgs]:
         UnsupportedModelError: timm's own model under that name and arguments has another structure.
     """
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
-    if not architecture or not timm.is_model(architecture):
-        raise UnsupportedModelError("the model was not made by timm.create_model: its file could not be loaded again")
+    if not architecture or not is_candidate(architecture):
+        raise UnsupportedModelError(
+            "the model was not made by timm.create_model from what dfs list lists: its file could not be loaded again"
+        )
     if getattr(model, "num_classes", 0) < 2:
         raise UnsupportedModelError(f"{architecture} has no classifier")
     args = ModelArgs(int(getattr(model, "num_classes", 0)), int(getattr(model, "in_chans", 3)))

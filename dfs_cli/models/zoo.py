@@ -16,6 +16,7 @@ from timm.models import (
     get_deprecated_models,
     get_pretrained_cfg,
     get_pretrained_cfg_value,
+    is_model_in_modules,
     is_model_pretrained,
     split_model_name_tag,
 )
@@ -34,6 +35,11 @@ _MODULES = sorted({cls.__module__.rpartition(".")[2] for cls in (*LAYOUTS, *FAMI
 def candidate_names() -> list[str]:
     """Every architecture registered by a module that defines a supported class."""
     return sorted({name for module in _MODULES for name in timm.list_models(module=module)})
+
+
+def is_candidate(name: str) -> bool:
+    """Whether ``name``, which has no weight tag, is among :func:`candidate_names`."""
+    return "." not in name and is_model_in_modules(name, _MODULES)
 
 
 def close_matches(name: str) -> str:

@@ -140,7 +140,7 @@ def test_convert_own_images_from_a_checkpoint(make_folder: MakeFolder) -> None:
     result = run("eval", "own.safetensors", "--data", data, "--json", "--workers", "0", "--num-samples", "10")
     assert json.loads(result.stdout)["images"] == 10
     refused(run("eval", "own.safetensors"), "--data")
-    refused(run("eval", "own.safetensors", "--data", make_folder("four", classes=4)), "4 classes")
+    refused(run("eval", "own.safetensors", "--data", make_folder("four", classes=4)), "a class '3'")
 
 
 def test_missed_budget_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:

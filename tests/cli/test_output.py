@@ -7,7 +7,7 @@ from dfs_cli.errors import printable
 
 
 def test_what_a_terminal_would_obey_is_shown_escaped() -> None:
-    assert printable("a\x1b[2J\x07\u202e\ud800é\nb") == r"a\x1b[2J\x07\u202e\ud800é" + "\nb"
+    assert printable("a\x1b[2J\x07\u202e\ud800é\nb") == r"a\x1b[2J\x07\u202e\ud800é\nb"
 
 
 def test_text_is_never_markup(capsys: pytest.CaptureFixture[str]) -> None:

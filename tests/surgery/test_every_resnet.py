@@ -53,7 +53,7 @@ def register_shallow(name: str) -> str:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return shallow_model(name, pretrained=pretrained, **kwargs)
 
-    entrypoint.__name__, entrypoint.__module__ = f"shallow_{name}", __name__
+    entrypoint.__name__, entrypoint.__module__ = f"shallow_{name}", "timm.models.resnet"
     timm.models.register_model(entrypoint)
     return entrypoint.__name__
 

@@ -24,7 +24,7 @@ def list_models(
     pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Wildcards, as 'seresne*'.")] = "*",
 ) -> None:
     """List the architectures that can be converted."""
-    from dfs_cli.models.catalogue import list_convertible
+    from dfs_cli.catalogue import list_convertible
     from dfs_cli.report.models import print_models
 
     models = list_convertible(pattern)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from dfs_cli.models.catalogue import ModelSummary
+from dfs_cli.catalogue import ModelSummary
 
 _ROW = "{:32} {:26} {:>6} {:>9} {:>9} {:>5}  {}"
 

@@ -100,7 +100,7 @@ def test_too_little_memory_is_one_line(error: Exception, monkeypatch: pytest.Mon
     def fail(_: str) -> None:
         raise error
 
-    monkeypatch.setattr("dfs_cli.models.catalogue.list_convertible", fail)
+    monkeypatch.setattr("dfs_cli.catalogue.list_convertible", fail)
     result = CliRunner().invoke(app, ["list"])
     assert result.exit_code == 1 and result.stdout == ""
     one_line(result.stderr, "not enough memory")

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dfs_cli.catalogue import list_convertible
 from dfs_cli.config import DynamicConfig
 from dfs_cli.cost.count import count_macs
-from dfs_cli.models.catalogue import list_convertible
 from dfs_cli.surgery.plan import plan_costs
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from timm.models import get_deprecated_models
 from torch import nn
 
+from dfs_cli.catalogue import list_convertible
 from dfs_cli.errors import ConfigError, UnsupportedModelError, WeightsError
-from dfs_cli.models.catalogue import list_convertible
 from dfs_cli.models.checkpoints import read_weights
 from dfs_cli.models.cifar import DEPTHS
 from dfs_cli.models.zoo import check_convertible, current_name, describe_checkpoint, load_model, load_outline

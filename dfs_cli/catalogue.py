@@ -1,6 +1,6 @@
 """The convertible architectures, with blocks, MACs and weights: counted once per version of timm, and kept in the package.
 
-Counting builds every architecture, which takes half a minute. ``python -m dfs_cli.models.catalogue`` counts again.
+Counting builds every architecture, which takes half a minute. ``python -m dfs_cli.catalogue`` counts again.
 """
 
 from __future__ import annotations

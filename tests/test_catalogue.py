@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pytest
 
-from dfs_cli.models.catalogue import CATALOGUE, count_convertible, list_convertible
+from dfs_cli.catalogue import CATALOGUE, count_convertible, list_convertible
 
 kept = pytest.mark.skipif(
     json.loads(CATALOGUE.read_text())["timm"] != version("timm"), reason="the catalogue is of another timm"

@@ -56,7 +56,8 @@ class Unknown(nn.Module):
     """Computes what ONNX has no operator for."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.special.bessel_j0(x)
+        y: Tensor = torch.special.bessel_j0(x)
+        return y
 
 
 def test_what_onnx_cannot_express_is_refused_in_one_line() -> None:

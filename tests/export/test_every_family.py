@@ -123,7 +123,8 @@ def load_everywhere(model: onnx.ModelProto) -> tuple[Any, Any]:
     for graph in (model.graph, *subgraphs(model.graph)):
         assert {node.domain for node in graph.node} <= {""}
     content, core = model.SerializeToString(), openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    # By default OpenVINO may run in bfloat16, and rounds otherwise between integer layers.
+    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
     return open_session(content, threads=1), core.compile_model(core.read_model(content), "CPU", settings)
 
 

@@ -95,6 +95,9 @@ class Lowering:
         copied.output.extend(outputs)
         copied.name = self.graph.name(node.op_type)
         self.graph.nodes.append(copied)
+        if node.op_type == "Pad" and any(reader.op_type == "MaxPool" for reader in self.readers[node.output[0]]):
+            # ONNX Runtime up to 1.29 would fuse them, and then pad with the lowest number in place of zero.
+            outputs = [self.graph.add("Max", [outputs[0], self.graph.constant(np.finfo(np.float32).min, np.float32)])]
         self.names.update(zip(node.output, outputs, strict=True))
 
     def _layer_of(self, node: onnx.NodeProto) -> QuantizedLayer:

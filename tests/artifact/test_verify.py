@@ -108,7 +108,7 @@ NAN = float("nan")
         ("controller.policy", lambda t: t - 5, "controller.policy: an option is none of the 5"),
         ("controller.policy", lambda t: t.float(), "controller.policy is of torch.float"),
         ("controller.policy", lambda t: t[:-1], r"controller.policy has shape \(8,\) where \(9,\) was expected"),
-        ("backbone.fc.bias", lambda t: t.to(torch.complex64), "backbone.fc.bias is of torch.complex64"),
+        ("backbone.fc.bias", lambda t: t.to(torch.int32), "backbone.fc.bias is of torch.int32"),
         ("weight_codes.8", lambda t: t[:50], "weight_codes.8 has shape"),
         ("bit_bias", lambda t: t.float(), "bit_bias is of torch.float32"),
     ],

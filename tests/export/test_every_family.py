@@ -125,13 +125,15 @@ def run(model: bytes, batch: Tensor) -> dict[str, np.ndarray]:
     return {name: np.concatenate(column) for name, column in zip(names, columns, strict=True)}
 
 
-def run_everywhere(model: onnx.ModelProto, batch: Tensor) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def run_everywhere(
+    model: onnx.ModelProto, batch: Tensor, exact: bool = True
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Have ONNX's own checker check it; returns what ONNX Runtime and what OpenVINO compute."""
     onnx.checker.check_model(model, full_check=True)
     for graph in (model.graph, *subgraphs(model.graph)):
         assert {node.domain for node in graph.node} <= {""}
     content = model.SerializeToString()
-    return run(content, batch), run_openvino(content, batch.numpy())
+    return run(content, batch), run_openvino(content, batch.numpy(), exact)
 
 
 def run_part(writer: PartWriter, key: Key, x: Tensor) -> np.ndarray:
@@ -169,15 +171,16 @@ def check_plain_graphs(parts: Parts, policy: Sequence[int], most: float = 0.5) -
     Args:
         most: differences of few bits grow from part to part; the whole may differ by so much.
     """
-    network, image = parts.network, images(parts.input_size)[:1]
+    network, batch = parts.network, images(parts.input_size)
     decisions = Decisions.alike(torch.tensor(policy), 1)
-    expected = network.run(image, decisions).logits
+    expected = network.run(batch, Decisions.alike(torch.tensor(policy), len(batch))).logits
     for tensorrt in (False, True):
         writer = PartWriter(parts, tensorrt=tensorrt)
-        for key, x, y in reference(network, image, policy):
+        for key, x, y in reference(network, batch[:1], policy):
             check_close(run_part(writer, key, x), y)
         model = export_static(writer, decisions)
-        for results in run_everywhere(model, image):
+        # Without its transformations OpenVINO 2026.4 cannot compile such graphs with group normalisation.
+        for results in run_everywhere(model, batch, exact=not tensorrt):
             check_close(results[LOGITS], expected, most)
         assert not tensorrt or {node.op_type for node in model.graph.node} <= TENSORRT_TAKES
 

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import openvino
 import pytest
 import timm
 import torch
 from common import randomise, shallow_model
 from common_export import TENSORRT_TAKES, make_network, static_network, subgraphs
+from common_openvino import run_openvino
 from onnx import helper
 from torch import Tensor, nn
 
@@ -117,20 +117,23 @@ def check_close(actual: np.ndarray, expected: Tensor, most: float = 0.01) -> Non
     assert np.abs(actual - values).mean() <= most * np.abs(values).mean()
 
 
-def load_everywhere(model: onnx.ModelProto) -> tuple[Any, Any]:
-    """ONNX's own checker, ONNX Runtime and OpenVINO take it; returns the session, and OpenVINO's compiled model."""
+def run(model: bytes, batch: Tensor) -> dict[str, np.ndarray]:
+    """The outputs in ONNX Runtime, by name, joined along the first axis."""
+    session = open_session(model, threads=1)
+    names = [output.name for output in session.get_outputs()]
+    columns = zip(*(session.run(None, {IMAGES: image[None].numpy()}) for image in batch), strict=True)
+    return {name: np.concatenate(column) for name, column in zip(names, columns, strict=True)}
+
+
+def run_everywhere(
+    model: onnx.ModelProto, batch: Tensor, exact: bool = True
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Have ONNX's own checker check it; returns what ONNX Runtime and what OpenVINO compute."""
     onnx.checker.check_model(model, full_check=True)
     for graph in (model.graph, *subgraphs(model.graph)):
         assert {node.domain for node in graph.node} <= {""}
-    content, core = model.SerializeToString(), openvino.Core()
-    # By default OpenVINO may run in bfloat16, and rounds otherwise between integer layers.
-    settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "LP_TRANSFORMS_MODE": "NO"}
-    return open_session(content, threads=1), core.compile_model(core.read_model(content), "CPU", settings)
-
-
-def run(session: Any, image: Tensor) -> dict[str, np.ndarray]:
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(None, {IMAGES: image[None].numpy()}), strict=True))
+    content = model.SerializeToString()
+    return run(content, batch), run_openvino(content, batch.numpy(), exact)
 
 
 def run_part(writer: PartWriter, key: Key, x: Tensor) -> np.ndarray:
@@ -168,17 +171,17 @@ def check_plain_graphs(parts: Parts, policy: Sequence[int], most: float = 0.5) -
     Args:
         most: differences of few bits grow from part to part; the whole may differ by so much.
     """
-    network, image = parts.network, images(parts.input_size)[:1]
+    network, batch = parts.network, images(parts.input_size)
     decisions = Decisions.alike(torch.tensor(policy), 1)
-    expected = network.run(image, decisions).logits
+    expected = network.run(batch, Decisions.alike(torch.tensor(policy), len(batch))).logits
     for tensorrt in (False, True):
         writer = PartWriter(parts, tensorrt=tensorrt)
-        for key, x, y in reference(network, image, policy):
+        for key, x, y in reference(network, batch[:1], policy):
             check_close(run_part(writer, key, x), y)
         model = export_static(writer, decisions)
-        session, compiled = load_everywhere(model)
-        check_close(run(session, image[0])[LOGITS], expected, most)
-        check_close(compiled({IMAGES: image.numpy()})[LOGITS], expected, most)
+        # Without its transformations OpenVINO 2026.4 cannot compile such graphs with group normalisation.
+        for results in run_everywhere(model, batch, exact=not tensorrt):
+            check_close(results[LOGITS], expected, most)
         assert not tensorrt or {node.op_type for node in model.graph.node} <= TENSORRT_TAKES
 
 
@@ -191,17 +194,15 @@ def check_decisions(parts: Parts) -> None:
         # A threshold between images, not on one of them.
         values = uncertainty(network.follow(images(size), controller.policy.expand(4, -1))[0]).sort().values
         controller.operating_point = float(values[(gap := int(values.diff().argmax())) : gap + 2].mean())
-    session, compiled = load_everywhere(export_network(PartWriter(parts)))
-    results = [run(session, image) for image in images(size)]
-    bits = torch.from_numpy(np.concatenate([result[BITS] for result in results]))
+    results, others = run_everywhere(export_network(PartWriter(parts)), images(size))
+    bits = torch.from_numpy(results[BITS])
     options = torch.full_like(bits, NOT_RUN)
     for option, value in enumerate(network.bits):
         options[bits == value] = option
     decisions = Decisions(options.reshape(len(bits), -1, len(network.blocks)))
-    check_close(np.concatenate([r[LOGITS] for r in results]), network.run(images(size), decisions).logits, 0.5)
+    check_close(results[LOGITS], network.run(images(size), decisions).logits, 0.5)
     assert int(network.run(images(size)).decisions.equal(decisions).sum()) >= 3
-    others = np.concatenate([compiled({IMAGES: image[None].numpy()})[BITS] for image in images(size)])
-    assert (others == bits.numpy()).mean() > 0.75
+    assert (others[BITS] == results[BITS]).mean() > 0.75
 
 
 @torch.no_grad()
@@ -211,8 +212,8 @@ def check_int8_features(parts: Parts, bits: int) -> None:
     decisions = Decisions.alike(torch.full((len(network.blocks),), network.bits.index(bits)), 1)
     scales = measure_scales(parts, options_of(network, decisions), images(size).numpy())
     if scales is not None:
-        session = open_session(export_static(PartWriter(parts, scales), decisions).SerializeToString(), threads=1)
-        check_close(run(session, images(size)[0])[LOGITS], network.run(images(size)[:1], decisions).logits, 0.3)
+        content = export_static(PartWriter(parts, scales), decisions).SerializeToString()
+        check_close(run(content, images(size)[:1])[LOGITS], network.run(images(size)[:1], decisions).logits, 0.3)
 
 
 def check_static_network(model: nn.Module, size: tuple[int, int, int], bits: int) -> None:
@@ -233,10 +234,10 @@ def check_dense_graphs(model: nn.Module, size: tuple[int, int, int]) -> None:
     """Those that ``dfs bench`` measures."""
     dense = export_dense(model, size)
     onnx.checker.check_model(dense, full_check=True)
-    expected = model(images(size)[:1])
-    check_close(run(open_session(dense, threads=1), images(size)[0])[LOGITS], expected, 1e-4)
-    quantized = open_session(quantize_dense(dense, images(size)), threads=1)
-    check_close(run(quantized, images(size)[0])[LOGITS], expected, 0.5)
+    image = images(size)[:1]
+    expected = model(image)
+    check_close(run(dense, image)[LOGITS], expected, 1e-4)
+    check_close(run(quantize_dense(dense, images(size)), image)[LOGITS], expected, 0.5)
 
 
 def check_all(structure: Structure, index: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from timm.data.readers.class_map import load_class_map
 
 from dfs_cli.config import DataConfig
-from dfs_cli.errors import DataError
+from dfs_cli.errors import DataError, first_line
 
 
 def check_class_count(class_names: tuple[str, ...], num_classes: int) -> None:
@@ -59,8 +59,7 @@ def read_class_map(config: DataConfig) -> dict[str, int] | None:
     try:
         class_map = load_class_map(config.class_map, config.data_dir or "")
     except Exception as error:  # assertions, and whatever unpickling raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"class map {config.class_map} cannot be read: {reason[:200]}") from None
+        raise DataError(f"class map {config.class_map} cannot be read: {first_line(error)[:200]}") from None
     if class_map.get("") == len(class_map) - 1:
         del class_map[""]  # an empty last line
     if sorted(map(str, class_map.values())) != sorted(map(str, range(len(class_map)))) or len(class_map) < 2:

@@ -20,7 +20,7 @@ from dfs_cli.data.decode import read_image
 from dfs_cli.data.folder import ImageFolder
 from dfs_cli.data.images import Images
 from dfs_cli.data.preprocessing import eval_transform
-from dfs_cli.errors import ConfigError, DataError, printable
+from dfs_cli.errors import ConfigError, DataError, first_line, printable
 
 DIGITS = "digits"
 _TRAIN_FOLDERS = ("train", "training")
@@ -196,8 +196,7 @@ def _open(
             input_img_mode=mode,
         )
     except Exception as error:  # readers come from many libraries, each with different errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{where} could not be opened: {reason[:200]}") from None
+        raise DataError(f"{where} could not be opened: {first_line(error)[:200]}") from None
     if isinstance(source, IterableDataset):
         raise DataError(f"{where} is a stream: held-out images need a reader with random access")
     if isinstance(source, DatasetFolder):

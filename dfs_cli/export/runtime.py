@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from dfs_cli.errors import ExportError, MissingDependencyError
+from dfs_cli.errors import ExportError, MissingDependencyError, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -53,5 +53,4 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no class in common
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"ONNX Runtime cannot run the graph: {reason}") from None
+        raise ExportError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from None

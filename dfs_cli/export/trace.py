@@ -15,7 +15,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from dfs_cli.errors import ExportError
+from dfs_cli.errors import ExportError, first_line
 from dfs_cli.export.constants import fold_constants
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
@@ -130,8 +130,8 @@ def trace(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
                 output_names=["y"],
             )
         except RuntimeError as error:  # so are all of the exporter's
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ExportError(f"a {type(module).__name__} cannot be written as an ONNX graph: {reason}") from None
+            what = f"a {type(module).__name__} cannot be written as an ONNX graph"
+            raise ExportError(f"{what}: {first_line(error)}") from None
     model = onnx.load_from_string(content.getvalue())
     return Traced(fold_constants(_with_shapes(model, plain)), layers), run(module, x)
 

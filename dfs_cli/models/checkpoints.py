@@ -15,7 +15,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 
-from dfs_cli.errors import WeightsError
+from dfs_cli.errors import WeightsError, first_line
 
 _DEPTH = 3
 _AVERAGED = re.compile(r"(^|[._])(ema|averaged|swa)([._]|$)")
@@ -86,8 +86,7 @@ def _read(path: Path) -> Any:
             "model.state_dict()"
         ) from None
     except Exception as error:  # unpickling hostile or truncated bytes can raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"checkpoint {path} cannot be read as weights: {reason[:160]}") from None
+        raise WeightsError(f"checkpoint {path} cannot be read as weights: {first_line(error)[:160]}") from None
 
 
 def _check_archive(path: Path) -> None:

@@ -23,7 +23,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from dfs_cli.config import LARGEST_SEED, check_range
-from dfs_cli.errors import UnsupportedModelError, WeightsError
+from dfs_cli.errors import UnsupportedModelError, WeightsError, first_line
 from dfs_cli.models.checkpoints import check_fit, read_weights
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import find_blocks
@@ -171,9 +171,8 @@ def _load(
     try:
         return _build(name, pretrained=True, **kwargs).eval()
     except Exception as error:  # the hub's client raises many kinds of errors, and documents no complete list
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"the weights of {name} could not be loaded ({reason[:120]}): pass --checkpoint FILE, "
+            f"the weights of {name} could not be loaded ({first_line(error)[:120]}): pass --checkpoint FILE, "
             "or --no-pretrained for random weights"
         ) from None
 

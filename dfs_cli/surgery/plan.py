@@ -11,7 +11,7 @@ from dfs_cli.config import DynamicConfig
 from dfs_cli.control.factory import controller_macs
 from dfs_cli.cost.count import count_macs
 from dfs_cli.cost.table import CostTable, LayerCost
-from dfs_cli.errors import UnsupportedModelError
+from dfs_cli.errors import UnsupportedModelError, first_line
 from dfs_cli.nn.layers import CONVOLUTIONS
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS
 from dfs_cli.presets import FULL_BITS
@@ -123,8 +123,8 @@ def plan_costs(
     try:
         count = count_macs(model, input_size)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"the model cannot run on images of size {input_size}: {reason}") from None
+        what = f"the model cannot run on images of size {input_size}"
+        raise UnsupportedModelError(f"{what}: {first_line(error)}") from None
     layers = tuple(
         LayerCost(name, macs, block=plan.branch[name])
         if name in plan.branch

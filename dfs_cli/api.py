@@ -26,7 +26,7 @@ from dfs_cli.data.loading import choose_workers, eval_loader
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import Splits, open_validation
 from dfs_cli.errors import ConfigError, DataError, DfsError
-from dfs_cli.evaluation.chance import CHANCE_HINT, better_than_chance
+from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_network
 from dfs_cli.export.runtime import require_onnx
 from dfs_cli.models.cifar import DIGITS_MODEL
@@ -169,10 +169,8 @@ def evaluate(
     observer = observer or Observer()
     network, manifest = converted
     check_loading(batch_size, workers)
-    notes: list[str] = []
     if not isinstance(data, Images):
-        source = default_data(manifest.architecture, data)
-        data = open_validation(source, manifest.preprocessing, manifest.class_names, notes.append)
+        data = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.class_names)
     device = network.device
     workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
     observer.stage("evaluating", len(data))
@@ -182,11 +180,9 @@ def evaluate(
     if channels_last:
         layout, network = torch.channels_last, copy.deepcopy(network).to(memory_format=torch.channels_last)
     evaluation = evaluate_network(network, manifest.table, loader, device, log, amp, layout, observer.advance)
-    for note in notes:
+    hint = chance_hint("the network", evaluation.top1, evaluation.images, manifest.model_args.num_classes)
+    for note in filter(None, (data.note, hint)):
         observer.note(note)
-    classes = manifest.model_args.num_classes
-    if not better_than_chance(evaluation.top1, evaluation.images, classes):
-        observer.note(f"the network {CHANCE_HINT.format(top1=evaluation.top1, classes=classes)}")
     return evaluation
 
 
@@ -233,7 +229,6 @@ def export_onnx(
     from dfs_cli.export.write import random_batches, write_onnx
 
     observer, manifest = observer or Observer(), converted.manifest
-    notes: list[str] = []
     network, size = copy.deepcopy(converted.network).cpu().eval(), manifest.preprocessing.input_size
     is_given = isinstance(data, Images) or (data is not None and data.names_data)
     if not is_given and manifest.architecture != DIGITS_MODEL:
@@ -245,7 +240,7 @@ def export_onnx(
     else:
         if not isinstance(data, Images):
             source = default_data(manifest.architecture, data)
-            data = open_validation(source, manifest.preprocessing, manifest.class_names, notes.append)
+            data = open_validation(source, manifest.preprocessing, manifest.class_names)
         labelled, log = True, UnreadableLog("validation", len(data))
         workers = choose_workers(workers, data, manifest.preprocessing, EVAL_BATCH, observer.note)
         batches = eval_loader(data, EVAL_BATCH, workers)
@@ -257,8 +252,8 @@ def export_onnx(
         observer.advance(len(batch.targets) + len(batch.unreadable))
 
     comparison = write_onnx(Path(path), network, size, batches, labelled, static, tensorrt, force, on_batch)
-    for note in notes:
-        observer.note(note)
+    if isinstance(data, Images) and data.note:
+        observer.note(data.note)
     return comparison
 
 

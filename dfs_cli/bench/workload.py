@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.artifact.artifact import load_artifact
-from dfs_cli.config import LARGE_BATCH, LARGEST_SEED, DataConfig, DynamicConfig, check_range
+from dfs_cli.config import LARGE_BATCH, DataConfig, DynamicConfig
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, UnreadableLog
@@ -84,7 +84,6 @@ def draw_policies(mix: Mix, options: Sequence[int], blocks: int, seed: int, imag
     for bits in sorted(mix, key=lambda b: counts[b] - mix[b] * blocks)[: blocks - sum(counts.values())]:
         counts[bits] += 1
     policy = torch.tensor([options.index(bits) for bits in sorted(counts) for _ in range(counts[bits])])
-    check_range("seed", seed, 0, LARGEST_SEED)
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([policy[torch.randperm(blocks, generator=generator)] for _ in range(images)])
 
@@ -147,13 +146,12 @@ def workload_of_file(
     if mix is not None and least == most:
         raise ConfigError(f"--mix forces decisions: those of {path} are the same for every image, leave it out")
     if data is not None:
-        notes: list[str] = []
-        split = open_validation(data, manifest.preprocessing, manifest.class_names, notes.append)
+        split = open_validation(data, manifest.preprocessing, manifest.class_names)
         log = UnreadableLog("validation", len(split))
         workers = choose_workers(None, split, manifest.preprocessing, LARGE_BATCH, say)
         batches, targets = load_all(split, LARGE_BATCH, workers, torch.device("cpu"), log)
-        for note in notes:
-            say(note)
+        if split.note:
+            say(split.note)
         known = Batch(torch.cat(batches), targets, ())
         images = known.images[:LARGE_BATCH]
         cost = _mean_cost(network, table, images)

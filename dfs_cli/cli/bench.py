@@ -10,7 +10,16 @@ import typer
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
-from dfs_cli.config import COMPARED_IMAGES, DEFAULT_MIX, DataConfig, DynamicConfig, GateKind, parse_mix
+from dfs_cli.config import (
+    COMPARED_IMAGES,
+    DEFAULT_MIX,
+    LARGEST_SEED,
+    DataConfig,
+    DynamicConfig,
+    GateKind,
+    check_range,
+    parse_mix,
+)
 from dfs_cli.errors import ConfigError
 from dfs_cli.presets import Preset, parse_bits
 
@@ -84,6 +93,7 @@ def bench(
     _check_given(context, "a converted network" if is_file else "MODEL")
     if val_split is not None and data is None:
         raise ConfigError("--val-split names a part of --data: pass that too")
+    check_range("seed", seed, 0, LARGEST_SEED)
     keep_freed_memory()
     shares = None if mix is None else parse_mix(mix)
     if is_file:
@@ -141,6 +151,6 @@ def _workload_of_model(
     from dfs_cli.models.zoo import check_convertible
 
     check_convertible(model)
-    module = weights.load(model, seed)
+    module = weights.load(model, seed).model
     input_size = resolve_preprocessing(module, img_size).input_size
     return workload_of_model(module, dynamic, input_size, shares, seed)

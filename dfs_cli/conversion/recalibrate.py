@@ -65,13 +65,13 @@ def recalibrate(
         raise ConfigError(f"budget {budget:g} is outside what this network can be moved to: {least:.4f} to {high:.4f}")
     made_with = manifest.configuration
     tuning = made_with.tuning if made_with else TuningConfig()
-    notes: list[str] = []
+    note = ""
     if not isinstance(data, Images):
         data = default_data(manifest.architecture, data)
         if made_with and (stored := made_with.data):
             data = data.replace(train_split=data.train_split or stored.train_split, num_samples=stored.num_samples)
-        names = manifest.class_names or None
-        data = open_splits(data, manifest.preprocessing, tuning.seed, names, notes.append).calibration
+        splits = open_splits(data, manifest.preprocessing, tuning.seed, manifest.class_names or None)
+        data, note = splits.calibration, splits.train.note
     held_out = stages.held_out_images(
         data,
         controller_of(network).uses_hard_crops(spend),
@@ -82,7 +82,7 @@ def recalibrate(
         UnreadableLog("held-out", len(data)),
         observer,
     )
-    for note in notes:
+    if note:
         observer.note(note)
     validation_images = made_with.images.get("validation", len(data)) if made_with else len(data)
     request = Request(budget, spend, len(data), validation_images)

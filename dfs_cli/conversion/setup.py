@@ -134,16 +134,16 @@ def prepare(
     plan = plan_surgery(module)
     table = plan_costs(module, dynamic, preprocessing.input_size, plan)
     table.check_budget(budget, spend)
-    notes: list[str] = []  # told when nothing can be refused any more
-    splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed, say=notes.append)
+    splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed)
     for name in ("train", "calibration", "validation"):
         if not len(getattr(splits, name)):
             raise DataError(f"the {name} split has no images")
     check_class_count(splits.class_names, model_args.num_classes)
     batch_size = min(tuning.batch_size, len(splits.train))
-    workers = choose_workers(tuning.workers, splits.train, preprocessing, max(batch_size, EVAL_BATCH), notes.append)
-    for note in notes:
-        say(note)
+    workers = choose_workers(tuning.workers, splits.train, preprocessing, max(batch_size, EVAL_BATCH), say)
+    for images in (splits.train, splits.validation):  # now that nothing can be refused any more
+        if images.note:
+            say(images.note)
     return Setup(
         model=module,
         architecture=architecture,

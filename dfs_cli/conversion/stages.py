@@ -23,7 +23,7 @@ from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler, eval_loader, load_all, train_loader
 from dfs_cli.data.preprocessing import train_transform
-from dfs_cli.evaluation.chance import CHANCE_HINT, better_than_chance
+from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
 from dfs_cli.freeze.biases import round_biases
 from dfs_cli.freeze.weights import freeze_weights
@@ -106,9 +106,9 @@ def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
     # A loader draws a number: tuning must not depend on whether the original was evaluated before.
     with torch.random.fork_rng(devices=[]):
         top1, top5 = evaluate_accuracy(model, validation_loader(setup), setup.device, log, observer.advance)
-    classes = len(setup.splits.class_names)
-    if setup.source.weights != "random" and not better_than_chance(top1, len(validation), classes):
-        observer.note(f"the original network {CHANCE_HINT.format(top1=top1, classes=classes)}")
+    hint = chance_hint("the original network", top1, len(validation), len(setup.splits.class_names))
+    if hint and setup.source.weights != "random":
+        observer.note(hint)
     return top1, top5
 
 

@@ -44,16 +44,22 @@ class ImageFolder(Dataset[tuple[Image.Image, int]]):
         self.root = root
         images, self.left_out = _find_images(root)
         _check_nesting(root, {path.parent for path in images})
-        names = sorted({path.parent.name for path in images}, key=_natural)
-        self.class_to_idx = {n: i for i, n in enumerate(names)} if class_to_idx is None else dict(class_to_idx)
-        self.samples: list[tuple[Path, int]] = []
-        for path in sorted(images, key=lambda path: _natural(str(path))):
-            if (target := self.class_to_idx.get(path.parent.name)) is None:
-                self.left_out.append(LeftOut(path, f"of class {path.parent.name!r}"))
-            else:
-                self.samples.append((path, target))
+        if class_to_idx is None:
+            names = sorted({path.parent.name for path in images}, key=_natural)
+            class_to_idx = {name: index for index, name in enumerate(names)}
+        images.sort(key=lambda path: _natural(str(path)))
+        self.samples = [(p, class_to_idx[p.parent.name]) for p in images if p.parent.name in class_to_idx]
+        self.left_out += [
+            LeftOut(p, f"of class {p.parent.name!r}") for p in images if p.parent.name not in class_to_idx
+        ]
         if not self.samples:
             raise DataError(f"{root} has no images in class folders{self.left_out_text()}")
+        self.set_classes(class_to_idx)
+
+    def set_classes(self, class_to_idx: Mapping[str, int]) -> None:
+        """Give the classes, all of which are named, other indices."""
+        self.class_to_idx = dict(class_to_idx)
+        self.samples = [(path, class_to_idx[path.parent.name]) for path, _ in self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)

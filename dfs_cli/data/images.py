@@ -48,7 +48,8 @@ class Images(Dataset[Sample]):
         mode: Pillow's mode that images are converted to, as ``RGB`` or ``L``; None: as they are.
 
     ``draw`` makes random transforms repeatable: every process transforms an image in the same way until ``draw`` changes.
-    With None, transforms use the global generators.
+    With None, transforms use the global generators. ``note`` says where the images were opened, how many there are and what was
+    left out; it is empty where the caller made them, and of parts of them.
 
     Example:
         >>> import torch
@@ -71,6 +72,7 @@ class Images(Dataset[Sample]):
         self.transform = transform
         self.mode = mode
         self.draw: int | None = None
+        self.note = ""
         self.indices = range(len(source)) if indices is None else indices
 
     def __len__(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,16 +59,14 @@ def open_splits(
     preprocessing: Preprocessing,
     seed: int = 0,
     class_names: tuple[str, ...] | None = None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Splits:
     """Open train and validation split, and hold out about a tenth of the training images (at most about 5,000 and 1 GiB).
 
     An image is held out, or not, by its name and the seed alone: that does not change when others come or go. All three splits
-    have the evaluation transform.
+    have the evaluation transform. The notes of ``train`` and ``validation`` say what was opened.
 
     Args:
         class_names: of the network, in the order of its answers; None: those of the training images.
-        say: told what was opened: where, how many images and classes, and what was left out.
 
     Raises:
         ConfigError: the model takes neither 1 nor 3 channels.
@@ -78,36 +75,23 @@ def open_splits(
     transform = eval_transform(preprocessing)
     mode = _image_mode(preprocessing)
     if config.dataset == DIGITS:
-        _refuse_class_map(config)
-        opened = {
-            split: _limit(Images(digits.Digits(split), transform, mode=mode), config, split_seed)
-            for split, split_seed in (("train", seed), ("validation", _VALIDATION_SEED))
-        }
+        validation = open_validation(config, preprocessing, digits.CLASS_NAMES)
+        train = _limit(Images(digits.Digits("train"), transform, mode=mode), config, seed)
         calibration = Images(digits.Digits("calibration"), transform, mode=mode)
-        return Splits(opened["train"], calibration, opened["validation"], digits.CLASS_NAMES)
-    train_source, class_names = _open(config, "train", config.train_split, mode, class_names)
-    validation_source, _ = _open(config, "validation", config.val_split, mode, class_names)
-    train = _limit(Images(train_source, transform, mode=mode), config, seed)
-    validation = _limit(Images(validation_source, transform, mode=mode), config, _VALIDATION_SEED)
-    for name, images in (("training", train), ("validation", validation)):
-        say(_describe(name, images, class_names, config))
+        return Splits(train, calibration, validation, digits.CLASS_NAMES)
+    source, class_names = _open(config, "train", config.train_split, mode, class_names)
+    validation = open_validation(config, preprocessing, class_names)
+    opened = _limit(Images(source, transform, mode=mode), config, seed)
     # Held-out images stay in memory, as 32-bit numbers.
     fitting = _CALIBRATION_BYTES // (4 * math.prod(preprocessing.input_size))
-    held_out = _held_out(train, min(_CALIBRATION_LIMIT, fitting), seed)
-    rest = sorted(set(range(len(train))) - set(held_out))
-    return Splits(train.subset(rest), train.subset(held_out), validation, class_names)
+    held_out = _held_out(opened, min(_CALIBRATION_LIMIT, fitting), seed)
+    train = opened.subset(sorted(set(range(len(opened))) - set(held_out)))
+    train.note = _describe("training", opened, class_names, config)
+    return Splits(train, opened.subset(held_out), validation, class_names)
 
 
-def open_validation(
-    config: DataConfig,
-    preprocessing: Preprocessing,
-    class_names: tuple[str, ...],
-    say: Callable[[str], None] = lambda text: None,
-) -> Images:
-    """The validation split alone, its classes mapped by name to the indices of ``class_names``.
-
-    Args:
-        say: as for :func:`open_splits`.
+def open_validation(config: DataConfig, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> Images:
+    """The validation split alone, its classes mapped by name to the indices of ``class_names``; its note says what was opened.
 
     Raises:
         ConfigError: the model takes neither 1 nor 3 channels.
@@ -115,14 +99,15 @@ def open_validation(
     """
     mode = _image_mode(preprocessing)
     if config.dataset == DIGITS:
-        _refuse_class_map(config)
+        if config.class_map is not None:
+            raise ConfigError("--class-map has no meaning for the embedded digits")
         check_class_names(digits.CLASS_NAMES, class_names, "the embedded digits")
         source: Any = digits.Digits("validation")
     else:
         source, _ = _open(config, "validation", config.val_split, mode, class_names)
     images = _limit(Images(source, eval_transform(preprocessing), mode=mode), config, _VALIDATION_SEED)
     if config.dataset != DIGITS:
-        say(_describe("validation", images, class_names, config))
+        images.note = _describe("validation", images, class_names, config)
     return images
 
 
@@ -228,7 +213,8 @@ def _open_folder(
     if class_names is None or names == class_names:
         return source, names
     check_class_names(names, class_names, str(folder))
-    return ImageFolder(folder, {name: i for i, name in enumerate(class_names)}), class_names
+    source.set_classes({name: i for i, name in enumerate(class_names)})
+    return source, class_names
 
 
 def _split_folder(root: Path, role: str, split: str | None) -> Path:
@@ -250,8 +236,3 @@ def _split_folder(root: Path, role: str, split: str | None) -> Path:
     except OSError as error:
         raise DataError(f"data folder {root} cannot be read: {error.strerror or error}") from None
     raise DataError(f"data folder {root} has no {', '.join(c + '/' for c in candidates)} with a folder per class")
-
-
-def _refuse_class_map(config: DataConfig) -> None:
-    if config.class_map is not None:
-        raise ConfigError("--class-map has no meaning for the embedded digits")

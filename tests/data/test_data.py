@@ -37,11 +37,10 @@ def test_digits_are_split_for_good() -> None:
 
 def test_folder_is_split_into_train_calibration_and_validation(make_folder: MakeFolder) -> None:
     root = make_folder(per_class=5)
-    told: list[str] = []
-    splits = open_splits(DataConfig(data_dir=str(root)), GREY, say=told.append)
+    splits = open_splits(DataConfig(data_dir=str(root)), GREY)
     assert len(splits.train) + len(splits.calibration) == 50 and 1 <= len(splits.calibration) <= 10
     assert len(splits.validation) == 50
-    assert told == [
+    assert [splits.train.note, splits.validation.note] == [
         f"training: 50 images of 10 classes in {root / 'train'}",
         f"validation: 50 images of 10 classes in {root / 'val'}",
     ]
@@ -92,11 +91,10 @@ def test_class_map(make_folder: MakeFolder, tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(DataError, match=r"4 classes .* 10"):
         open_validation(config, GREY, NAMES)
-    told: list[str] = []
     (tmp_path / "map.txt").write_text("0\n1\n")
-    open_validation(config, GREY, ("x", "y"), told.append)
+    note = open_validation(config, GREY, ("x", "y")).note
     first = min((root / "val" / "2").iterdir(), key=lambda path: int(path.stem)).name
-    assert told == [f"validation: 8 images of 2 classes in {root / 'val'}; left out: 4 of class '2', as 2/{first}"]
+    assert note == f"validation: 8 images of 2 classes in {root / 'val'}; left out: 4 of class '2', as 2/{first}"
     for content, reason in (
         ("a\nb\na\n", "each index from 0 on one name"),
         ("", "each index"),

@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +36,23 @@ class File:
 
 def write_atomically(path: Path, content: bytes | str, check: Callable[[Path], None] | None = None) -> None:
     """Write one file, in place of what has its name, once nobody else does; see :func:`write_files`."""
-    try:
-        with locked(path, wait=True):
-            write_files([File(path, content, check)], replace=True)
-    except OSError as error:
-        raise WriteError(f"output {path} cannot be written: {error.strerror or error}") from None
+    with held(path):
+        write_files([File(path, content, check)], replace=True)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the name ``path``, once nobody else does, until the end of the block.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(path, wait=True))
+        except OSError as error:
+            raise WriteError(f"output {path} cannot be written: {error.strerror or error}") from None
+        yield
 
 
 def write_files(files: Sequence[File], replace: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.artifact.packing import check_shapes, load_packed, packed_tensors
-from dfs_cli.artifact.verify import check_figures, check_values, create_network
+from dfs_cli.artifact.verify import check_figures, check_values, convert_model, create_model
 from dfs_cli.atomic import File
 from dfs_cli.errors import ArtifactError, DfsError, is_out_of_memory
 from dfs_cli.nn.network import DynamicResNet
@@ -80,7 +80,7 @@ def load_artifact(path: Path, device: torch.device | str = "cpu") -> tuple[Dynam
     """
     manifest, tensors = _read(path)
     with _fitting(path):
-        network = create_network(manifest)
+        network = convert_model(create_model(manifest, "cpu"), manifest)
         load_packed(network, tensors)
         check_values(network, manifest)
     return network.to(device).eval(), manifest
@@ -115,8 +115,9 @@ def _read(path: Path) -> tuple[Manifest, dict[str, Tensor]]:
     if metadata.get(_DIGEST) != tensor_digest(tensors, metadata[_MANIFEST]):
         raise ArtifactError(f"{path} was changed after it was written: its checksum does not match")
     with _fitting(path):
-        check_figures(manifest)
-        check_shapes(create_network(manifest, "meta"), tensors)
+        outline = create_model(manifest, "meta")
+        check_figures(manifest, outline)
+        check_shapes(convert_model(outline, manifest), tensors)
     return manifest, tensors
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import timm
 import torch
+from torch import nn
 
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.control.base import controller_of
@@ -22,7 +23,7 @@ _LARGEST_LOGARITHM = 80.0
 """Of step sizes: the exponential of more is no number in single precision."""
 
 
-def create_model(manifest: Manifest, device: str) -> torch.nn.Module:
+def create_model(manifest: Manifest, device: str) -> nn.Module:
     """The original architecture on ``device``, with meaningless weights.
 
     Raises:
@@ -34,25 +35,28 @@ def create_model(manifest: Manifest, device: str) -> torch.nn.Module:
         return timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args.to_dict()).eval()
 
 
-def create_network(manifest: Manifest, device: str = "cpu") -> DynamicResNet:
-    """The network that ``manifest`` describes, on ``device``, with meaningless weights.
+def convert_model(model: nn.Module, manifest: Manifest) -> DynamicResNet:
+    """The network that ``manifest`` describes, made of the original architecture.
 
     Raises:
         UnsupportedModelError, ValueError: the architecture cannot be converted, or its blocks are others.
     """
-    network = make_dynamic(create_model(manifest, device), manifest.dynamic, manifest.table).network
+    network = make_dynamic(model, manifest.dynamic, manifest.table).network
     network.controller.operating_point = manifest.operating_point
     return network
 
 
-def check_figures(manifest: Manifest) -> None:
-    """Count the MACs again, on the meta device, and compare all costs with them.
+def check_figures(manifest: Manifest, model: nn.Module) -> None:
+    """Count the MACs again and compare all costs with them.
+
+    Args:
+        model: the original architecture, which may be on the meta device.
 
     Raises:
         UnsupportedModelError, ValueError: a figure of the manifest is not that of its network.
     """
     table, size = manifest.table, manifest.preprocessing.input_size
-    expected = plan_costs(create_model(manifest, "meta"), manifest.dynamic, size)
+    expected = plan_costs(model, manifest.dynamic, size)
     if table.layer_bits:
         if len(table.layer_bits) != sum(layer.block is not None for layer in table.layers):
             raise ValueError("the cost table has individual bitwidths for some layers only")

@@ -83,7 +83,7 @@ def bench_tuning(
     keep_freed_memory()
     check_convertible(model)
     dynamic = default_dynamic(budget, tuning, gate, preset, fixed_bits, mirror, spend=True)
-    module = weights.load(model, seed)
+    module = weights.load(model, seed).model
     preprocessing = resolve_preprocessing(module, img_size)
     with on_threads(threads) if threads is not None else nullcontext(), sink.observer() as observer:
         measured = measure(module, preprocessing, dynamic, budget, tuning, repeats, observer)

@@ -82,8 +82,7 @@ def convert(
         settings = tuning.config(api.default_tuning(data))
         dynamic = network.config(budget, settings)
         resolve_device(settings.device)
-        module = weights.load(model, settings.seed)
-        origin = weights.describe(model)
+        module, origin = weights.load(model, settings.seed)
         if weights.checkpoint and origin != str(weights.checkpoint):
             sink.say(f"weights: {origin}")
         with sink.observer(logs=True, settings=True) as observer:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dfs_cli.config import Preprocessing
+    from dfs_cli.models.zoo import Loaded
 
 R = TypeVar("R")
 
@@ -165,25 +166,17 @@ class ModelOptions:
     num_classes: NumClasses = None
     in_chans: InChans = None
 
-    def load(self, name: str, seed: int) -> nn.Module:
-        """The model."""
-        from dfs_cli.models.zoo import load_model
+    def load(self, name: str, seed: int) -> Loaded:
+        """The model, and where its weights come from."""
+        from dfs_cli.models.zoo import load_described
 
-        return load_model(name, self.pretrained, self.checkpoint, self.num_classes, self.in_chans, seed)
+        return load_described(name, self.pretrained, self.checkpoint, self.num_classes, self.in_chans, seed)
 
     def outline(self, name: str) -> nn.Module:
         """The model without meaningful weights, for counting."""
         from dfs_cli.models.zoo import load_outline
 
         return load_outline(name, self.checkpoint, self.num_classes, self.in_chans)
-
-    def describe(self, name: str) -> str | None:
-        """What to record about the weights; None: they are timm's."""
-        from dfs_cli.models.zoo import describe_checkpoint
-
-        if self.checkpoint:
-            return describe_checkpoint(name, self.checkpoint)
-        return None if self.pretrained else "random"
 
 
 @dataclasses.dataclass(frozen=True)

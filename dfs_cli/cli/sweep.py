@@ -61,8 +61,8 @@ def sweep(
     beside = output.with_suffix(".csv"), output.with_suffix(".png")
 
     from dfs_cli import api
-    from dfs_cli.atomic import File
-    from dfs_cli.comparison.results import answers_folder, held
+    from dfs_cli.atomic import File, held
+    from dfs_cli.comparison.results import answers_folder
     from dfs_cli.conversion.defaults import default_data, resolve_device
     from dfs_cli.models.zoo import check_convertible
     from dfs_cli.outputs import check_writable, reserve
@@ -85,7 +85,7 @@ def sweep(
         dynamic={budget: network.config(budget, settings) for budget in wanted},
         spend=network.spend,
     )
-    module = weights.load(model, settings.seed)
+    module = weights.load(model, settings.seed).model
     with sink.observer(logs=True) as observer:
         api.sweep(
             module,

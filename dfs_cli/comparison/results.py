@@ -15,14 +15,13 @@ from typing import Any
 from torch import nn
 
 from dfs_cli.artifact.artifact import tensor_digest
-from dfs_cli.atomic import File, write_files
+from dfs_cli.atomic import File, held, write_files
 from dfs_cli.comparison.jobs import Job, static_fixed_bits
 from dfs_cli.comparison.summary import summarise, verdicts
 from dfs_cli.config import DataConfig, Preprocessing, SweepConfig, TuningConfig
 from dfs_cli.conversion.defaults import describe_model
 from dfs_cli.data.splits import open_splits
-from dfs_cli.errors import OutputError, WriteError
-from dfs_cli.locks import locked
+from dfs_cli.errors import OutputError
 
 RECIPE = 7
 """Raised with every change of how networks are tuned: results of different recipes must not share a file."""
@@ -113,21 +112,6 @@ class Results:
 def answers_folder(path: Path) -> Path:
     """The folder of the static networks' answers, for the results ``path``."""
     return path.with_suffix(".answers")
-
-
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the results ``path``: no sweep writes them until the end of the block.
-
-    Raises:
-        WriteError: the folder cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(path, wait=True))
-        except OSError as error:
-            raise WriteError(f"output {path} cannot be written: {error.strerror or error}") from None
-        yield
 
 
 def open_results(

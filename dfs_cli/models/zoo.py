@@ -6,7 +6,7 @@ import difflib
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import timm
@@ -20,16 +20,29 @@ from timm.models import (
     is_model_pretrained,
     split_model_name_tag,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from dfs_cli.config import LARGEST_SEED, check_range
 from dfs_cli.errors import UnsupportedModelError, WeightsError, first_line
-from dfs_cli.models.checkpoints import check_fit, read_weights
+from dfs_cli.models.checkpoints import Weights, check_fit, read_weights
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import find_blocks
 
 _MODULES = sorted({cls.__module__.rpartition(".")[2] for cls in (*LAYOUTS, *FAMILIES)} | {"cifar"})
 """Registry modules that are searched for convertible models: those that define a supported class."""
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode.
+
+    Args:
+        model: the model.
+        weights: what to record about its weights: the checkpoint, and which weights in it were taken where there is a choice;
+            ``random``; None: they are timm's.
+    """
+
+    model: nn.Module
+    weights: str | None
 
 
 def candidate_names() -> list[str]:
@@ -151,20 +164,30 @@ def load_model(
         >>> model.fc.out_features
         50
     """
+    return load_described(name, pretrained, checkpoint, num_classes, in_chans, seed).model
+
+
+def load_described(
+    name: str,
+    pretrained: bool = True,
+    checkpoint: Path | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    seed: int = 0,
+) -> Loaded:
+    """As :func:`load_model`, with where the weights come from."""
     check_range("seed", seed, 0, LARGEST_SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _load(name, pretrained, checkpoint, num_classes, in_chans)
+        name, kwargs = check_convertible(name), _arguments(num_classes, in_chans)
+        if checkpoint is not None:
+            return _load_checkpoint(name, checkpoint, kwargs)
+        if not pretrained:
+            return Loaded(_build(name, **kwargs).eval(), "random")
+        return Loaded(_load_pretrained(name, kwargs), None)
 
 
-def _load(
-    name: str, pretrained: bool, checkpoint: Path | None, num_classes: int | None, in_chans: int | None
-) -> nn.Module:
-    name, kwargs = check_convertible(name), _arguments(num_classes, in_chans)
-    if checkpoint is not None:
-        return _load_checkpoint(name, checkpoint, kwargs).eval()
-    if not pretrained:
-        return _build(name, **kwargs).eval()
+def _load_pretrained(name: str, kwargs: dict[str, Any]) -> nn.Module:
     if not is_model_pretrained(name):
         raise WeightsError(f"timm has no pretrained weights for {name}: pass --checkpoint FILE (or --no-pretrained)")
     _check_hub(name)
@@ -197,7 +220,7 @@ def _check_hub(name: str) -> None:
         ) from None
 
 
-def _read_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:
+def _read_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> tuple[Weights, str | None]:
     """The weights in ``path``, compared with the architecture, and the path of its classifier where that needs new ones.
 
     Raises:
@@ -206,7 +229,8 @@ def _read_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> tuple[dic
     classifier, num_classes = str(get_pretrained_cfg_value(name, "classifier")), kwargs.get("num_classes")
     with torch.device("meta"):
         outline = _build(name, **kwargs)
-    state = read_weights(path, outline).tensors
+    weights = read_weights(path, outline)
+    state = weights.tensors
     weight = state.get(f"{classifier}.weight")
     classes = weight.shape[0] if weight is not None and weight.dim() else None
     expected = outline.state_dict()[f"{classifier}.weight"].shape[0]
@@ -217,26 +241,15 @@ def _read_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> tuple[dic
             f"checkpoint {path} has {classes} classes and {name} has {expected}: pass --num-classes {classes} to keep its "
             "classifier, or another number for a new one"
         )
-    return state, classifier if is_another else None
+    return weights, classifier if is_another else None
 
 
-def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> nn.Module:
-    state, new_classifier = _read_checkpoint(name, path, kwargs)
-    model = _build(name, **kwargs)
+def _load_checkpoint(name: str, path: Path, kwargs: dict[str, Any]) -> Loaded:
+    weights, new_classifier = _read_checkpoint(name, path, kwargs)
+    state, model = weights.tensors, _build(name, **kwargs)
     if new_classifier:
         state = {k: v for k, v in state.items() if not k.startswith(f"{new_classifier}.")}
         state |= model.get_submodule(new_classifier).state_dict(prefix=f"{new_classifier}.")
     optional = {k: v for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")}
     model.load_state_dict(optional | state, strict=True)
-    return model
-
-
-def describe_checkpoint(name: str, path: Path) -> str:
-    """What is recorded about a checkpoint: the file, and which weights in it were taken where there is a choice.
-
-    Raises:
-        WeightsError: see :func:`dfs_cli.models.checkpoints.read_weights`.
-    """
-    with torch.device("meta"):
-        note = read_weights(path, _build(current_name(name))).note
-    return f"{path} ({note})" if note else str(path)
+    return Loaded(model.eval(), f"{path} ({weights.note})" if weights.note else str(path))

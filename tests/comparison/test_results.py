@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from dfs_cli.atomic import held
 from dfs_cli.comparison.jobs import Job
-from dfs_cli.comparison.results import Results, answers_folder, held
+from dfs_cli.comparison.results import Results, answers_folder
 from dfs_cli.errors import OutputError
 
 FIGURES: dict[str, Any] = {"cost": 0.1, "top1": 90.0, "top5": 99.0, "steps": 1}

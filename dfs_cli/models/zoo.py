@@ -168,12 +168,7 @@ def load_model(
 
 
 def load_described(
-    name: str,
-    pretrained: bool = True,
-    checkpoint: Path | None = None,
-    num_classes: int | None = None,
-    in_chans: int | None = None,
-    seed: int = 0,
+    name: str, pretrained: bool, checkpoint: Path | None, num_classes: int | None, in_chans: int | None, seed: int
 ) -> Loaded:
     """As :func:`load_model`, with where the weights come from."""
     check_range("seed", seed, 0, LARGEST_SEED)

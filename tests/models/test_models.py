@@ -16,10 +16,11 @@ from timm.models import get_deprecated_models
 from torch import nn
 
 from dfs_cli.catalogue import list_convertible
+from dfs_cli.cli.options import ModelOptions
 from dfs_cli.errors import ConfigError, UnsupportedModelError, WeightsError
 from dfs_cli.models.checkpoints import read_weights
 from dfs_cli.models.cifar import DEPTHS
-from dfs_cli.models.zoo import check_convertible, current_name, load_described, load_model, load_outline
+from dfs_cli.models.zoo import check_convertible, current_name, load_model, load_outline
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -140,9 +141,9 @@ def test_of_plain_and_averaged_weights_the_averaged_ones_are_taken_and_named(
         assert torch.equal(
             load_model("resnet20_cifar", checkpoint=path).state_dict()["conv1.weight"], state["conv1.weight"]
         )
-        assert load_described("resnet20_cifar", checkpoint=path).weights == f"{path} ({key}, not state_dict)"
+        assert ModelOptions(path).load("resnet20_cifar", seed=0).weights == f"{path} ({key}, not state_dict)"
     torch.save({"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in state.items()}, path)
-    assert load_described("resnet20_cifar", checkpoint=path).weights == str(path)
+    assert ModelOptions(path).load("resnet20_cifar", seed=0).weights == str(path)
     torch.save({"generator": state, "discriminator": {"conv1.weight": torch.ones(1)}}, path)
     assert read_weights(path, load_outline("resnet20_cifar")).entry == "generator", "the only one that fits"
     torch.save({"student": state, "teacher": plain}, path)

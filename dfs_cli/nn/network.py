@@ -161,10 +161,23 @@ class DynamicResNet(nn.Module):
         Returns:
             Logits (N, classes) and the features (N, C', H', W') before the head.
         """
-        x = self._stem(images)
+        x = self.stem(images)
         for i, block in enumerate(self.blocks):
             x = self._route(block, x, *choose(i, x), explored)
         return self.layout.head(self.backbone, x), x
+
+    @torch.no_grad()
+    def run_block(self, index: int, x: Tensor, option: int) -> Tensor:
+        """A block's output for its input ``x`` (N, C, H, W), with one option for all images."""
+        return self._execute(self.blocks[index], x, option, None, 0.0)
+
+    @torch.no_grad()
+    def finish(self, first: int, x: Tensor, option: int) -> Tensor:
+        """Logits (N, classes) from the input ``x`` (N, C, H, W) of block ``first``, with one option from there on."""
+        for index in range(first, len(self.blocks)):
+            x = self.run_block(index, x, option)
+        logits: Tensor = self.layout.head(self.backbone, x)
+        return logits
 
     def follow(
         self, images: Tensor, options: Tensor, probs: Tensor | None = None, explored: float = 0.0
@@ -176,7 +189,7 @@ class DynamicResNet(nn.Module):
         known = options.cpu()
         return self.run_pass(images, lambda i, _: (known[:, i], None if probs is None else probs[:, i]), explored)
 
-    def _stem(self, images: Tensor) -> Tensor:
+    def stem(self, images: Tensor) -> Tensor:
         """The first block's input, in the memory layout of ``images``."""
         is_planar = images.device.type == "cpu" and images.is_contiguous() and not torch.is_grad_enabled()
         if not self.pools_first or not is_planar:

@@ -37,16 +37,15 @@ def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> 
     """Harm (L, K) of taking an option in one block while all others run at their widest: the Kullback-Leibler divergence, in
     nats, of the predictions for ``images`` (N, C, H, W) from those with every block at its widest."""
     blocks, options = len(table.blocks), len(table.options)
-    images = _affordable(images, table, blocks * (options - 1))
-    widest = torch.full((len(images), blocks), options - 1, device=images.device)
-    expected, _ = network.follow(images, widest)
+    images, widest = _affordable(images, table, blocks * (options - 1)), options - 1
+    x = network.stem(images)
+    expected = network.finish(0, x, widest)
     harm = torch.zeros(blocks, options, device=images.device)
     for block in range(blocks):
         for option in range(options - 1):
-            policy = widest.clone()
-            policy[:, block] = option
-            logits, _ = network.follow(images, policy)
+            logits = network.finish(block + 1, network.run_block(block, x, option), widest)
             harm[block, option] = distillation_loss(logits, expected, temperature=1.0)
+        x = network.run_block(block, x, widest)
     return harm
 
 
@@ -54,17 +53,19 @@ def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> 
 def measure_layers(network: DynamicResNet, plan: SurgeryPlan, table: CostTable, images: Tensor) -> Tensor:
     """Harm (M, K), as in :func:`measure_blocks`, of each option of each of the M layers of the blocks alone, in the table's
     order; infinite for skipping."""
-    names = [layer.name for layer in table.layers if layer.block is not None]
-    options = [i for i, bits in enumerate(table.options) if bits]
-    images = _affordable(images, table, len(names) * (len(options) - 1) + len(table.blocks))
-    widest = torch.full((len(images), len(table.blocks)), len(table.options) - 1, device=images.device)
-    expected, _ = network.follow(images, widest)
-    harm = torch.full((len(names), len(table.options)), torch.inf, device=images.device)
+    layers = [layer for layer in table.layers if layer.block is not None]
+    options, widest = [i for i, bits in enumerate(table.options) if bits], len(table.options) - 1
+    images = _affordable(images, table, len(layers) * (len(options) - 1) + len(table.blocks))
+    x, block = network.stem(images), 0
+    expected = network.finish(block, x, widest)
+    harm = torch.full((len(layers), len(table.options)), torch.inf, device=images.device)
     harm[:, -1] = 0
-    for row, name in enumerate(names):
+    for row, layer in enumerate(layers):
+        while block != layer.block:  # layers stand in the order of their blocks
+            x, block = network.run_block(block, x, widest), block + 1
         for option in options[:-1]:
-            with layer_at(network, plan, name, table.options[option]):
-                logits, _ = network.follow(images, widest)
+            with layer_at(network, plan, layer.name, table.options[option]):
+                logits = network.finish(block, x, widest)
             harm[row, option] = distillation_loss(logits, expected, temperature=1.0)
     return harm
 

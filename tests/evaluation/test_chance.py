@@ -1,3 +1,5 @@
+from scipy.stats import binomtest
+
 from dfs_cli.evaluation.chance import better_than_chance
 
 
@@ -9,3 +11,10 @@ def test_better_than_chance() -> None:
     assert better_than_chance(20.0, 100, 10)
     assert not better_than_chance(0.0, 450, 10)
     assert better_than_chance(1.0, 5000, 1000)
+
+
+def test_it_is_scipys_test() -> None:
+    for images, classes in ((1, 2), (7, 10), (450, 10), (5000, 1000)):
+        for right in {0, 1, images // classes, images // classes + 5, images} & set(range(images + 1)):
+            p = binomtest(right, images, 1 / classes, alternative="greater").pvalue
+            assert better_than_chance(100 * right / images, images, classes) == (p < 0.01)

@@ -66,6 +66,7 @@ def test_convert_keeps_the_budget_and_leaves_the_model(digits_model: nn.Module) 
     assert recorder.steps == 12 == converted.manifest.configuration.steps
 
 
+@pytest.mark.slow
 def test_a_budget_is_an_upper_bound(digits_model: nn.Module) -> None:
     """More budget than 8 bits in two passes cost is left alone, and what is not evaluated has not missed its budget."""
     small, large = (dfs_cli.convert(digits_model, budget, tuning=SHORT) for budget in (0.12, 0.9))
@@ -140,6 +141,7 @@ def test_examples_run(tmp_path: Path) -> None:
     assert "budget kept: True" in done.stdout
 
 
+@pytest.mark.slow
 def test_convert_is_reproducible(digits_model: nn.Module) -> None:
     first, second = (dfs_cli.convert(digits_model, 0.1, tuning=SHORT) for _ in range(2))
     assert first.manifest.operating_point == second.manifest.operating_point

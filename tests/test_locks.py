@@ -33,6 +33,7 @@ def end(process: subprocess.Popen[str], number: signal.Signals) -> None:
     process.stdout.close()
 
 
+@pytest.mark.medium
 def test_a_name_is_held_by_one_until_it_lets_go(tmp_path: Path) -> None:
     path = tmp_path / "x"
     with locked(path):
@@ -45,6 +46,7 @@ def test_a_name_is_held_by_one_until_it_lets_go(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.medium
 def test_a_link_and_what_it_leads_to_are_one_name(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "x")
@@ -52,6 +54,7 @@ def test_a_link_and_what_it_leads_to_are_one_name(tmp_path: Path) -> None:
         pytest.fail("held twice")
 
 
+@pytest.mark.medium
 def test_a_lock_ends_with_its_process_and_only_then_is_cleaned(tmp_path: Path) -> None:
     path = tmp_path / "x"
     process = holder(path)

@@ -78,6 +78,7 @@ def test_outputs_differ_from_each_other_and_from_the_output_of_the_program(tmp_p
         os.close(kept)
 
 
+@pytest.mark.medium
 def test_a_reserved_name_is_refused_to_others_also_with_force(tmp_path: Path) -> None:
     with reserve([tmp_path / "a", tmp_path / "b"], force=False) as outputs:
         with pytest.raises(OutputError, match="another run of dfs") as failure, reserve([tmp_path / "b"], force=True):

@@ -137,10 +137,11 @@ def test_packed_numbers_are_looked_at_too(forge: Forge, loaded: tuple[DynamicRes
     ("architecture", "classes"),
     [
         ("resnetv2_152x4_bit", 1000),
-        pytest.param("resnet20_digits", 2**20, marks=pytest.mark.slow),
-        pytest.param("resnet18", 2**20, marks=pytest.mark.slow),
+        ("resnet20_digits", 2**20),
+        ("resnet18", 2**20),
     ],
 )
+@pytest.mark.slow
 def test_a_small_file_cannot_name_a_large_network(
     architecture: str, classes: int, forge: Forge, loaded: tuple[DynamicResNet, dfs_cli.Manifest]
 ) -> None:

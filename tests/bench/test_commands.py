@@ -78,6 +78,7 @@ def test_a_file_without_images_is_measured_with_a_mix(artifact: Path, monkeypatc
     assert own["file_bytes"] == artifact.stat().st_size
 
 
+@pytest.mark.slow
 def test_the_options_of_a_model_follow_the_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "has_onnx", lambda: False)
     assert run_bench(*MODEL[1:], "--mix", "0:0.25,4:0.25,16:0.5")["options"] == [0, 4, 16]

@@ -77,7 +77,7 @@ def test_a_full_disk_under_standard_output_is_one_line_and_exit_code_1(command: 
     [
         ("dfs list >&-", 1, "standard output cannot be written: it is closed"),
         ("dfs list >&- 2>&-", 1, ""),
-        ("dfs list nonsense 2>&-", 2, ""),
+        pytest.param("dfs list nonsense 2>&-", 2, "", marks=pytest.mark.slow),
         ("dfs list | head -n 1 | grep '^model '", 0, ""),
         ("{ sleep 1; dfs list --json; } | true", 0, ""),
         ("PYTHONIOENCODING=ascii dfs --help", 0, ""),
@@ -143,6 +143,7 @@ def largest_file(size: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, before)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_changes_no_file(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(artifact, "in.safetensors")
@@ -204,6 +205,7 @@ def test_a_network_whose_name_was_taken_meanwhile_is_kept(tmp_path: Path, monkey
     assert dfs_cli.load("model-1.safetensors").manifest.budget == 0.3
 
 
+@pytest.mark.slow
 def test_plots_need_no_backend(artifact: Path, tmp_path: Path) -> None:
     """A notebook leaves the name of its own backend in the environment of the programs that it starts."""
     plot = tmp_path / "p.png"

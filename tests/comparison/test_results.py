@@ -51,7 +51,7 @@ def test_sweeps_that_share_a_file_lose_nothing(tmp_path: Path) -> None:
     assert record["skipped"] == [] and len(record["points"]) == 3, "a later record takes the place of an earlier one"
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_processes_that_write_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     arguments = [sys.executable, "-c", ADD, str(path), json.dumps(fresh()), json.dumps(FIGURES)]

@@ -80,6 +80,7 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     assert results["verdicts"][0]["budget"] == 0.05 and len(results["summary"]) == 9
 
 
+@pytest.mark.slow
 def test_nothing_is_deleted_before_the_settings_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     sweep_digits(path, "--baselines", "none")

@@ -167,6 +167,7 @@ def test_the_state_gives_the_same_decisions_in_another_network(gate: GateKind) -
 
 @all_gates_of_which_one_is_slow
 @pytest.mark.parametrize("spend", [False, True])
+@pytest.mark.medium
 def test_the_operating_point_keeps_the_budget_and_says_what_it_gives(gate: GateKind, spend: bool) -> None:
     network, controller, table, request, *_ = start(gate, spend=spend)
     held_out = held_out_images()
@@ -204,6 +205,7 @@ def test_less_is_spent_where_more_gains_nothing(gate: GateKind) -> None:
         assert point.cost == pytest.approx(low), "the first pass alone"
 
 
+@pytest.mark.medium
 def test_targets_are_within_the_budget() -> None:
     for gate in ("rnn", "ff"):
         started = start(gate, spend=True)
@@ -219,6 +221,7 @@ def test_targets_are_within_the_budget() -> None:
 
 
 @all_gates
+@pytest.mark.medium
 def test_a_budget_that_is_too_large_to_be_of_use_is_started_as_a_smaller_one(gate: GateKind) -> None:
     """The very same network: its accuracy cannot fall as the budget grows."""
     large, larger = start(gate, 0.5), start(gate, 0.9)

@@ -100,6 +100,7 @@ def test_means_are_taken_again_only_of_what_changed() -> None:
     torch.testing.assert_close(gate.pool(small, torch.zeros(3, 4), torch.tensor([1])), small.mean((2, 3)))
 
 
+@pytest.mark.medium
 def test_means_of_unchanged_features_need_not_be_taken_again() -> None:
     """Without gradients means are kept from block to block where images skip; with them they are taken of all."""
     network = make_dynamic(tiny_resnet(Bottleneck), DynamicConfig(bits=(0, 4, 8), gate="rnn"), (3, 128, 128))
@@ -133,6 +134,7 @@ def test_other_images_keep_the_budget_too(gate: str, share: float) -> None:
     assert 0.9 * budget <= cost <= 1.01 * budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["rnn", "ff"])
 def test_held_out_accuracy_does_not_fall_as_the_budget_grows(gate: str) -> None:
     """With random classes accuracy over cost goes up and down; the best affordable point is taken all the same."""

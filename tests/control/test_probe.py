@@ -159,6 +159,7 @@ def test_in_training_the_least_sure_share_goes_on() -> None:
     assert many is not None and len(many) == 8
 
 
+@pytest.mark.medium
 def test_gradients_reach_everything_but_a_sure_images_second_pass() -> None:
     network, controller = probed()
     network.train()
@@ -177,6 +178,7 @@ def test_gradients_reach_everything_but_a_sure_images_second_pass() -> None:
     assert len(gate) + len(quantizers) + len(backbone) == len(list(network.parameters()))
 
 
+@pytest.mark.medium
 def test_the_start_keeps_to_the_budget_and_is_careful_with_few_images() -> None:
     config = DynamicConfig(bits=(0, 2, 3, 4, 5, 6, 8), fixed_bits=2, gate="probe", mirror=True)
     table = table_of(config)
@@ -194,6 +196,7 @@ def test_the_start_keeps_to_the_budget_and_is_careful_with_few_images() -> None:
     assert shares[0] < shares[1] <= 1
 
 
+@pytest.mark.medium
 def test_what_more_bits_do_not_help_with_is_not_planned_for_unless_it_is_to_be_spent() -> None:
     config = DynamicConfig(bits=(0, 2, 3, 4, 5, 6, 8, 32), fixed_bits=2, gate="probe")
     table = table_of(config)

@@ -91,7 +91,7 @@ def test_splits_of_other_classes_are_refused() -> None:
 
 
 @pytest.mark.medium
-@pytest.mark.parametrize("gate", ["probe", "static", pytest.param("rnn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gate", ["probe", *(pytest.param(gate, marks=pytest.mark.slow) for gate in ("static", "rnn"))])
 def test_a_conversion_tells_what_it_does_and_keeps_the_budget(gate: GateKind) -> None:
     (network, manifest), log = converted(gate)
     expected = ["loading held-out images", "measuring", "original", "tuning", "loading held-out images"]

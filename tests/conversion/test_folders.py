@@ -49,7 +49,7 @@ def test_a_seed_repeats_a_run_whatever_the_number_of_workers(make_folder: MakeFo
     )
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_another_order_of_classes_is_told_and_a_class_map_mends_it(make_folder: MakeFolder, tmp_path: Path) -> None:
     root = make_folder(per_class=6)
     for split in ("train", "val"):

@@ -27,6 +27,7 @@ def meta_model(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "seresnet50", "skresnet18", "res2net50_14w_8s", "resnest14d"])
+@pytest.mark.medium
 def test_without_memory_the_same_is_counted(name: str) -> None:
     size = (3, 64, 64)
     assert list(count_macs(meta_model(name), size).layers.items()) == list(
@@ -52,6 +53,7 @@ def test_without_memory_the_same_is_counted_for_every_architecture() -> None:
         ),
     ],
 )
+@pytest.mark.medium
 def test_the_dense_cost_agrees_with_torch(name: str) -> None:
     model = timm.create_model(name).eval()
     table = plan_costs(model, DynamicConfig(bits=(0, 32), fixed_bits=32, gate="rnn"), (3, 64, 64))

@@ -91,9 +91,10 @@ STRUCTURES = {
 ALIKE = {
     "bottleneck", "groups", "light attention", "SENet", "blur pooling, deep stem", "Res2NeXt", "ResNeSt, one split",
     "preactivation", "selective kernels, bottleneck", "leaky ReLU", "one channel", "maximum pooling", "their mean",
-    "drop rates",
+    "drop rates", "SiLU", "hard swish", "GELU", "odd size", "output stride", "average and maximum",
+    "deep stem, average pooling", "stem without pooling", "average pooling against aliasing",
 }  # fmt: skip
-"""Structures that trace to what others trace to: those run by default."""
+"""Structures that trace to what others trace to, and what a user may have chosen: the others run by default."""
 
 
 def small_model(structure: Structure) -> nn.Module:

@@ -193,6 +193,7 @@ def test_a_compressed_archive_is_not_expanded(state: dict[str, torch.Tensor], tm
         read_weights(tmp_path / "small.pth")
 
 
+@pytest.mark.medium
 def test_names_that_timm_gave_up_work_as_in_timm(tmp_path: Path) -> None:
     for old, new in get_deprecated_models("resnet").items():
         assert current_name(old) == new

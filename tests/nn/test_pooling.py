@@ -28,6 +28,7 @@ def test_max_pooling_is_that_of_torch(size: int) -> None:
         pytest.param("resnet10t", False, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.medium
 def test_only_stems_of_one_convolution_choose_their_layout(name: str, expected: bool) -> None:
     model = timm_model(name)
     config = RNN.replace(fixed_bits=32)

@@ -68,7 +68,6 @@ def run_tests(options: Options) -> dict[str, Any]:  # noqa: ARG001
     return {"passed": done.returncode == 0, "summary": tail[-1] if tail else done.stderr[-2000:], "tail": tail}
 
 
-@torch.inference_mode()
 def compare_decisions(options: Options) -> dict[str, Any]:
     """Decisions and answers for the same real images, on the GPU and on the CPU."""
     found = {}
@@ -99,6 +98,7 @@ def compare_decisions(options: Options) -> dict[str, Any]:
     return found
 
 
+@torch.inference_mode()
 def _outputs(network: dfs_cli.DynamicResNet, batches: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Logits (N, classes), and options of all passes (N, P L), -1 where a pass was not run."""
     network = network.to(device)

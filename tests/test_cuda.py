@@ -63,13 +63,13 @@ def test_decisions_and_answers_are_those_of_the_cpu(gate: GateKind) -> None:
 def test_the_gpu_is_seldom_waited_for(gate: GateKind, most: int) -> None:
     network, images = spread_network(gate).cuda(), some_images().cuda()
     network.run(images)  # what is read once is read
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
             network.run(images)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in waits if "synchronizing CUDA operation" in str(w.message)]) <= most
 
 

@@ -44,6 +44,9 @@ from .api import (
     SweepConfig as SweepConfig,
 )
 from .api import (
+    SynthesisConfig as SynthesisConfig,
+)
+from .api import (
     TuningConfig as TuningConfig,
 )
 from .api import (

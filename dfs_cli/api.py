@@ -12,8 +12,16 @@ from torch import nn
 
 from dfs_cli.artifact.artifact import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.sweep import sweep
-from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SweepConfig, TuningConfig, check_loading
+from dfs_cli.config import (
+    DataConfig,
+    DynamicConfig,
+    Preprocessing,
+    SynthesisConfig,
+    TuningConfig,
+    check_loading,
+)
 from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.defaults import default_data, default_tuning, resolve_device
@@ -58,6 +66,7 @@ __all__ = [
     "Source",
     "Splits",
     "SweepConfig",
+    "SynthesisConfig",
     "TuningConfig",
     "convert",
     "cost_report",
@@ -170,7 +179,7 @@ def evaluate(
     network, manifest = converted
     check_loading(batch_size, workers)
     if not isinstance(data, Images):
-        data = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.class_names)
+        data = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.classes)
     device = network.device
     workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
     observer.stage("evaluating", len(data))
@@ -240,7 +249,7 @@ def export_onnx(
     else:
         if not isinstance(data, Images):
             source = default_data(manifest.architecture, data)
-            data = open_validation(source, manifest.preprocessing, manifest.class_names)
+            data = open_validation(source, manifest.preprocessing, manifest.classes)
         labelled, log = True, UnreadableLog("validation", len(data))
         workers = choose_workers(workers, data, manifest.preprocessing, EVAL_BATCH, observer.note)
         batches = eval_loader(data, EVAL_BATCH, workers)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,38 +19,19 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 """timm's names."""
 LARGEST_BATCH, MOST_WORKERS, LARGEST_SEED = 2**20, 1024, 2**32 - 1
-Baseline = Literal["uniform", "mixed", "skipnet", "cascade"]
-
-BASELINES: tuple[Baseline, ...] = get_args(Baseline)
-"""What a sweep can compare dynamic networks with."""
-
+Kind = Literal["distilled", "noise"]
+"""Of synthetic images."""
 RECIPE_STEPS = 350
 """Tuning steps of the recipe."""
+SYNTHESIS_STEPS = 150
+"""Optimisation steps of a synthetic image."""
 LONGEST_EPOCH = 1.5
 """An epoch of more than so many times the recipe's steps is not run to its end unless that is asked for."""
 
-DEFAULT_MIX = "0:0.5,8:0.5"
-"""Shares of the blocks by bitwidth in ``dfs bench`` where decisions are not real, by default."""
 COMPARED_IMAGES = 1000
 """Real images on which a graph is compared with its network, by default."""
 LARGE_BATCH = 64
 """Images per batch that ``dfs bench`` measures, besides single ones."""
-
-
-def parse_mix(text: str) -> dict[int, float]:
-    """Shares of the blocks by bitwidth, from text such as ``0:0.5,8:0.5``.
-
-    Raises:
-        ConfigError: it is no such text, or the shares do not add up to one.
-    """
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        mix = {int(bits): float(share) for bits, share in pairs}
-    except ValueError:
-        raise ConfigError(f"--mix {text!r}: expected bitwidth:share pairs, as 0:0.5,8:0.5") from None
-    if len(mix) < len(pairs) or not min(mix.values()) >= 0 or abs(sum(mix.values()) - 1) > 1e-6:
-        raise ConfigError(f"--mix {text!r}: expected each bitwidth once, with shares that add up to 1")
-    return mix
 
 
 def check_range(name: str, value: int | None, low: int, high: int) -> None:
@@ -138,6 +118,7 @@ class TuningConfig(Json):
         seed: random seed.
         warmup: share of the steps in which only the gate is trained.
         ramp: share of the steps over which the target cost falls from full execution to the budget.
+        label_weight: weight of the cross-entropy with the labels; 0: there are none, and the original is the only teacher.
         distillation: weight of the distillation loss against the original network; of images that the second pass sees mirrored
             the original sees both views.
         temperature: softmax temperature of the distillation (Hinton et al., 2015).
@@ -165,6 +146,7 @@ class TuningConfig(Json):
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.15
     ramp: Annotated[float, Field(ge=0, le=1)] = 0.3
+    label_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     distillation: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 2.0
     hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
@@ -173,6 +155,8 @@ class TuningConfig(Json):
     def __post_init__(self) -> None:
         if self.epochs is not None and self.steps is not None:
             raise ConfigError("epochs and steps are two ways to say how long to tune: give one of them")
+        if not self.label_weight and not self.distillation:
+            raise ConfigError("label-weight and distillation are both 0: there is nothing to learn from")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Tuning steps in all: as many as were asked for, or else whole epochs that give the recipe's steps at least; where one
@@ -261,36 +245,26 @@ class DataConfig(Json):
 
 
 @validated
-class SweepConfig(Json):
-    """What a sweep compares.
+class SynthesisConfig(Json):
+    """How images are made from the pretrained network, where there are none.
 
     Args:
-        budgets: of the dynamic networks, and of the baselines that have one.
-        baselines: some of ``uniform``, ``mixed``, ``skipnet``, ``cascade``.
-        seeds: how many repetitions, from the tuning settings' seed on.
-        dynamic: options and gate of the dynamic network for a budget; where there is none, those that a conversion uses.
-        spend: reach for the budget itself, as ``dfs convert --spend``.
+        kind: ``distilled``: noise, optimised until the network's batch-norm layers see what they remember; ``noise``: as it is.
+        images: how many; None: what the machine can do in minutes.
+        steps: optimisation steps of each image; None: :data:`SYNTHESIS_STEPS`.
 
     Raises:
         ConfigError: a value is of another type or out of range.
 
     Example:
         >>> import dfs_cli
-        >>> dfs_cli.SweepConfig(budgets=(0.03, 0.03))
-        Traceback (most recent call last):
-        ...
-        dfs_cli.errors.ConfigError: a budget is given twice
+        >>> dfs_cli.SynthesisConfig(images=64).kind
+        'distilled'
     """
 
-    budgets: Annotated[tuple[Budget, ...], Field(min_length=1)]
-    baselines: tuple[Baseline, ...] = BASELINES
-    seeds: Annotated[int, Field(ge=1, le=10**4)] = 1
-    dynamic: dict[float, DynamicConfig] = dataclasses.field(default_factory=dict)
-    spend: bool = False
-
-    def __post_init__(self) -> None:
-        if len(set(self.budgets)) != len(self.budgets):
-            raise ConfigError("a budget is given twice")
+    kind: Kind = "distilled"
+    images: Annotated[int, Field(ge=1, le=10**6)] | None = None
+    steps: Annotated[int, Field(ge=1, le=10**6)] | None = None
 
 
 @validated
@@ -302,7 +276,8 @@ class Configuration(Json):
         budget: what was asked for.
         spend: whether the budget itself was to be reached.
         dynamic, tuning, preprocessing: settings, nothing left open.
-        data: None: splits that the caller opened.
+        data: None: splits that the caller opened, or synthetic images.
+        synthesis: how many images were made, and how; None: they are real.
         device: where it ran.
         steps: tuning steps.
         images: how many of them are in each split.
@@ -323,4 +298,5 @@ class Configuration(Json):
     images: dict[str, Annotated[int, Field(ge=0, lt=2**63)]]
     versions: dict[str, str]
     threads: Annotated[int, Field(ge=0, lt=2**31)]
+    synthesis: SynthesisConfig | None = None
     unreadable_training_images: tuple[str, ...] = ()

@@ -48,3 +48,23 @@ def parse_bits(text: str) -> Preset:
         raise ConfigError(
             f"--bits {text!r}: expected bitwidths separated by commas, as 0,4,8,32, or one of {', '.join(PRESETS)}"
         ) from None
+
+
+DEFAULT_MIX = "0:0.5,8:0.5"
+"""Shares of the blocks by bitwidth in ``dfs bench`` where decisions are not real, by default."""
+
+
+def parse_mix(text: str) -> dict[int, float]:
+    """Shares of the blocks by bitwidth, from text such as ``0:0.5,8:0.5``.
+
+    Raises:
+        ConfigError: it is no such text, or the shares do not add up to one.
+    """
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        mix = {int(bits): float(share) for bits, share in pairs}
+    except ValueError:
+        raise ConfigError(f"--mix {text!r}: expected bitwidth:share pairs, as 0:0.5,8:0.5") from None
+    if len(mix) < len(pairs) or not min(mix.values()) >= 0 or abs(sum(mix.values()) - 1) > 1e-6:
+        raise ConfigError(f"--mix {text!r}: expected each bitwidth once, with shares that add up to 1")
+    return mix

@@ -47,6 +47,7 @@ class Evaluation(Json):
         images_per_second: of the network, without loading.
         dynamics: how much the decisions depended on the image.
         unreadable: names of the images that were left out.
+        is_synthetic: the images are synthetic, and their classes are the original network's answers.
 
     Example:
         >>> import dfs_cli
@@ -67,6 +68,7 @@ class Evaluation(Json):
     images_per_second: Annotated[float, Field(ge=0, le=1e15)]
     dynamics: Dynamics
     unreadable: tuple[str, ...] = ()
+    is_synthetic: bool = False
 
     @property
     def pass_shares(self) -> tuple[float, ...]:

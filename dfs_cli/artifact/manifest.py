@@ -17,7 +17,7 @@ from dfs_cli.errors import ArtifactError, ConfigError
 from dfs_cli.records import Cost, Evaluation, Source, Tuned
 from dfs_cli.validation import Json, first_problem, parse_json, validated
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 _LONGEST = 2**24
 """Characters of a manifest at most: those of the largest networks have a hundredth of that."""
 
@@ -47,6 +47,7 @@ class Manifest(Json):
         source: the original weights.
         held_out: what the network achieves on the held-out images, where its operating point was set.
         movable: the least and the largest mean cost that it can be moved to without tuning; None: never tuned.
+        bound: the largest cost of an image, whatever it shows; None: the operating point was set on real images.
         validation: what the network achieves on the validation split; None if it was not evaluated.
 
     Raises:
@@ -72,6 +73,7 @@ class Manifest(Json):
     source: Source = dataclasses.field(default_factory=Source)
     held_out: Tuned | None = None
     movable: tuple[Cost, Cost] | None = None
+    bound: Cost | None = None
     validation: Evaluation | None = None
 
     def __post_init__(self) -> None:
@@ -89,11 +91,24 @@ class Manifest(Json):
         return self.configuration is not None and self.configuration.spend
 
     @property
+    def is_data_free(self) -> bool:
+        """Whether the conversion had no real images."""
+        return self.configuration is not None and self.configuration.synthesis is not None
+
+    @property
+    def classes(self) -> tuple[str, ...] | int:
+        """The names of the classes, or how many there are."""
+        return self.class_names or self.model_args.num_classes
+
+    @property
     def keeps_budget(self) -> bool | None:
         """Whether the cost on the validation split keeps the promise: at most 1.01 of the budget, and at least 0.9 of it
-        where it was to be spent; None: there is no budget or no evaluation."""
+        where it was to be spent; without real images, whether no image can cost more than the budget. None: there is no budget
+        or no evaluation."""
         if self.budget is None or self.validation is None:
             return None
+        if self.bound is not None and self.validation.is_synthetic:
+            return self.bound <= self.budget * (1 + 1e-9)
         return keeps_budget(self.validation.cost, self.budget, self.spend)
 
     def to_json(self) -> str:

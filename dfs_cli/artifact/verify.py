@@ -132,3 +132,5 @@ def check_values(network: DynamicResNet, manifest: Manifest) -> None:
     controller.check(manifest.table)
     if manifest.movable and not all(map(_is_close, manifest.movable, controller.movable(manifest.table))):
         raise ValueError("movable: not the costs that the network can be moved to")
+    if manifest.bound is not None and not _is_close(manifest.bound, controller.largest_cost(manifest.table)):
+        raise ValueError("bound: not the largest cost of an image")

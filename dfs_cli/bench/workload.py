@@ -146,7 +146,7 @@ def workload_of_file(
     if mix is not None and least == most:
         raise ConfigError(f"--mix forces decisions: those of {path} are the same for every image, leave it out")
     if data is not None:
-        split = open_validation(data, manifest.preprocessing, manifest.class_names)
+        split = open_validation(data, manifest.preprocessing, manifest.classes)
         log = UnreadableLog("validation", len(split))
         workers = choose_workers(None, split, manifest.preprocessing, LARGE_BATCH, say)
         batches, targets = load_all(split, LARGE_BATCH, workers, torch.device("cpu"), log)

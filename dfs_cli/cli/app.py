@@ -10,7 +10,7 @@ import typer
 from dfs_cli import __version__
 from dfs_cli.cli import bench, bench_tuning, convert, evaluate, export, list_models, profile, sweep
 from dfs_cli.cli.errors import explain, explain_usage, one_line_errors, say_error
-from dfs_cli.cli.options import expand
+from dfs_cli.cli.expand import expand
 from dfs_cli.cli.streams import signals, standard_streams
 
 

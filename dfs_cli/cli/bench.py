@@ -12,16 +12,14 @@ from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.config import (
     COMPARED_IMAGES,
-    DEFAULT_MIX,
     LARGEST_SEED,
     DataConfig,
     DynamicConfig,
     GateKind,
     check_range,
-    parse_mix,
 )
 from dfs_cli.errors import ConfigError
-from dfs_cli.presets import Preset, parse_bits
+from dfs_cli.presets import DEFAULT_MIX, Preset, parse_bits, parse_mix
 
 if TYPE_CHECKING:
     from dfs_cli.bench.workload import Workload

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dfs_cli.atomic import File
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
-from dfs_cli.config import check_budget
+from dfs_cli.cli.synthetic import SyntheticOptions
+from dfs_cli.config import SynthesisConfig, check_budget
 from dfs_cli.errors import BudgetMissedError, ConfigError
 
 if TYPE_CHECKING:
-    from dfs_cli.atomic import File
     from dfs_cli.conversion.converted import Converted
 
 EXAMPLES = """
 Examples:
 
-  dfs convert resnet20_digits --budget 0.03
+  dfs convert resnet50 --budget 0.4
 
   dfs convert resnet50 --budget 0.03 --data imagenet/
 
@@ -42,6 +43,7 @@ def convert(
     ],
     weights: options.ModelOptions,
     images: options.DataOptions,
+    synthetic: SyntheticOptions,
     preprocessing: options.PreprocessingOptions,
     network: options.NetworkOptions,
     tuning: options.TuningOptions,
@@ -58,46 +60,55 @@ def convert(
         ),
     ] = False,
 ) -> None:
-    """Convert a pretrained ResNet to a budget, tune it, and write it with a cost report."""
+    """Convert a pretrained ResNet to a budget, tune it, and write it with a cost report. Without images, they are made."""
     check_budget(budget)
     data = images.config()
     if not output.name:
         raise ConfigError(f"--output {str(output)!r} is not a file name")
     reports = (output.with_suffix(".report.json"), output.with_suffix(".report.md"))
+    sheet = output.with_suffix(".images.png")
 
     from dfs_cli import api
-    from dfs_cli.conversion.defaults import default_data, describe_source, resolve_device
+    from dfs_cli.conversion.convert import run
+    from dfs_cli.conversion.defaults import describe_source, resolve_device
+    from dfs_cli.conversion.setup import prepare
     from dfs_cli.models.zoo import check_convertible
     from dfs_cli.outputs import reserve
     from dfs_cli.report.terminal import print_conversion
 
     keep_freed_memory()
     check_convertible(model)
+    chosen = synthetic.choose(model, data)
+    settings = tuning.config(api.default_tuning(chosen))
+    dynamic = network.config(budget, settings)
     if dry_run:
-        dynamic = network.config(budget, tuning.config(api.default_tuning(data)))
         _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, sink)
         return
-    with reserve((output, *reports), force, [weights.checkpoint, images.class_map]) as outputs:
-        data = default_data(model.partition(".")[0], data)
-        settings = tuning.config(api.default_tuning(data))
-        dynamic = network.config(budget, settings)
+    is_synthetic = isinstance(chosen, SynthesisConfig)
+    names = (output, *reports, sheet) if is_synthetic else (output, *reports)
+    synthetic.check_folder(force)
+    with reserve(names, force, [weights.checkpoint, images.class_map]) as outputs:
         resolve_device(settings.device)
         module, origin = weights.load(model, settings.seed)
         if weights.checkpoint and origin != str(weights.checkpoint):
             sink.say(f"weights: {origin}")
         with sink.observer(logs=True, settings=True) as observer:
-            converted = api.convert(
+            setup = prepare(
                 module,
                 budget,
-                data,
-                dynamic=dynamic,
-                tuning=settings,
-                preprocessing=preprocessing.resolve(module),
-                source=describe_source(module, origin),
-                spend=network.spend,
-                observer=observer,
+                chosen,
+                dynamic,
+                settings,
+                preprocessing.resolve(module),
+                describe_source(module, origin),
+                network.spend,
+                observer,
             )
-        files, report = _files(converted, output, reports)
+            made = setup.splits.train.source if is_synthetic else None
+            if made is not None:
+                synthetic.save(made)
+            converted = run(setup, observer)
+        files, report = _files(converted, output, reports, None if made is None else File(sheet, made.sheet()))
         written, failure = outputs.keep(files)
     sink.result(report, lambda console: print_conversion(console, report))
     if failure is not None:
@@ -110,21 +121,23 @@ def convert(
         )
 
 
-def _files(converted: Converted, output: Path, reports: tuple[Path, Path]) -> tuple[list[File], dict[str, Any]]:
-    """The network and its reports, which name its digest; and the report."""
+def _files(
+    converted: Converted, output: Path, reports: tuple[Path, Path], sheet: File | None
+) -> tuple[list[File], dict[str, Any]]:
+    """The network, its reports, which name its digest, and synthetic images to look at; and the report."""
     from dfs_cli import api
     from dfs_cli.artifact.artifact import artifact_file
-    from dfs_cli.atomic import File
     from dfs_cli.report.markdown import render_markdown
 
     file = artifact_file(output, converted.network, converted.manifest)
     report = api.cost_report(converted) | {"file_sha256": hashlib.sha256(file.data).hexdigest()}
+    report |= {} if sheet is None else {"sheet": sheet.path.name}
     files = [
         file,
         File(reports[0], json.dumps(report, indent=1) + "\n"),
         File(reports[1], render_markdown(report)),
     ]
-    return files, report
+    return files if sheet is None else [*files, sheet], report
 
 
 def _promise(budget: float, spend: bool) -> str:

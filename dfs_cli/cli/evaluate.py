@@ -74,6 +74,7 @@ def evaluate(
     data = images.config()
 
     from dfs_cli import api
+    from dfs_cli.conversion.original import original_top1
     from dfs_cli.outputs import reserve
     from dfs_cli.report.cost import evaluation_record
     from dfs_cli.report.terminal import print_evaluation
@@ -94,9 +95,14 @@ def evaluate(
                 channels_last=channels_last,
                 observer=observer,
             )
+            is_data_free = converted.manifest.is_data_free
+            if is_data_free:
+                top1 = original_top1(converted.manifest, data, converted.network.device, workers, observer)
         evaluated = converted._replace(manifest=converted.manifest.replace(validation=evaluation))
         parameters = sum(p.numel() for p in converted.network.parameters())
         record = evaluation_record(evaluated.manifest, evaluation, round(parameters / 1e6, 2))
+        if is_data_free:
+            record |= {"data_free": True, "original_top1": top1}
         _, failure = outputs.keep(_files(evaluated, record, output, results_file))
     if evaluation.unreadable:
         names = ", ".join(evaluation.unreadable[:10])

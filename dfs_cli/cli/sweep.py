@@ -12,7 +12,8 @@ import typer
 from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
-from dfs_cli.config import BASELINES, SweepConfig, check_budget
+from dfs_cli.comparison.config import BASELINES, SweepConfig
+from dfs_cli.config import check_budget
 from dfs_cli.errors import ConfigError, OutputError
 
 EXAMPLES = """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dfs_cli.config import DynamicConfig, SweepConfig
+from dfs_cli.comparison.config import SweepConfig
+from dfs_cli.config import DynamicConfig
 from dfs_cli.presets import PRESETS
 
 UNIFORM_BITS = (8, 6, 5, 4, 3, 2)

@@ -16,9 +16,10 @@ from torch import nn
 
 from dfs_cli.artifact.artifact import tensor_digest
 from dfs_cli.atomic import File, held, write_files
+from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.jobs import Job, static_fixed_bits
 from dfs_cli.comparison.summary import summarise, verdicts
-from dfs_cli.config import DataConfig, Preprocessing, SweepConfig, TuningConfig
+from dfs_cli.config import DataConfig, Preprocessing, TuningConfig
 from dfs_cli.conversion.defaults import describe_model
 from dfs_cli.data.splits import open_splits
 from dfs_cli.errors import OutputError

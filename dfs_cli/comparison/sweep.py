@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.comparison.cascade import StaticNetwork, best_cascade, confident_answers, load_answers, save_answers
+from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.jobs import Job, jobs, settings
 from dfs_cli.comparison.results import Results, answers_folder, open_results
 from dfs_cli.comparison.summary import STATIC
-from dfs_cli.config import DataConfig, Preprocessing, SweepConfig, TuningConfig
+from dfs_cli.config import DataConfig, Preprocessing, TuningConfig
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.convert import run
 from dfs_cli.conversion.converted import Converted
@@ -77,7 +78,7 @@ def sweep(
         plan_costs(module, dynamic, preprocessing.input_size).check_budget(budget, config.spend)
     results = open_results(path, module, config, tuning, data, preprocessing, restart)
     observer = observer or Observer()
-    say = observer.note
+    told = observer
     for seed in range(tuning.seed, tuning.seed + config.seeds):
         planned = jobs(config, seed)
         for number, job in enumerate(planned, 1):
@@ -87,8 +88,8 @@ def sweep(
             budget, dynamic, spend = settings(job, config)
             try:
                 seeded = tuning.replace(seed=seed)
-                setup = prepare(module, budget, data, dynamic, seeded, preprocessing, spend=spend, say=say)
-                say = _say_nothing  # the images are those of the first network
+                setup = prepare(module, budget, data, dynamic, seeded, preprocessing, spend=spend, observer=told)
+                told = Observer()  # the images are those of the first network
                 _measure(job, setup, results, observer)
             except (ConfigError, DivergedError) as error:
                 # A budget that a baseline cannot reach is a result, not a failure; so is any run that diverged.
@@ -98,9 +99,6 @@ def sweep(
         if "cascade" in config.baselines:
             _update_cascades(seed, config, results)
     return results.record
-
-
-def _say_nothing(text: str) -> None: ...
 
 
 def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> None:

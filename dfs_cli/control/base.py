@@ -49,12 +49,14 @@ class Request(NamedTuple):
         budget: the mean cost of an image that is not to be exceeded.
         spend: reach for the budget itself, even where less does as well.
         held_out, images: how many images the operating point is set on, and how many it is to hold for.
+        is_bound: no single image may cost more, whatever it shows: where there are no real images to estimate a mean from.
     """
 
     budget: float
     spend: bool
     held_out: int
     images: int
+    is_bound: bool = False
 
 
 class HeldOut(NamedTuple):
@@ -181,6 +183,10 @@ class Controller(nn.Module, ABC):
     def movable(self, table: CostTable) -> tuple[float, float]:
         """The least and the largest mean cost that a tuned network can be moved to without tuning."""
 
+    def largest_cost(self, table: CostTable) -> float:
+        """The largest cost that an image can have at the present operating point, whatever it shows."""
+        return self.movable(table)[1]
+
     def check(self, table: CostTable) -> None:
         """Check what was loaded from a file.
 
@@ -204,6 +210,40 @@ class Controller(nn.Module, ABC):
             policies: (N, L), for the images of a batch in turn, and the first one where all images of a batch have the same
                 decisions; or (L,), for all images.
         """
+
+
+class Ceiling(nn.Module):
+    """The dearest option that each block may have where images are decided on one by one.
+
+    Args:
+        blocks, options: L and K.
+
+    ``highest`` (L,) holds option indices; at first, the last ones.
+    """
+
+    highest: Tensor
+
+    def __init__(self, blocks: int, options: int) -> None:
+        super().__init__()
+        self.options = options
+        self.register_buffer("highest", torch.full((blocks,), options - 1))
+
+    def limit(self, scores: Tensor, block: int | None = None) -> Tensor:
+        """``scores`` (N, K) of a block, or (N, L, K) of all blocks, minus infinity for options that are dearer."""
+        return scores.masked_fill(self.forbidden() if block is None else self.forbidden()[block], -torch.inf)
+
+    def forbidden(self) -> Tensor:
+        """Which options are dearer, (L, K)."""
+        return torch.arange(self.options, device=self.highest.device) > self.highest[:, None]
+
+    def cost(self, table: CostTable, index: int) -> float:
+        """The cost of a pass with every block at its dearest."""
+        return float(table.pass_cost(self.highest[None].cpu(), index))
+
+    def check(self) -> None:
+        """Raises ValueError where an option is none of those there are."""
+        if not torch.equal(self.highest, self.highest.clamp(0, self.options - 1)):
+            raise ValueError(f"controller.ceiling: an option is none of the {self.options} there are")
 
 
 def controller_of(network: DynamicResNet) -> Controller:

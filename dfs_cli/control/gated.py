@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity, Tell
+from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell
 from dfs_cli.control.gates import Gate, shift_preference
-from dfs_cli.control.static import NEGLIGIBLE_HARM, sufficient_cost
+from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.operating_point import (
     HIGHEST_SHARE,
@@ -32,7 +32,8 @@ class GatedController(Controller):
     """One pass in which a gate scores the options of each block from the features that enter it.
 
     Decisions maximise ``scores - operating_point * option costs``; while tuning, the operating point is the cost multiplier,
-    raised where the cost is above the target and lowered where it is below (dual ascent).
+    raised where the cost is above the target and lowered where it is below (dual ascent). No block has a dearer option than
+    ``ceiling`` says.
 
     Args:
         gate: scores the options.
@@ -44,6 +45,7 @@ class GatedController(Controller):
     def __init__(self, table: CostTable, gate: Gate) -> None:
         super().__init__(table, (View(),))
         self.gate = gate
+        self.ceiling = Ceiling(self.blocks, len(self.bits))
         self._operating_point = 0.0
         self._forced: Tensor | None = None
 
@@ -81,6 +83,7 @@ class GatedController(Controller):
                 pooled = self.gate.pool(x, pooled, _changed(network, block, chosen))
                 scores, state = self.gate(block, pooled, state)
                 scores = scores - self._operating_point * self.option_costs[0, block].to(scores.dtype)
+                scores = self.ceiling.limit(scores, block)
             chosen.append(followed.in_pass(0)[:, block] if followed is not None else scores.argmax(dim=1))
             if self.training:
                 probs.append(scores.softmax(dim=1))
@@ -98,12 +101,17 @@ class GatedController(Controller):
         request: Request,
         sample: Tensor,
     ) -> TuningTarget:
-        """The gate prefers what does little harm; the target is approached from full execution."""
+        """The gate prefers what does little harm; the target is approached from full execution. Where no image may cost more
+        than the budget, the ceiling is the best mix that it pays for."""
         if sensitivity is not None:
             shift_preference(self.gate.preference, sensitivity.blocks)
         self._normalise_inputs(network, sample)
         self._operating_point = _FIRST_MULTIPLIER
         cost = min(request.budget, table.dearest)
+        if request.is_bound and sensitivity is not None:
+            mix = best_block_mix(table, sensitivity.blocks, cost - table.controller_costs[0])
+            self.ceiling.highest.copy_(mix)
+            return TuningTarget(self.ceiling.cost(table, 0))
         if sensitivity is not None and not request.spend:
             cost = min(cost, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM) + table.controller_costs[0])
         return TuningTarget(max(cost, table.cheapest), approached=True)
@@ -134,6 +142,9 @@ class GatedController(Controller):
         """Set the cost multiplier. Where images differ in cost, the aim is a little below the budget (see
         :func:`dfs_cli.cost.operating_point.target_cost`)."""
         network.eval()
+        if request.is_bound:  # the ceiling keeps the budget
+            costs, top1 = self._at(network, table, held_out, 0.0)
+            return OperatingPoint(0.0, float(costs.mean()), top1)
         point = None
         if not request.spend and held_out.targets is not None:
             point = self._cheapest_of_the_best(network, table, held_out, request, tell)
@@ -193,7 +204,11 @@ class GatedController(Controller):
         return not spend
 
     def movable(self, table: CostTable) -> tuple[float, float]:
-        return table.cheapest, table.dearest
+        return table.cheapest, self.ceiling.cost(table, 0)
+
+    def check(self, table: CostTable) -> None:
+        super().check(table)
+        self.ceiling.check()
 
     @torch.no_grad()
     def force(self, policies: Tensor) -> None:

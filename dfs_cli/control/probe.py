@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.control.base import Controller, HeldOut, Need, Request, Sensitivity, Tell
+from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell
 from dfs_cli.control.gates import SecondPassGate, pool, shift_preference
-from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost
+from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, mixes_within, sufficient_cost
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import (
     HIGHEST_SHARE,
@@ -48,6 +48,8 @@ _PLANNED_ERROR = 0.02
 # The middle of the interval that the budget promises: what the gate is sure of on held-out images, it need not be as sure of on
 # new ones.
 _AIM = (LOWEST_SHARE + HIGHEST_SHARE) / 2
+# With at least so large log-odds the first answer stands, where no images are there to find out what a second look changes.
+_SURE = 5.0
 # How many shares of refined images are compared where less may be spent than the budget.
 _TRIED_SHARES = 100
 
@@ -79,7 +81,8 @@ class ProbeController(Controller):
 
     The first pass runs every image with ``policy`` (L,), one option per block. Images whose :func:`uncertainty` is above
     ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``; the answer is
-    then the sum of both passes' logits, weighted by ``logit_weights``. A mirrored second pass is a second view, which tells
+    then the sum of both passes' logits, weighted by ``logit_weights``. No block has a dearer option in the second pass than
+    ``ceiling`` says. A mirrored second pass is a second view, which tells
     more than a second look at the same.
 
     ``tuned_multiplier`` is the multiplier at the end of tuning, from which the network is moved to a budget, whatever it was at
@@ -99,6 +102,7 @@ class ProbeController(Controller):
     def __init__(self, table: CostTable, gate: SecondPassGate, mirror: bool) -> None:
         super().__init__(table, (View(), View(mirrored=mirror)))
         self.gate = gate
+        self.ceiling = Ceiling(self.blocks, len(self.bits))
         self.register_buffer("policy", torch.full((self.blocks,), len(self.bits) - 1))
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
         self.register_buffer("tuned_multiplier", torch.zeros((), dtype=torch.float64))
@@ -151,7 +155,7 @@ class ProbeController(Controller):
 
         scores = self.gate(summarise(entering(first.detach()), entering(features.detach())))
         # Not self.cost_multiplier, a number: an accelerator would be waited for.
-        scores = scores - self.multiplier * self.option_costs[1].to(scores.dtype)
+        scores = self.ceiling.limit(scores - self.multiplier * self.option_costs[1].to(scores.dtype))
         choice = scores.argmax(dim=2) if decisions is None else entering(decisions.in_pass(1))
         probs = scores.softmax(dim=2) if self.training else None
         explored = target.explored if target else 0.0
@@ -196,6 +200,8 @@ class ProbeController(Controller):
         """
         assert sensitivity is not None, "declared as needed"
         shift_preference(self.gate.preference, sensitivity.blocks)
+        if request.is_bound:
+            return self._start_within(network, table, sensitivity.blocks, request.budget, sample)
         dearest, budget = table.dearest_pass(1), request.budget
         if not request.spend:
             # More bits in the first pass gain nothing.
@@ -212,9 +218,26 @@ class ProbeController(Controller):
         share = min(1.0, max(share, rest / min(dearest, _SECOND_LIMIT)))
         second = max(rest / share, _SECOND_LEAST * (budget - rest))
         self.cost_multiplier = self._multiplier_for(table, second)
+        self._normalise_input(network, sample)
+        return TuningTarget(second, share=min(1.0, rest / second))
+
+    def _start_within(
+        self, network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, sample: Tensor
+    ) -> TuningTarget:
+        """Start so that both passes together cost no image more than ``budget``; where one pass alone does less harm than both
+        would, it has the whole budget, and no image is refined."""
+        first, second = mixes_within(table, harm, budget)
+        self.policy.copy_(first)
+        self.ceiling.highest.copy_(first if second is None else second)
+        self.operating_point = NEVER_REFINE if second is None else -_SURE
+        self.cost_multiplier = LEAST_MULTIPLIER
+        self._normalise_input(network, sample)
+        return TuningTarget(self.ceiling.cost(table, 1), share=0.0 if second is None else 1.0)
+
+    def _normalise_input(self, network: DynamicResNet, sample: Tensor) -> None:
+        """Scale the gate's input to what the first pass finds in ``sample`` (N, C, H, W)."""
         logits, features = network.follow(sample, self.policy.expand(len(sample), -1))
         self.gate.normalise_input(summarise(logits, features))
-        return TuningTarget(second, share=min(1.0, rest / second))
 
     def _first_cost(self, table: CostTable) -> float:
         """Cost of the first pass."""
@@ -241,6 +264,11 @@ class ProbeController(Controller):
         """Set the threshold of uncertainty; where all images may take the second pass and the budget is to be spent, lower the
         multiplier."""
         network.eval()
+        if request.is_bound:
+            outputs = [network.run(images) for images in held_out.batches]
+            cost = torch.cat([table.cost(output.decisions) for output in outputs]).mean()
+            answers = torch.cat([output.logits.argmax(dim=1) for output in outputs])
+            return OperatingPoint(self.operating_point, float(cost), held_out.top1(answers))
 
         def run_all(multiplier: float) -> tuple[list[Output], Tensor]:
             """Outputs and costs (N,) of the held-out images, all of them in both passes."""
@@ -286,10 +314,14 @@ class ProbeController(Controller):
 
     def movable(self, table: CostTable) -> tuple[float, float]:
         low = self._first_cost(table)
-        return low, low + table.dearest_pass(1)
+        return low, low + self.ceiling.cost(table, 1)
+
+    def largest_cost(self, table: CostTable) -> float:
+        return self.movable(table)[0 if self.operating_point >= NEVER_REFINE else 1]
 
     def check(self, table: CostTable) -> None:
         super().check(table)
+        self.ceiling.check()
         if not torch.equal(self.policy, self.policy.clamp(0, len(self.bits) - 1)):
             raise ValueError(f"controller.policy: an option is none of the {len(self.bits)} there are")
 

@@ -21,6 +21,9 @@ from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 NEGLIGIBLE_HARM = 0.002
 """In nats, before tuning: a mix that does less harm is not worth more bits, unless a budget is to be spent."""
 
+_SECOND_LOOK = 0.01
+"""What a second, mirrored look is worth at least, in nats, where that cannot be measured."""
+
 
 class StaticController(Controller):
     """One pass with one policy for all images.
@@ -76,7 +79,9 @@ class StaticController(Controller):
             return [table.with_layer_bits({layer.name: bits for layer in table.layers if layer.block is not None})]
         assert sensitivity is not None and sensitivity.layers is not None, "declared as needed"
         budget, least = request.budget, LOWEST_SHARE * request.budget
-        if not request.spend:
+        if request.is_bound:
+            least = 0.0  # and as many bits as there may be: what harm they do to real images is not known
+        elif not request.spend:
             budget, least = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)), 0.0
         mixes = [best_layer_mix(table, sensitivity, budget, least)]
         with suppress(ConfigError):  # blocks are coarser than layers
@@ -166,6 +171,28 @@ def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float
     if not solution.success:  # no mix does so little
         return table.dearest_pass(0)
     return table.fixed_layers_cost + float(costs @ solution.x.round())
+
+
+def mixes_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[Tensor, Tensor | None]:
+    """Options (L,) for a first pass, and for a second one if there is one, that together cost at most ``budget``.
+
+    Two passes are taken, half of the budget for each, unless one that has all of it does less harm. The answer is the mean of
+    both, so that half of their harm is left; a little harm more is worth the second look.
+
+    Args:
+        sensitivity: (L, K), as for :func:`best_block_mix`.
+
+    Raises:
+        ConfigError: no mix costs so little.
+    """
+    harms = sensitivity.double().cpu()
+    alone = best_block_mix(table, sensitivity, budget)
+    half = (budget - table.controller_costs[1]) / 2
+    if half < table.cheapest:
+        return alone, None
+    mix = best_block_mix(table, sensitivity, half)
+    harm_alone, harm_of_each = (float(harms.gather(1, m[:, None]).sum()) for m in (alone, mix))
+    return (mix, mix) if harm_of_each / 2 <= max(harm_alone, _SECOND_LOOK) else (alone, None)
 
 
 def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float, least: float = 0.0) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SynthesisConfig, TuningConfig
 from dfs_cli.control.base import controller_of
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.converted import Converted
@@ -17,7 +17,7 @@ from dfs_cli.records import Source
 def convert(
     model: nn.Module | str,
     budget: float,
-    data: DataConfig | Splits | None = None,
+    data: DataConfig | Splits | SynthesisConfig | None = None,
     *,
     dynamic: DynamicConfig | None = None,
     tuning: TuningConfig | None = None,
@@ -32,7 +32,8 @@ def convert(
         model: a timm model, which is left unchanged, or the name of one, loaded with its pretrained weights.
         budget: what an image may cost in the mean: bit-weighted MACs of the whole network, gate included, as a fraction of
             the dense 32-bit network's.
-        data: where the images are, or splits opened by the caller; None: the embedded digits, for their model.
+        data: where the images are, or splits opened by the caller, or how to make images where there are none. None: the
+            embedded digits, for their model, else images are made.
         dynamic: options and gate; None: :func:`dfs_cli.conversion.defaults.default_dynamic`.
         tuning: None: :func:`dfs_cli.default_tuning`.
         preprocessing: None: the model's own.
@@ -58,7 +59,7 @@ def convert(
         True
     """
     observer = observer or Observer()
-    return run(prepare(model, budget, data, dynamic, tuning, preprocessing, source, spend, observer.note), observer)
+    return run(prepare(model, budget, data, dynamic, tuning, preprocessing, source, spend, observer), observer)
 
 
 def run(setup: Setup, observer: Observer, original: tuple[float, float] | None = None) -> Converted:
@@ -70,12 +71,12 @@ def run(setup: Setup, observer: Observer, original: tuple[float, float] | None =
     observer.configured(setup.configuration, setup.table)
     with stages.own_generators(setup.tuning.seed):
         planned = stages.make_network(setup, observer)
-        if original is None:
+        if original is None and setup.synthesis is None:
             original = stages.evaluate_original(setup, observer)
         stages.tune_network(setup, planned, observer)
         held_out = stages.held_out_images(
             setup.splits.calibration,
-            controller_of(planned.network).uses_hard_crops(setup.request.spend),
+            setup.synthesis is None and controller_of(planned.network).uses_hard_crops(setup.request.spend),
             setup.preprocessing,
             setup.tuning,
             setup.workers,

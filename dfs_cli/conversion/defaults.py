@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dfs_cli.artifact.manifest import ModelArgs
-from dfs_cli.config import DataConfig, DynamicConfig, GateKind, TuningConfig
+from dfs_cli.config import DataConfig, DynamicConfig, GateKind, SynthesisConfig, TuningConfig
 from dfs_cli.cost.operating_point import LOWEST_SHARE
 from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.data.splits import DIGITS, Splits
@@ -37,7 +37,18 @@ def default_data(architecture: str, data: DataConfig | None = None) -> DataConfi
     )
 
 
-def default_tuning(data: DataConfig | Splits | None = None) -> TuningConfig:
+def default_images(
+    architecture: str, images: DataConfig | SynthesisConfig | None = None
+) -> DataConfig | SynthesisConfig:
+    """What a conversion is given; else the embedded digits, for the model that was trained on them; else synthetic images."""
+    if isinstance(images, SynthesisConfig):
+        return images
+    if architecture == DIGITS_MODEL or (images is not None and images.names_data):
+        return default_data(architecture, images)
+    return SynthesisConfig()
+
+
+def default_tuning(data: DataConfig | Splits | SynthesisConfig | None = None) -> TuningConfig:
     """The settings a conversion uses where none are given: small batches and no flips for the digits.
 
     Example:

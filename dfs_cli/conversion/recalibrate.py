@@ -94,6 +94,7 @@ def recalibrate(
         operating_point=point.value,
         configuration=made_with and made_with.replace(budget=budget, spend=spend),
         held_out=Tuned(point.cost, point.top1),
+        bound=None,
         validation=None,
     )
     return Converted(network, moved)

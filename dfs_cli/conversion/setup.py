@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import timm
@@ -15,28 +14,34 @@ from dfs_cli.config import (
     DataConfig,
     DynamicConfig,
     Preprocessing,
+    SynthesisConfig,
     TuningConfig,
     check_budget,
 )
 from dfs_cli.control.base import Request
 from dfs_cli.conversion.defaults import (
-    default_data,
     default_dynamic,
+    default_images,
     default_tuning,
     describe_model,
     describe_source,
     resolve_device,
 )
 from dfs_cli.cost.table import CostTable
+from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.data.classes import check_class_count
 from dfs_cli.data.images import Images
 from dfs_cli.data.loading import choose_workers
 from dfs_cli.data.preprocessing import hard_crop_transform, resolve_preprocessing
 from dfs_cli.data.splits import Splits, open_splits
-from dfs_cli.errors import DataError
+from dfs_cli.errors import ConfigError, DataError
 from dfs_cli.models.zoo import load_model
+from dfs_cli.nn.quantization import BYTE_BITS
+from dfs_cli.observer import Observer
 from dfs_cli.records import Source
 from dfs_cli.surgery.plan import SurgeryPlan, plan_costs, plan_surgery
+from dfs_cli.synthesis.splits import make_images, synthetic_splits
+from dfs_cli.synthesis.work import Work, plan_work
 
 EVAL_BATCH = 256
 """Images per batch where nothing is trained."""
@@ -51,7 +56,8 @@ class Setup:
         architecture, model_args, source: what is recorded about it.
         request: the budget, and how many images it is set on and for.
         dynamic, tuning, preprocessing: settings with nothing left open.
-        data: where the images come from; None: splits that the caller opened.
+        data: where the images come from; None: splits that the caller opened, or synthetic ones.
+        synthesis: how many images were made, and how; None: they are real.
         splits: the images.
         plan, table: what the surgery will do, and what options cost before anything is decided.
         device: where to compute.
@@ -67,6 +73,7 @@ class Setup:
     tuning: TuningConfig
     preprocessing: Preprocessing
     data: DataConfig | None
+    synthesis: SynthesisConfig | None
     splits: Splits
     plan: SurgeryPlan
     table: CostTable
@@ -82,6 +89,7 @@ class Setup:
             dynamic=self.dynamic,
             tuning=self.tuning,
             data=self.data,
+            synthesis=self.synthesis,
             preprocessing=self.preprocessing,
             device=str(self.device),
             steps=self.steps,
@@ -110,23 +118,24 @@ class Setup:
 def prepare(
     model: nn.Module | str,
     budget: float,
-    data: DataConfig | Splits | None = None,
+    data: DataConfig | Splits | SynthesisConfig | None = None,
     dynamic: DynamicConfig | None = None,
     tuning: TuningConfig | None = None,
     preprocessing: Preprocessing | None = None,
     source: Source | None = None,
     spend: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    observer: Observer | None = None,
 ) -> Setup:
-    """Resolve and check everything; nothing runs yet. See :func:`dfs_cli.conversion.convert.convert` for arguments and
-    errors; ``say`` is told what the user should know."""
+    """Resolve and check everything; nothing is tuned yet. Where there are no images, they are made last. See
+    :func:`dfs_cli.conversion.convert.convert` for arguments and errors."""
     check_budget(budget)
+    observer = observer or Observer()
     module = load_model(model) if isinstance(model, str) else model
     if source is None:
         source = describe_source(module, None if isinstance(model, str) else "given by the caller")
     architecture, model_args = describe_model(module)
     if not isinstance(data, Splits):
-        data = default_data(architecture, data)
+        data = default_images(architecture, data)
     tuning = tuning or default_tuning(data)
     dynamic = dynamic or default_dynamic(budget, tuning, spend=spend)
     device = resolve_device(tuning.device)
@@ -134,32 +143,86 @@ def prepare(
     plan = plan_surgery(module)
     table = plan_costs(module, dynamic, preprocessing.input_size, plan)
     table.check_budget(budget, spend)
-    splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed)
+    synthesis = None
+    if isinstance(data, SynthesisConfig):
+        if spend:
+            raise ConfigError("--spend needs images: without them the cost is a bound, not a mean that can be reached")
+        splits, synthesis, tuning = _make_splits(
+            module, preprocessing, data, tuning, table, budget, dynamic.mirror, device, observer
+        )
+    else:
+        splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed)
     for name in ("train", "calibration", "validation"):
         if not len(getattr(splits, name)):
             raise DataError(f"the {name} split has no images")
     check_class_count(splits.class_names, model_args.num_classes)
     batch_size = min(tuning.batch_size, len(splits.train))
-    workers = choose_workers(tuning.workers, splits.train, preprocessing, max(batch_size, EVAL_BATCH), say)
+    workers = choose_workers(tuning.workers, splits.train, preprocessing, max(batch_size, EVAL_BATCH), observer.note)
     for images in (splits.train, splits.validation):  # now that nothing can be refused any more
         if images.note:
-            say(images.note)
+            observer.note(images.note)
     return Setup(
         model=module,
         architecture=architecture,
         model_args=model_args,
         source=source,
-        request=Request(budget, spend, len(splits.calibration), len(splits.validation)),
+        request=Request(budget, spend, len(splits.calibration), len(splits.validation), synthesis is not None),
         dynamic=dynamic,
         tuning=tuning.replace(batch_size=batch_size, workers=workers),
         preprocessing=preprocessing,
         data=data if isinstance(data, DataConfig) else None,
+        synthesis=synthesis,
         splits=splits,
         plan=plan,
         table=table,
         device=device,
         steps_per_epoch=len(splits.train) // batch_size,
     )
+
+
+def _make_splits(
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    config: SynthesisConfig,
+    tuning: TuningConfig,
+    table: CostTable,
+    budget: float,
+    mirror: bool,
+    device: torch.device,
+    observer: Observer,
+) -> tuple[Splits, SynthesisConfig, TuningConfig]:
+    """Splits of images made from ``model``, how many were made and how, and how to tune on them: without labels."""
+    few_bits = budget < table.passes * mac_cost(BYTE_BITS)
+    observer.stage("timing this machine", None)
+    work = plan_work(model, preprocessing, table.dense_macs, config, few_bits, device)
+    if tuning.steps is None and tuning.epochs is None:
+        tuning = tuning.replace(steps=work.tuning_steps)
+    tuning = tuning.replace(label_weight=0.0, batch_size=min(tuning.batch_size, work.batch_size))
+    for text in _what_is_done(work, config, few_bits, mirror):
+        observer.note(text)
+    made = make_images(model, preprocessing, config, work, len(table.blocks), tuning.seed, device, observer)
+    steps = sum(stage.steps for stage in work.stages) or None
+    return synthetic_splits(model, preprocessing, made, device), config.replace(images=work.images, steps=steps), tuning
+
+
+def _what_is_done(work: Work, config: SynthesisConfig, few_bits: bool, mirror: bool) -> list[str]:
+    """What the user should know before it begins."""
+    made = "are made from what the network remembers" if config.kind == "distilled" else "of Gaussian noise are made"
+    minutes = max(1, round(work.seconds / 60))
+    lines = [
+        f"no images are given: {work.images} {made}, and it is tuned on them; real images give more (--data DIR)",
+        f"making images and tuning will take about {minutes} minute{'' if minutes == 1 else 's'} on this machine",
+    ]
+    if few_bits:
+        lines.append(
+            "below 8 bits more images and steps are needed: --synthetic-images and --steps N for fewer, which loses more"
+        )
+    if mirror:
+        lines.append(
+            "the second pass sees the mirrored image; whether that keeps its class cannot be known without images: "
+            "--no-mirror --hflip 0 if it does not"
+        )
+    return lines
 
 
 def hard_crops(held_out: Images, preprocessing: Preprocessing, tuning: TuningConfig) -> Images:

@@ -186,12 +186,13 @@ def set_operating_point(
 
 
 def finish(
-    setup: Setup, planned: Planned, point: OperatingPoint, original: tuple[float, float], observer: Observer
+    setup: Setup, planned: Planned, point: OperatingPoint, original: tuple[float, float] | None, observer: Observer
 ) -> Converted:
     """Evaluate the network on the validation split, and describe it.
 
     Args:
-        original: top-1 and top-5 of the original, which are recorded beside the network's own.
+        original: top-1 and top-5 of the original, which are recorded beside the network's own; None: its answers
+            are the labels.
     """
     validation = setup.splits.validation
     observer.stage("validation", len(validation))
@@ -200,19 +201,22 @@ def finish(
     evaluation = evaluate_network(
         network, table, validation_loader(setup), setup.device, log, on_batch=observer.advance
     )
+    top1, top5 = original or (None, None)
+    is_synthetic = setup.synthesis is not None
     manifest = Manifest(
         architecture=setup.architecture,
         model_args=setup.model_args,
-        class_names=setup.splits.class_names,
+        class_names=() if is_synthetic else setup.splits.class_names,
         preprocessing=setup.preprocessing,
         dynamic=setup.dynamic,
         table=table,
         budget=setup.request.budget,
         operating_point=point.value,
         configuration=setup.configuration.replace(unreadable_training_images=tuple(sorted(planned.unreadable.reasons))),
-        source=setup.source.replace(top1=original[0], top5=original[1]),
+        source=setup.source.replace(top1=top1, top5=top5),
         held_out=Tuned(point.cost, point.top1),
         movable=controller_of(network).movable(table),
-        validation=evaluation,
+        bound=controller_of(network).largest_cost(table) if is_synthetic else None,
+        validation=evaluation.replace(is_synthetic=is_synthetic),
     )
     return Converted(network, manifest)

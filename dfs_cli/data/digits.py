@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
 
+from dfs_cli.data.images import InMemory
 from dfs_cli.errors import MissingDependencyError
 
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
@@ -14,7 +13,7 @@ _SPLIT_SEED = 2020
 _VALIDATION, _CALIBRATION = 450, 180
 
 
-class Digits(Dataset[tuple[Image.Image, int]]):
+class Digits(InMemory):
     """One split of the digits: ``train`` (1,167 images), ``calibration`` (180) or ``validation`` (450), always the same.
 
     Raises:
@@ -32,9 +31,3 @@ class Digits(Dataset[tuple[Image.Image, int]]):
         chosen = {"train": train, "calibration": calibration, "validation": validation}[split]
         self.pixels = (images[chosen].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
         self.targets = targets[chosen]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]), int(self.targets[index])

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset
@@ -36,6 +37,19 @@ class Batch(NamedTuple):
 
 
 Sample = tuple[Tensor, int] | Unreadable
+
+
+class InMemory(Dataset[tuple[Image.Image, int]]):
+    """A source of images that lie in memory, as bytes (N, H, W) or (N, H, W, C), with their class indices (N,)."""
+
+    pixels: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]), int(self.targets[index])
 
 
 class Images(Dataset[Sample]):

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from dfs_cli.config import Preprocessing
-from dfs_cli.data.digits import Digits
-from dfs_cli.data.images import Batch, Images, UnreadableLog, collate
+from dfs_cli.data.images import Batch, Images, InMemory, UnreadableLog, collate
 from dfs_cli.errors import DataError
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -78,7 +77,7 @@ def choose_workers(
         DataError: shared memory is too small for as many workers as are wanted.
     """
     workers = min(2, os.cpu_count() or 1) if wanted is None else wanted
-    if not workers or (wanted is None and isinstance(images.source, Digits | TensorDataset)):
+    if not workers or (wanted is None and isinstance(images.source, InMemory | TensorDataset)):
         return 0
     values = max(math.prod(preprocessing.input_size), math.prod(preprocessing.train_size))
     # Each worker loads two batches ahead, and one is in use.

@@ -73,7 +73,7 @@ def open_splits(
         DataError: a split is missing, empty, has one class, or the splits' classes differ.
     """
     transform = eval_transform(preprocessing)
-    mode = _image_mode(preprocessing)
+    mode = image_mode(preprocessing)
     if config.dataset == DIGITS:
         validation = open_validation(config, preprocessing, digits.CLASS_NAMES)
         train = _limit(Images(digits.Digits("train"), transform, mode=mode), config, seed)
@@ -90,21 +90,31 @@ def open_splits(
     return Splits(train, opened.subset(held_out), validation, class_names)
 
 
-def open_validation(config: DataConfig, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> Images:
+def open_validation(config: DataConfig, preprocessing: Preprocessing, class_names: tuple[str, ...] | int) -> Images:
     """The validation split alone, its classes mapped by name to the indices of ``class_names``; its note says what was opened.
+
+    Args:
+        class_names: of the network; or only how many, which are then in the data's own order.
 
     Raises:
         ConfigError: the model takes neither 1 nor 3 channels.
         DataError: the split is missing or empty, or its classes differ from ``class_names``.
     """
-    mode = _image_mode(preprocessing)
+    mode = image_mode(preprocessing)
     if config.dataset == DIGITS:
         if config.class_map is not None:
             raise ConfigError("--class-map has no meaning for the embedded digits")
+        if isinstance(class_names, int):
+            check_class_count(digits.CLASS_NAMES, class_names)
+            class_names = digits.CLASS_NAMES
         check_class_names(digits.CLASS_NAMES, class_names, "the embedded digits")
         source: Any = digits.Digits("validation")
     else:
-        source, _ = _open(config, "validation", config.val_split, mode, class_names)
+        known = None if isinstance(class_names, int) else class_names
+        source, names = _open(config, "validation", config.val_split, mode, known)
+        if isinstance(class_names, int):
+            check_class_count(names, class_names)
+            class_names = names
     images = _limit(Images(source, eval_transform(preprocessing), mode=mode), config, _VALIDATION_SEED)
     if config.dataset != DIGITS:
         images.note = _describe("validation", images, class_names, config)
@@ -120,7 +130,7 @@ def _describe(name: str, images: Images, class_names: tuple[str, ...], config: D
     return printable(f"{name}: {len(images)}{of_all} images of {len(class_names)} classes {where}{left_out}")
 
 
-def _image_mode(preprocessing: Preprocessing) -> str:
+def image_mode(preprocessing: Preprocessing) -> str:
     channels = preprocessing.input_size[0]
     if channels not in (1, 3):
         raise ConfigError(f"the model takes {channels} channels: image files have 1 or 3")

@@ -77,7 +77,7 @@ class GatedWriter(ControllerWriter):
     def decide(self, graph: Graph, writer: PartWriter, images: str, point: str) -> Results:
         gate = self._controller.gate
         costs = self._controller.option_costs[0].cpu().numpy()
-        gate_writer = _GATE_WRITERS[type(gate)](graph, gate, costs, point)
+        gate_writer = _GATE_WRITERS[type(gate)](graph, gate, costs, point, self._controller.ceiling)
         state = gate_writer.start(graph)
         chosen: list[str] = []
 
@@ -108,7 +108,9 @@ class ProbeWriter(ControllerWriter):
         def refine(inner: Graph) -> list[str]:
             charge = controller.cost_multiplier * controller.option_costs[1].cpu().numpy()
             pooled = writer.pool(inner, blocks, features)
-            choice = write_second_pass_gate(inner, controller.gate, charge, uncertainty, margin, pooled)
+            choice = write_second_pass_gate(
+                inner, controller.gate, controller.ceiling, charge, uncertainty, margin, pooled
+            )
 
             def decide(graph: Graph, block: int, _: Pooled | None) -> Test:
                 return graph.equals(graph.add("Gather", [choice, graph.constant(block, np.int64)]))

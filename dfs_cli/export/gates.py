@@ -10,11 +10,14 @@ import numpy as np
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from dfs_cli.control.base import Ceiling
 from dfs_cli.control.gates import FeedForwardGate, Gate, RecurrentGate, SecondPassGate
 from dfs_cli.export.graph import Graph, Test
 from dfs_cli.export.part_writer import Pooled
 
 _DOUBLE = np.float64
+_HOPELESS = -1e30
+"""A score below all others; finite in single precision."""
 
 
 class GateWriter(ABC):
@@ -26,16 +29,20 @@ class GateWriter(ABC):
     Args:
         option_costs: (L, K).
         operating_point: name of the cost multiplier, a double.
+        ceiling: the dearest options that the blocks may have.
     """
 
     dtype: ClassVar[type[np.floating]] = _DOUBLE
     """Precision of the scores."""
 
-    def __init__(self, graph: Graph, gate: Gate, option_costs: np.ndarray, operating_point: str) -> None:
+    def __init__(
+        self, graph: Graph, gate: Gate, option_costs: np.ndarray, operating_point: str, ceiling: Ceiling
+    ) -> None:
         self.gate = gate
         self._is_binary = gate.options == 2
         charge = graph.add("Mul", [graph.constant(self._scores(option_costs), _DOUBLE), operating_point])
-        rows = graph.add("Sub", [graph.constant(self._scores(_double(gate.preference))), charge])
+        preference = graph.constant(self._scores(_preference(gate.preference, ceiling)))
+        rows = graph.add("Sub", [preference, charge])
         if self.dtype is not _DOUBLE:
             rows = graph.add("Cast", [rows], to=TensorProto.FLOAT)
         self._biases = [graph.name("row") for _ in option_costs]
@@ -160,11 +167,18 @@ def write_uncertainty(graph: Graph, logits: str, classes: int) -> tuple[str, str
 
 
 def write_second_pass_gate(
-    graph: Graph, gate: SecondPassGate, charge: np.ndarray, uncertainty: str, margin: str, pooled: Pooled
+    graph: Graph,
+    gate: SecondPassGate,
+    ceiling: Ceiling,
+    charge: np.ndarray,
+    uncertainty: str,
+    margin: str,
+    pooled: Pooled,
 ) -> str:
     """The options (L,) of the second pass.
 
     Args:
+        ceiling: the dearest options that the blocks may have.
         charge: (L, K), subtracted from the options' scores.
         uncertainty, margin: (1, 1), of the first pass, in double precision.
         pooled: the first pass's features.
@@ -175,7 +189,7 @@ def write_second_pass_gate(
     x = graph.add("Div", [centred, graph.constant(_double(gate.input_deviation)[None])])
     scores = _linear(graph, gate.head, graph.add("Relu", [_linear(graph, gate.embed, x)]))
     scores = graph.add("Reshape", [scores, graph.constant([gate.blocks, gate.options], np.int64)])
-    scores = graph.add("Add", [scores, graph.constant(_double(gate.preference))])
+    scores = graph.add("Add", [scores, graph.constant(_preference(gate.preference, ceiling))])
     return graph.add("ArgMax", [graph.add("Sub", [scores, graph.constant(charge, _DOUBLE)])], axis=1, keepdims=0)
 
 
@@ -184,6 +198,11 @@ def _linear(graph: Graph, layer: nn.Module, x: str, scale: float = 1.0) -> str:
     weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
     inputs = [x, graph.constant(scale * _double(weight).T)]
     return graph.add("Gemm", inputs if bias is None else [*inputs, graph.constant(_double(bias))])
+
+
+def _preference(preference: Tensor, ceiling: Ceiling) -> np.ndarray:
+    """Scores (L, K) without a look at the image, hopeless for options that are too dear."""
+    return np.where(ceiling.forbidden().cpu().numpy(), _HOPELESS, _double(preference))
 
 
 def _double(tensor: Tensor) -> np.ndarray:

@@ -9,6 +9,33 @@ def _percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def _accuracy(report: dict[str, Any]) -> list[str]:
+    if report["data_free"]:
+        same = _percent(report["same_answers"])
+        return [f"| same answer as the original (%), {report['images']} synthetic images | 100 | {same} |"]
+    return [
+        f"| top-1 (%), {report['images']} images | {_percent(report['top1_before'])} | {_percent(report['top1_after'])} |",
+        f"| top-5 (%) | {_percent(report['top5_before'])} | {_percent(report['top5_after'])} |",
+    ]
+
+
+def _data_free(report: dict[str, Any]) -> list[str]:
+    """What is not known without real images."""
+    if not report["data_free"]:
+        return []
+    made = report["configuration"]["synthesis"]
+    how = "Gaussian noise" if made["kind"] == "noise" else f"made from the original network in {made['steps']} steps"
+    sheet = [f"![the first of them]({report['sheet']})", ""] if report.get("sheet") else []
+    return [
+        f"**Without real images:** the network was tuned on {made['images']} images, {how}. Its top-1 is not known: "
+        "`dfs eval FILE --data DIR` measures it. "
+        f"The cost is a bound: no image, whatever it shows, costs more than {report['bound']:.4f}. "
+        "Figures below are of the synthetic images. `dfs convert MODEL --data DIR` gives more.",
+        "",
+        *sheet,
+    ]
+
+
 def _dynamics(report: dict[str, Any]) -> list[str]:
     d = report["dynamics"]
     return [
@@ -16,7 +43,7 @@ def _dynamics(report: dict[str, Any]) -> list[str]:
         f"{d['passes']:.2f} passes per image; the choice of a block has {d['choice_entropy']:.2f} bits of entropy on average, "
         f"and {d['variance_between_images']:.1%} of the variance of block costs lies between images. "
         f"With the most common policy ({d['common_share']:.1%} of the images) for all: "
-        f"top-1 {d['common_top1']:.2f} at cost {d['common_cost']:.4f}.",
+        f"{'same answers' if report['data_free'] else 'top-1'} {d['common_top1']:.2f} at cost {d['common_cost']:.4f}.",
     ]
 
 
@@ -29,8 +56,7 @@ def render_markdown(report: dict[str, Any]) -> str:
         "",
         "| | original | dynamic |",
         "|---|---:|---:|",
-        f"| top-1 (%), {report['images']} images | {_percent(report['top1_before'])} | {_percent(report['top1_after'])} |",
-        f"| top-5 (%) | {_percent(report['top5_before'])} | {_percent(report['top5_after'])} |",
+        *_accuracy(report),
         f"| cost, fraction of dense 32-bit | 1 | {report['cost']:.4f} |",
         f"| GMACs, bit-weighted | {report['gmacs_dense']:.4g} | {report['gmacs_bitweighted']:.4g} |",
         "",
@@ -42,6 +68,7 @@ def render_markdown(report: dict[str, Any]) -> str:
         f"**For comparison:** the same network run statically with everything at 8 bits costs "
         f"{report['cost_all_8_bit']:.4f}, and usually loses next to nothing.",
         "",
+        *_data_free(report),
         *_dynamics(report),
         "",
         f"Weights: {source.get('weights') or 'unknown'}; licence: {source.get('license') or 'unknown'}.",

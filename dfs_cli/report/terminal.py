@@ -72,16 +72,18 @@ def print_profile(console: Console, manifest: Manifest, evaluation: Evaluation, 
         legend.append(f"{_DIGITS[bits]}={label}  " if plain else "██ ", style="" if plain else colour)
         if not plain:
             legend.append(f"{label}  ")
-    console.print(f"{manifest.architecture}, {evaluation.images} images", highlight=False)
+    kind = "synthetic images" if evaluation.is_synthetic else "images"
+    console.print(f"{manifest.architecture}, {evaluation.images} {kind}", highlight=False)
     console.print(grid)
     console.print(legend, soft_wrap=True)
+    answers = "same answers as the original" if evaluation.is_synthetic else "top-1"
     console.print(
-        f"top-1 {evaluation.top1:.2f}   cost {evaluation.cost:.4f} of dense"
+        f"{answers} {evaluation.top1:.2f}   cost {evaluation.cost:.4f} of dense"
         + (f" (budget {manifest.budget:g}" if manifest.budget else " (no budget")
         + f"; all at 8 bits: {table.uniform_cost(8):.4f})",
         highlight=False,
     )
-    console.print(dynamics_text(dynamics_record(evaluation)), highlight=False)
+    console.print(dynamics_text(dynamics_record(evaluation), evaluation.is_synthetic), highlight=False)
 
 
 def print_plan(console: Console, name: str, table: CostTable, budget: float) -> None:
@@ -108,14 +110,14 @@ def print_plan(console: Console, name: str, table: CostTable, budget: float) -> 
         console.print(line, highlight=False)
 
 
-def dynamics_text(dynamics: dict[str, Any]) -> str:
+def dynamics_text(dynamics: dict[str, Any], is_synthetic: bool = False) -> str:
     """How dynamic a network is, in two lines."""
     return (
         f"{dynamics['policies']} policies, {dynamics['passes']:.2f} passes per image, "
         f"{dynamics['choice_entropy']:.2f} bits of entropy per choice, "
         f"{dynamics['variance_between_images']:.1%} of cost variance between images\n"
         f"the most common policy ({dynamics['common_share']:.1%} of images) for all: "
-        f"top-1 {dynamics['common_top1']:.2f} at cost {dynamics['common_cost']:.4f}"
+        f"{'same answers' if is_synthetic else 'top-1'} {dynamics['common_top1']:.2f} at cost {dynamics['common_cost']:.4f}"
     )
 
 
@@ -129,7 +131,9 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
     grid.add_row(
         "images", f"{record['images']} at {record['img_size']} pixels, {record['images_per_second']:.1f} per second"
     )
-    grid.add_row("top-1", f"{record['top1']:.2f} %")
+    original = record.get("original_top1")
+    lost = "" if original is None else f"   the original has {original:.2f}: {record['top1'] - original:+.2f}"
+    grid.add_row("top-1", f"{record['top1']:.2f} %{lost}")
     grid.add_row("top-5", f"{record['top5']:.2f} %")
     grid.add_row(
         "cost", f"{record['cost']:.4f} of dense 32-bit{budget}   all at 8 bits: {record['cost_all_8_bit']:.4f}"
@@ -141,6 +145,9 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
     )
     grid.add_row("chosen", shares)
     grid.add_row("dynamic", dynamics_text(record["dynamics"]))
+    if record.get("data_free"):
+        kept = "kept" if record["keeps_budget"] else "missed"
+        grid.add_row("data-free", f"tuned without images: the budget is {kept} on these; dfs convert --data gives more")
     console.print(grid, highlight=False)
 
 
@@ -148,7 +155,7 @@ def print_conversion(console: Console, report: dict[str, Any]) -> None:
     """The result of a conversion, in a few lines."""
     unreadable = report["unreadable_images"] + report["configuration"]["unreadable_training_images"]
     lines = [
-        f"top-1   {report['top1_before']:.2f} % -> {report['top1_after']:.2f} % on {report['images']} images",
+        _accuracy_text(report),
         f"cost    {report['cost']:.4f} of dense 32-bit, budget {report['budget']:g} "
         f"(everything statically at 8 bits: {report['cost_all_8_bit']:.4f})",
         f"spent   {spending_text(report)}",
@@ -159,9 +166,20 @@ def print_conversion(console: Console, report: dict[str, Any]) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+def _accuracy_text(report: dict[str, Any]) -> str:
+    if report["data_free"]:
+        return (
+            f"answers {report['same_answers']:.2f} % as the original on {report['images']} synthetic images; top-1 is not "
+            "known: dfs eval FILE --data DIR measures it, dfs convert MODEL --data DIR gives more"
+        )
+    return f"top-1   {report['top1_before']:.2f} % -> {report['top1_after']:.2f} % on {report['images']} images"
+
+
 def spending_text(report: dict[str, Any]) -> str:
     """How much of the budget was spent, and why."""
     share = f"{report['cost'] / report['budget']:.0%} of the budget"
+    if report["data_free"]:
+        return f"{share}; no image, whatever it shows, costs more than {report['bound']:.4f}: a bound, not an estimate"
     if report["spend"]:
         return f"{share}, which was to be spent"
     if report["cost"] > 0.9 * report["budget"]:

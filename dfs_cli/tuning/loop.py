@@ -23,6 +23,7 @@ from dfs_cli.tuning.losses import cost_excess, distillation_loss
 from dfs_cli.tuning.state import TuningState
 
 _COST_WEIGHT = 0.2
+_TAUGHT_SHARE = 0.5  # of a batch, where there are labels: the teacher takes time
 _MULTIPLIER_RATE = 0.1
 _EXPLODED = 100  # times the loss of a network that guesses
 _LEAST_MULTIPLIER = 1e-3  # steps multiply it: zero would stay zero; this low, it changes no decision
@@ -129,7 +130,10 @@ def tuning_step(
     network = state.network
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=config.amp):
         output = network.run(images, target=target)
-        taught = _teach(teacher, images, output, network.controller.views[-1].mirrored) if config.distillation else None
+        taught = None
+        if config.distillation:
+            share = _TAUGHT_SHARE if config.label_weight else 1.0
+            taught = _teach(teacher, images, output, network.controller.views[-1].mirrored, share)
     loss = _answers_loss(output, targets, taught, config)
     last = len(output.answers) - 1
     rows, _, probs = output.answers[last]
@@ -141,7 +145,7 @@ def tuning_step(
         loss = loss + _COST_WEIGHT * excess
     value = float(loss.detach())
     lr = max(group["lr"] for group in state.optimizer.param_groups)
-    guessing = math.log(output.logits.shape[1]) * (1 + config.distillation * config.temperature**2)
+    guessing = math.log(output.logits.shape[1]) * (config.label_weight + config.distillation * config.temperature**2)
     _check_healthy("loss", value, _EXPLODED * guessing, state.step, lr)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -178,7 +182,10 @@ def _answers_loss(
     total: Tensor | None = None
     for rows, logits, _ in output.answers:
         logits = logits.float()
-        loss = F.cross_entropy(logits, targets if rows is None else targets[rows])
+        loss = logits.new_zeros(())
+        if config.label_weight:
+            labels = targets if rows is None else targets[rows]
+            loss = config.label_weight * F.cross_entropy(logits, labels)
         if taught is not None:
             taught_rows, expected = taught
             if rows is None:
@@ -195,32 +202,38 @@ def _answers_loss(
     return total
 
 
-def _teach(teacher: nn.Module, images: Tensor, output: Output, is_mirrored: bool) -> tuple[Tensor, Tensor]:
+def _teach(
+    teacher: nn.Module, images: Tensor, output: Output, is_mirrored: bool, share: float
+) -> tuple[Tensor, Tensor]:
     """The indices (M,) of the images that the teacher sees, and its logits (M, classes) for them.
 
     Args:
+        share: of the batch.
         is_mirrored: whether the last pass sees mirrored images; the teacher then sees both views of those that took it.
     """
     later = output.answers[-1].rows if len(output.answers) > 1 else None
     mirrored = len(later) if later is not None and is_mirrored else 0
-    taught = taught_images(len(images), later, mirrored).to(images.device)
+    taught = taught_images(len(images), later, mirrored, share).to(images.device)
     return taught, teacher_logits(teacher, images[taught], mirrored)
 
 
-def taught_images(images: int, later: Tensor | None, mirrored: int) -> Tensor:
-    """Indices of half a batch, less the number ``mirrored`` of images that the teacher sees twice: it costs a forward pass.
+def taught_images(images: int, later: Tensor | None, mirrored: int, share: float = _TAUGHT_SHARE) -> Tensor:
+    """Indices of a ``share`` of a batch, less the number ``mirrored`` of images that the teacher sees twice: it costs a forward
+    pass.
 
-    Images that took a later pass, with the indices ``later``, come first, then others at random.
+    Of all where the share is 1. Images that took a later pass, with the indices ``later``, come first, then others at random.
 
     Args:
         images: N.
     """
-    order = torch.randperm(images)
+    order, wanted = torch.randperm(images), math.ceil(share * images)
+    if share == 1:  # every image needs a teacher
+        mirrored = 0
     if later is None:
-        return order[: (images + 1) // 2]
+        return order[:wanted]
     later = later.cpu()
     others = order[~torch.isin(order, later)]
-    return torch.cat([later, others[: max(0, (images + 1) // 2 - mirrored - len(later))]])
+    return torch.cat([later, others[: max(0, wanted - mirrored - len(later))]])
 
 
 @torch.no_grad()

@@ -6,10 +6,11 @@ from common import RNN, SIZE, MakeFolder, make_dynamic, tiny_resnet
 
 import dfs_cli
 from dfs_cli.bench.workload import default_mix, draw_policies, workload_of_file, workload_of_model
-from dfs_cli.config import DEFAULT_MIX, DataConfig, DynamicConfig, GateKind, parse_mix
+from dfs_cli.config import DataConfig, DynamicConfig, GateKind
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import NOT_RUN
 from dfs_cli.errors import ConfigError
+from dfs_cli.presets import DEFAULT_MIX, parse_mix
 
 pytestmark = pytest.mark.medium
 

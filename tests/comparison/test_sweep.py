@@ -6,9 +6,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dfs_cli.cli.app import app
+from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.results import answers_folder
 from dfs_cli.comparison.sweep import sweep
-from dfs_cli.config import DataConfig, DynamicConfig, SweepConfig
+from dfs_cli.config import DataConfig, DynamicConfig
 from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.defaults import default_tuning
 from dfs_cli.errors import OutputError

@@ -1,0 +1,1 @@
+"""Images made from a pretrained network, where there are none."""

@@ -1,0 +1,165 @@
+"""Images by optimisation: noise, until batch-norm layers see what they remember."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfs_cli.config import Preprocessing
+from dfs_cli.synthesis.moments import Moments
+
+_RATE = 0.05  # of Adam, in units of the pixels' standard deviation
+_CLASS_WEIGHT = 0.3
+_SMOOTHNESS_WEIGHT = 0.02
+_LEAST_CONFIDENCE = 0.5  # of the class that an image is made for
+_SHIFT = 1 / 16  # of the image's sides, at most
+
+
+class Stage(NamedTuple):
+    """Part of the optimisation: so many steps at a size (H, W), with so many images together, whose statistics are taken."""
+
+    size: tuple[int, int]
+    steps: int
+    batch_size: int
+
+
+class Synthetic(NamedTuple):
+    """Images (N, C, H, W) as bytes, and the classes (N,) that they were made for."""
+
+    images: Tensor
+    targets: Tensor
+
+
+def draw_targets(images: int, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Class indices (N,), each class as often as the others, and the probabilities (N, classes) that images are made for.
+
+    Images that a network is sure of say little about the borders between classes, which low bitwidths move: so the class has
+    a probability from 0.5 to 1, and another one the rest (after IntraQ; Zhong et al., 2022).
+    """
+    targets = (
+        torch.randperm(images, generator=generator) + torch.randint(classes, (1,), generator=generator)
+    ) % classes
+    others = (targets + torch.randint(1, classes, (images,), generator=generator)) % classes
+    confidence = _LEAST_CONFIDENCE + (1 - _LEAST_CONFIDENCE) * torch.rand(images, 1, generator=generator)
+    probabilities = confidence * F.one_hot(targets, classes) + (1 - confidence) * F.one_hot(others, classes)
+    return targets, probabilities
+
+
+def noise(images: int, preprocessing: Preprocessing, classes: int, generator: torch.Generator) -> Synthetic:
+    """Gaussian noise with the pixels' mean and standard deviation: the baseline."""
+    pixels = torch.randn(images, *preprocessing.input_size, generator=generator)
+    return Synthetic(_to_bytes(pixels, preprocessing), draw_targets(images, classes, generator)[0])
+
+
+def distil(
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    images: int,
+    stages: Sequence[Stage],
+    blocks: int,
+    generator: torch.Generator,
+    device: torch.device,
+    amp: bool = False,
+    advance: Callable[[int], None] = lambda images: None,
+) -> Synthetic:
+    """Images under which the batch-norm layers of ``model`` see their stored statistics.
+
+    With class targets, random shifts and flips and a prior for smoothness (DeepInversion; Yin et al., 2020), from coarse to
+    fine.
+
+    Args:
+        model: left unchanged.
+        images: N.
+        stages: sizes, steps and batches, in order; the last size is that of the result.
+        blocks: the number of residual blocks.
+        generator: of all random numbers, on the CPU.
+        amp: compute in bfloat16, but for statistics.
+        advance: called after each step, with the number of its images.
+
+    Raises:
+        UnsupportedModelError: the network remembers no statistics.
+    """
+    model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).eval()
+    model.requires_grad_(False)
+    targets, wanted = draw_targets(images, int(model.num_classes), generator)  # type: ignore[arg-type]
+    x = torch.randn(images, preprocessing.input_size[0], *stages[0].size, generator=generator)
+    with Moments(model, blocks) as moments:
+        for stage in stages:
+            groups = zip(x.split(stage.batch_size), wanted.split(stage.batch_size), strict=True)
+            x = torch.cat(
+                [
+                    _optimise(
+                        model, moments, _resize(some, stage.size).to(device), classes.to(device), stage.steps,
+                        preprocessing, generator, amp, advance,
+                    ).cpu()
+                    for some, classes in groups
+                ]
+            )  # fmt: skip
+    return Synthetic(_to_bytes(x, preprocessing), targets)
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(x.shape[2:]) == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _optimise(
+    model: nn.Module,
+    moments: Moments,
+    x: Tensor,
+    wanted: Tensor,
+    steps: int,
+    preprocessing: Preprocessing,
+    generator: torch.Generator,
+    amp: bool,
+    advance: Callable[[int], None],
+) -> Tensor:
+    """Images (N, C, H, W) after ``steps`` steps from ``x``, for the class probabilities ``wanted`` (N, classes)."""
+    low, high = (limit.to(x.device) for limit in _pixel_limits(preprocessing))
+    x = x.clamp(low, high).requires_grad_(True)
+    optimizer = torch.optim.Adam([x], lr=_RATE, betas=(0.5, 0.9))
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = _RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
+        seen = _jitter(x, generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=amp):
+            logits = model(seen)
+        loss = moments.take() + _CLASS_WEIGHT * F.cross_entropy(logits.float(), wanted)
+        loss = loss + _SMOOTHNESS_WEIGHT * roughness(x)
+        (x.grad,) = torch.autograd.grad(loss, x)
+        optimizer.step()
+        with torch.no_grad():
+            x.clamp_(low, high)
+        advance(len(x))
+    return x.detach()
+
+
+def _jitter(x: Tensor, generator: torch.Generator) -> Tensor:
+    """``x`` (N, C, H, W), shifted by a few pixels, and mirrored half of the time."""
+    limits = [max(1, round(_SHIFT * side)) for side in x.shape[2:]]
+    shifts = [int(torch.randint(-limit, limit + 1, (), generator=generator)) for limit in limits]
+    x = x.roll(shifts, dims=(2, 3))
+    return x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
+
+
+def roughness(x: Tensor) -> Tensor:
+    """Mean squared difference between neighbouring pixels of ``x`` (N, C, H, W)."""
+    return x.diff(dim=2).square().mean() + x.diff(dim=3).square().mean()
+
+
+def _pixel_limits(preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """Black and white after normalisation, (1, C, 1, 1) each."""
+    mean, std = (torch.tensor(v).reshape(1, -1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    return -mean / std, (1 - mean) / std
+
+
+def _to_bytes(x: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Normalised images (N, C, H, W) as bytes."""
+    low, high = _pixel_limits(preprocessing)
+    return ((x - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)

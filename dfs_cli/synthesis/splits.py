@@ -1,0 +1,105 @@
+"""Synthetic images as the splits of a conversion, and what they look like."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from dfs_cli.config import Preprocessing, SynthesisConfig
+from dfs_cli.data.images import Images, InMemory
+from dfs_cli.data.loading import eval_loader
+from dfs_cli.data.preprocessing import eval_transform
+from dfs_cli.data.splits import Splits, image_mode
+from dfs_cli.observer import Observer
+from dfs_cli.synthesis.cache import cached, store
+from dfs_cli.synthesis.distil import Synthetic, distil, noise
+from dfs_cli.synthesis.work import Work
+
+_SHOWN, _COLUMNS = 64, 16
+_BATCH = 32
+
+
+class SyntheticImages(InMemory):
+    """Images (N, C, H, W) as bytes, with the classes (N,) that the original network gives them."""
+
+    def __init__(self, images: Tensor, targets: Tensor) -> None:
+        pixels = images.permute(0, 2, 3, 1).numpy()
+        self.pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+        self.targets = targets.numpy()
+
+    def save(self, folder: Path) -> None:
+        """Write each image as a PNG file into ``folder``, in a folder named after its class."""
+        for index in range(len(self)):
+            image, target = self[index]
+            path = folder / f"{target}" / f"{index:05}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+
+    def sheet(self) -> bytes:
+        """The first images beside each other, as a PNG file."""
+        pixels = torch.from_numpy(self.pixels[:_SHOWN])
+        pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+        columns = min(_COLUMNS, math.ceil(math.sqrt(len(pixels))))
+        file = io.BytesIO()
+        Image.fromarray(make_grid(pixels, nrow=columns, padding=2).permute(1, 2, 0).numpy()).save(file, format="PNG")
+        return file.getvalue()
+
+
+def make_images(
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    config: SynthesisConfig,
+    work: Work,
+    blocks: int,
+    seed: int,
+    device: torch.device,
+    observer: Observer,
+) -> Synthetic:
+    """Make images, or take those that were made before with the same weights and settings.
+
+    Args:
+        blocks: the number of residual blocks.
+
+    Raises:
+        UnsupportedModelError: the network remembers nothing to make images from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    if config.kind == "noise":
+        return noise(work.images, preprocessing, classes, generator)
+    if (known := cached(model, preprocessing, work, seed)) is not None:
+        observer.note(f"{len(known.targets)} synthetic images were made before with these weights and settings")
+        return known
+    observer.stage("making images", work.images * sum(stage.steps for stage in work.stages))
+    made = distil(model, preprocessing, work.images, work.stages, blocks, generator, device, work.amp, observer.advance)
+    store(made, model, preprocessing, work, seed)
+    return made
+
+
+def synthetic_splits(model: nn.Module, preprocessing: Preprocessing, made: Synthetic, device: torch.device) -> Splits:
+    """The splits of a conversion: the same images in all, with the original's answers as classes, which are numbered.
+
+    They have the size of the network's input already, and are not cropped.
+    """
+    shown = replace(preprocessing, crop_pct=1.0)
+    transform, mode = eval_transform(shown), image_mode(preprocessing)
+    unlabelled = Images(SyntheticImages(made.images, made.targets), transform, mode=mode)
+    source = SyntheticImages(made.images, _answers(model, unlabelled, device))
+    images = Images(source, transform, mode=mode)
+    names = tuple(str(i) for i in range(int(model.num_classes)))  # type: ignore[arg-type]
+    return Splits(images, images, images, names)
+
+
+@torch.inference_mode()
+def _answers(model: nn.Module, images: Images, device: torch.device) -> Tensor:
+    """The classes (N,) that ``model`` gives ``images``."""
+    model = copy.deepcopy(model).to(device)
+    return torch.cat([model(batch.images.to(device)).argmax(dim=1).cpu() for batch in eval_loader(images, _BATCH, 0)])

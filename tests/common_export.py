@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import controller_of
-from dfs_cli.control.probe import ProbeController, summarise, uncertainty
+from dfs_cli.control.gates import summarise, uncertainty
+from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.network import IMAGES, options_of
 from dfs_cli.export.part_writer import PartWriter

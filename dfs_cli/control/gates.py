@@ -206,7 +206,7 @@ class SecondPassGate(nn.Module):
         self.preference = nn.Parameter(initial_preference(config.bits).repeat(len(channels), 1))
 
     def forward(self, summary: Tensor) -> Tensor:
-        """Scores (N, L, K) for ``summary`` (N, 2 + features) as :func:`dfs_cli.control.probe.summarise` makes it."""
+        """Scores (N, L, K) for ``summary`` (N, 2 + features) as :func:`summarise` makes it."""
         dtype = torch.float32 if self.training else torch.float64
         with torch.autocast(summary.device.type, enabled=False):
             x = (summary.to(dtype) - self.input_mean.to(dtype)) / self.input_deviation.to(dtype)
@@ -227,6 +227,28 @@ class SecondPassGate(nn.Module):
         scores = len(channels) * len(config.bits)
         total = (_SCALARS + features) * config.hidden + config.hidden * scores
         return total, *[0] * (len(channels) - 1)
+
+
+def uncertainty(logits: Tensor) -> Tensor:
+    """How unsure an answer is, (N,) in float64: minus the log-odds of the most likely class of ``logits`` (N, classes).
+
+    Orders images as their softmax confidence does, without its rounding near one.
+    """
+    top, others = _split_top(logits)
+    return others.logsumexp(dim=1) - top
+
+
+def _split_top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit (N,) and the others in descending order (N, classes - 1)."""
+    ordered = logits.double().sort(dim=1, descending=True).values
+    return ordered[:, 0], ordered[:, 1:]
+
+
+def summarise(logits: Tensor, features: Tensor) -> Tensor:
+    """What a pass found, (N, 2 + C): log-odds, margin between the two largest logits, and pooled ``features`` (N, C, H, W)."""
+    top, others = _split_top(logits)
+    scalars = torch.stack([top - others.logsumexp(dim=1), top - others[:, 0]], dim=1)
+    return torch.cat([scalars, pool(features).double()], dim=1)
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:

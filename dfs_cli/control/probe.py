@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell
-from dfs_cli.control.gates import SecondPassGate, pool, shift_preference
+from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
 from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, mixes_within, sufficient_cost
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import (
@@ -52,28 +52,6 @@ _AIM = (LOWEST_SHARE + HIGHEST_SHARE) / 2
 _SURE = 5.0
 # How many shares of refined images are compared where less may be spent than the budget.
 _TRIED_SHARES = 100
-
-
-def uncertainty(logits: Tensor) -> Tensor:
-    """How unsure an answer is, (N,) in float64: minus the log-odds of the most likely class of ``logits`` (N, classes).
-
-    Orders images as their softmax confidence does, without its rounding near one.
-    """
-    top, others = _split_top(logits)
-    return others.logsumexp(dim=1) - top
-
-
-def _split_top(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit (N,) and the others in descending order (N, classes - 1)."""
-    ordered = logits.double().sort(dim=1, descending=True).values
-    return ordered[:, 0], ordered[:, 1:]
-
-
-def summarise(logits: Tensor, features: Tensor) -> Tensor:
-    """What a pass found, (N, 2 + C): log-odds, margin between the two largest logits, and pooled ``features`` (N, C, H, W)."""
-    top, others = _split_top(logits)
-    scalars = torch.stack([top - others.logsumexp(dim=1), top - others[:, 0]], dim=1)
-    return torch.cat([scalars, pool(features).double()], dim=1)
 
 
 class ProbeController(Controller):

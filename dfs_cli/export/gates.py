@@ -154,7 +154,7 @@ def _reordered(rows: np.ndarray) -> np.ndarray:
 
 
 def write_uncertainty(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
-    """The uncertainty (1, 1) of ``logits`` (1, classes), see :func:`dfs_cli.control.probe.uncertainty`, and the margin (1, 1)
+    """The uncertainty (1, 1) of ``logits`` (1, classes), see :func:`dfs_cli.control.gates.uncertainty`, and the margin (1, 1)
     between the two largest, both in double precision."""
     values = graph.add("Cast", [logits], to=TensorProto.DOUBLE)
     ordered = graph.add("TopK", [values, graph.constant([classes], np.int64)], 2, axis=1)

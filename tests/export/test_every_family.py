@@ -18,7 +18,8 @@ from common_openvino import run_openvino
 from onnx import helper
 from torch import Tensor, nn
 
-from dfs_cli.control.probe import ProbeController, uncertainty
+from dfs_cli.control.gates import uncertainty
+from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.export.baselines import export_dense, quantize_dense
 from dfs_cli.export.graph import IR_VERSION, Graph

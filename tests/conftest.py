@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # No test may reach a hub; those that test what happens then set their own endpoint.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # There is a process for each core. OpenMP reads this when torch is imported; processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Synthetic images are kept in the user's cache folder, which tests leave alone.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dfs-tests-")
 
 import pytest
 from common import MakeFolder, tiny_resnet
@@ -16,6 +20,11 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 import dfs_cli
+
+
+def pytest_unconfigure() -> None:
+    """Remove the cache folder of the tests."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

@@ -73,7 +73,12 @@ class SyntheticOptions:
             )
         if not given:
             return default_images(model.partition(".")[0], data)
-        return SynthesisConfig(self.synthetic or "distilled", self.synthetic_images, self.synthetic_steps)
+        try:
+            return SynthesisConfig(
+                kind=self.synthetic or "distilled", images=self.synthetic_images, steps=self.synthetic_steps
+            )
+        except ConfigError as error:
+            raise ConfigError(f"--synthetic-{error}") from None
 
     def check_folder(self, force: bool) -> None:
         """Raises OutputError where the folder for images holds something, unless ``force`` is given."""

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from dfs_cli.config import Preprocessing
 from dfs_cli.synthesis.moments import Moments
 
-_RATE = 0.05  # of Adam, in units of the pixels' standard deviation
-_CLASS_WEIGHT = 0.3
+_RATE = 0.1  # of Adam, in units of the pixels' standard deviation
+_CLASS_WEIGHT = 1.0
 _SMOOTHNESS_WEIGHT = 0.02
 _LEAST_CONFIDENCE = 0.5  # of the class that an image is made for
 _SHIFT = 1 / 16  # of the image's sides, at most

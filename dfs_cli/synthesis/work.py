@@ -23,7 +23,7 @@ _TUNING_TIME = 2.5  # of a tuning step over a forward and backward pass of the o
 # Multiply-accumulates of the images that are tuned on, or made, together: a few GiB.
 _TUNING_MACS, _MAKING_MACS = 66e9, 132e9
 _MOST_TUNED, _MOST_MADE = 128, 512
-_FEW_BITS = 4.0  # below 8 bits, so many times the images and steps are needed
+_FEW_BITS = 2.0  # below 8 bits, so many times the images and steps are needed
 
 
 class Work(NamedTuple):

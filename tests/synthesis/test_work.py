@@ -35,8 +35,9 @@ def test_what_is_done_depends_on_the_speed_of_the_machine(
     monkeypatch.setattr(work, "step_seconds", lambda model, size, batch, amp, device: batch * seconds)
     preprocessing = resolve_preprocessing(digits_model)
 
-    def plan(few_bits: bool, **given: int) -> work.Work:
-        return plan_work(digits_model, preprocessing, 500_000, SynthesisConfig(**given), few_bits, CPU)
+    def plan(few_bits: bool, images: int | None = None, steps: int | None = None) -> work.Work:
+        config = SynthesisConfig(images=images, steps=steps)
+        return plan_work(digits_model, preprocessing, 500_000, config, few_bits, CPU)
 
     usual, few = plan(False), plan(True)
     assert math.log2(usual.images).is_integer() and 32 <= usual.images <= 1024 and 32 <= usual.tuning_steps <= 350

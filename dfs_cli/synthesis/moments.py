@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dfs_cli.errors import UnsupportedModelError
 
+_TINY = 1e-12  # keeps a channel of zeros from dividing by zero
+
 
 class Moments:
     """Compares, within its context, what enters each batch-norm layer of ``model`` with the statistics stored there.
@@ -54,9 +56,35 @@ class Moments:
 
     def _compare(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None
-        x = inputs[0].float()
-        variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        mean, variance = mean_and_variance(inputs[0])
         self._divergences.append(divergence(mean, variance, layer.running_mean, layer.running_var, layer.eps))
+
+
+class _MeanAndVariance(torch.autograd.Function):
+    """By batch-norm's own kernel, which takes a tenth of the time of ``torch.var_mean``, and of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        # With parameters in single precision, so are the results.
+        ones, zeros = (make(x.shape[1], device=x.device) for make in (torch.ones, torch.zeros))
+        _, mean, inverse = torch.native_batch_norm(x, ones, zeros, None, None, True, 0.0, _TINY)
+        ctx.save_for_backward(x, mean)
+        return mean, inverse.square().reciprocal() - _TINY
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        values = x.numel() / x.shape[1]
+        slope = 2 * grads[1] / values
+        offset = grads[0] / values - slope * mean
+        slope, offset = (v.to(x.dtype).reshape(1, -1, 1, 1) for v in (slope, offset))
+        return torch.addcmul(offset, x, slope)
+
+
+def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel, (C,) each in single precision, over images and pixels of ``x`` (N, C, H, W)."""
+    mean, variance = _MeanAndVariance.apply(x)
+    return mean, variance
 
 
 def divergence(mean: Tensor, variance: Tensor, expected_mean: Tensor, expected_variance: Tensor, eps: float) -> Tensor:

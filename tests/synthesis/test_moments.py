@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from dfs_cli.errors import UnsupportedModelError
-from dfs_cli.synthesis.moments import Moments, divergence
+from dfs_cli.synthesis.moments import Moments, divergence, mean_and_variance
 
 
 def test_divergence_is_that_of_normal_distributions() -> None:
@@ -58,3 +58,20 @@ def test_statistics_are_those_of_every_batch_norm() -> None:
         pass
     with pytest.raises(UnsupportedModelError, match=f"{layers} for"):
         Moments(model, blocks=layers + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_mean_and_variance_and_their_gradients(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (3 * torch.randn(4, 5, 6, 6, generator=generator) + 2).to(dtype).contiguous(memory_format=layout)
+    x[:, 0] = 0  # a dead channel
+    x.requires_grad_(True)
+    weights = torch.randn(2, 5, generator=generator)
+    found = mean_and_variance(x)
+    (gradient,) = torch.autograd.grad((torch.stack(found) * weights).sum(), x)
+    variance, mean = torch.var_mean(x.double(), dim=(0, 2, 3), correction=0)
+    (expected,) = torch.autograd.grad((torch.stack([mean, variance]) * weights).sum(), x)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    torch.testing.assert_close(torch.stack(found), torch.stack([mean, variance]).float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=2e-2, atol=1e-3 if dtype == torch.bfloat16 else 1e-6)

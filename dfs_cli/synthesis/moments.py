@@ -50,7 +50,7 @@ class Moments:
 
     def take(self) -> Tensor:
         """The divergence in the forward pass since the last call: in nats, the sum over layers of the mean over channels."""
-        total = torch.stack(self._divergences).sum()
+        total = torch.stack(self._divergences).sum() if self._divergences else torch.zeros(())
         self._divergences = []
         return total
 

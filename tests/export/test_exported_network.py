@@ -26,6 +26,7 @@ from timm.models.resnet import Bottleneck
 from torch import nn
 
 from dfs_cli.control.base import Controller, controller_of
+from dfs_cli.control.gated import GatedController
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.data.images import Batch
@@ -62,6 +63,21 @@ def check_same_as_network(network: DynamicResNet) -> None:
 @pytest.mark.parametrize(("gate", "bits"), [("rnn", (0, 8)), ("ff", (0, 4, 8)), ("probe", (0, 4, 8))])
 def test_the_graph_decides_and_answers_as_the_network_does(gate: str, bits: tuple[int, ...]) -> None:
     check_same_as_network(make_network(tiny_resnet(Bottleneck), gate, bits))
+
+
+@pytest.mark.parametrize(("gate", "bits"), [("rnn", (0, 8)), ("ff", (0, 4, 8)), ("probe", (0, 4, 8))])
+def test_the_graph_keeps_to_the_dearest_options_that_are_allowed(gate: str, bits: tuple[int, ...]) -> None:
+    network = make_network(tiny_resnet(Bottleneck), gate, bits)
+    controller = cast("GatedController | ProbeController", controller_of(network))
+    varied = images(40) * torch.linspace(0.2, 5.0, 40).reshape(-1, 1, 1, 1)
+    free = network.run(varied).decisions
+    widest = (free.in_pass(free.passes - 1) == len(bits) - 1).sum(dim=0)
+    assert widest.max() > 0, "some image must take what is forbidden then"
+    block = int(widest.argmax())
+    controller.ceiling.highest[block] = len(bits) - 2
+    kept = network.run(varied).decisions
+    assert int(kept.in_pass(kept.passes - 1)[:, block].max()) <= len(bits) - 2
+    check_same_as_network(network)
 
 
 @slow

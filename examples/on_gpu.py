@@ -1,4 +1,5 @@
-"""What this project does on a GPU: tests, decisions beside the CPU's, speed of tuning and evaluation, the paper's protocol.
+"""What this project does on a GPU: tests, decisions beside the CPU's, speed of tuning and evaluation, a conversion
+without images, the paper's protocol.
 
 Results are written after each section, to a JSON file named after the card. A section that fails is recorded, and the others
 run all the same. The real images are CIFAR-10's, as class folders in train/ and val/, with a ResNet-20 that knows them.
@@ -188,11 +189,32 @@ def follow_paper(options: Options) -> dict[str, Any]:
     return found
 
 
+def convert_without_images(options: Options) -> dict[str, Any]:
+    """ResNet-50 at 224 pixels with random weights: how long a conversion without images takes."""
+    model = timm.create_model("resnet50", pretrained=False)
+    tuning = dfs_cli.TuningConfig(steps=35 if options.quick else None, device="cuda", workers=options.tuning.workers)
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    converted = dfs_cli.convert(model, 0.4, dfs_cli.SynthesisConfig(), tuning=tuning)
+    seconds = time.perf_counter() - began
+    made_with = converted.manifest.configuration
+    assert made_with is not None and made_with.synthesis is not None
+    return {
+        "seconds": seconds,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "images": made_with.synthesis.images,
+        "synthesis_steps": made_with.synthesis.steps,
+        "tuning_steps": made_with.steps,
+        "bound": converted.manifest.bound,
+    }
+
+
 SECTIONS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "tests": run_tests,
     "decisions": compare_decisions,
     "tuning": time_tuning,
     "throughput": time_evaluation,
+    "data-free": convert_without_images,
     "paper": follow_paper,
 }
 

@@ -56,6 +56,7 @@ class FractionalLayer(_Layer):
     log_weight_steps: nn.Parameter  # (Q, C_out): natural logarithms of the step sizes
     log_input_steps: nn.Parameter  # (Q,)
     input_signed: Tensor  # (), bool
+    input_gain: Tensor | None  # (C_in,), powers of two by which inputs are multiplied first; None: ones
 
     def _set_up(self, precision: Precision) -> None:
         self.bitwidths = bitwidths = precision.quantized
@@ -65,10 +66,25 @@ class FractionalLayer(_Layer):
         self.log_weight_steps = nn.Parameter(torch.zeros(len(bitwidths), channels, device=device))
         self.log_input_steps = nn.Parameter(torch.zeros(len(bitwidths), device=device))
         self.register_buffer("input_signed", torch.tensor(False, device=device))
+        self.register_buffer("input_gain", None)
         self._cache: dict[int, QuantizedWeight] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": {}}
+
+    def reserve_input_gain(self) -> None:
+        """Give the input a gain of ones, into which another one can be loaded."""
+        self.input_gain = self.weight.new_ones(self.input_channels())
+
+    @torch.no_grad()
+    def set_input_gain(self, gain: Tensor) -> None:
+        """Multiply the input's channels by ``gain`` (C_in,) before they are quantized, and divide the weight by it.
+
+        Powers of two change no result in floating point by a single bit.
+        """
+        self.input_gain = gain.to(self.weight)
+        if self.effective_weight() is self.weight:
+            self.weight = nn.Parameter(self._for_gain(self.weight.detach()), self.weight.requires_grad)
 
     @torch.no_grad()
     def fit_weight_steps(self) -> None:
@@ -80,7 +96,7 @@ class FractionalLayer(_Layer):
     @torch.no_grad()
     def fit_input_steps(self, x: Tensor) -> None:
         """Set the step sizes of the input, and whether it is signed, from ``x``, a sample of any shape."""
-        values = x.detach().float().reshape(1, -1)
+        values = self._with_gain(x.detach().float()).reshape(1, -1)
         if values.shape[1] > 1 << 18:
             values = values[:, :: values.shape[1] >> 18]
         self.input_signed.fill_(bool((values < 0).any()))
@@ -132,20 +148,35 @@ class FractionalLayer(_Layer):
         return logarithms.cpu().exp().to(logarithms.device).reshape(self._weight_shape())
 
     def effective_weight(self) -> Tensor:
-        """The weight that the layer applies or quantizes."""
+        """The weight that the layer applies or quantizes, behind the input's gain."""
         return self.weight
+
+    def input_channels(self) -> int:
+        """The number of the input's channels, C_in."""
+        raise NotImplementedError
+
+    def weight_range(self) -> Tensor:
+        """The largest absolute weight of each of the input's channels, (C_in,)."""
+        raise NotImplementedError
+
+    def _with_gain(self, x: Tensor) -> Tensor:
+        return x if self.input_gain is None else x * self.input_gain.reshape(self._channel_shape())
+
+    def _for_gain(self, weight: Tensor) -> Tensor:
+        """``weight`` divided by the input's gain."""
+        raise NotImplementedError
 
     def _weight_shape(self) -> tuple[int, ...]:
         return (-1,) + (1,) * (self.weight.dim() - 1)
 
-    def _output_shape(self) -> tuple[int, ...]:
+    def _channel_shape(self) -> tuple[int, ...]:
         raise NotImplementedError
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        bits = self.precision.bits
+        bits, x = self.precision.bits, self._with_gain(x)
         if self.training:
             return self._forward_training(x, bits)
         if bits == FULL_BITS:
@@ -155,10 +186,10 @@ class FractionalLayer(_Layer):
         step = self.log_input_steps[self.bitwidths.index(bits)].exp()
         with self._exact(bits, x):
             y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
-        factor = (scale * step).reshape(self._output_shape())
+        factor = (scale * step).reshape(self._channel_shape())
         # In place where no gradient is recorded: a new tensor of this size costs as much as the arithmetic.
         y = y * factor if torch.is_grad_enabled() else y.mul_(factor)
-        return y if self.bias is None else y + self.bias.reshape(self._output_shape())
+        return y if self.bias is None else y + self.bias.reshape(self._channel_shape())
 
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:
         weight = self.effective_weight()
@@ -268,13 +299,26 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
             return self.weight
         rows = self.weight.reshape(1, self.out_channels, -1)
         standard = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0, eps=self.standardise_eps)
-        return standard.reshape_as(self.weight)
+        return self._for_gain(standard.reshape_as(self.weight))
+
+    def input_channels(self) -> int:
+        return self.in_channels
+
+    def weight_range(self) -> Tensor:
+        weight = self.effective_weight().detach().abs().amax(dim=(2, 3))  # (C_out, C_in / groups)
+        return weight.reshape(self.groups, -1, weight.shape[1]).amax(dim=1).flatten()
+
+    def _for_gain(self, weight: Tensor) -> Tensor:
+        if self.input_gain is None:
+            return weight
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
+        return (grouped / self.input_gain.reshape(self.groups, 1, -1, 1, 1)).reshape_as(weight)
 
     def set_weight_codes(self, codes: Tensor | None = None) -> None:
         super().set_weight_codes(codes)
         self.standardise_eps = None
 
-    def _output_shape(self) -> tuple[int, ...]:
+    def _channel_shape(self) -> tuple[int, ...]:
         return (1, -1, 1, 1)
 
     def _apply_quantized(
@@ -285,7 +329,7 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
             return super()._apply_quantized(x, step, limits, weight)
         geometry = Convolution(self.stride, self.padding, self.dilation, self.groups)
         y = quantized_convolution(x, step, limits, weight, geometry, others)
-        return y if self.bias is None else y + self.bias.reshape(self._output_shape())
+        return y if self.bias is None else y + self.bias.reshape(self._channel_shape())
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[0] == 1 and not self.training and x.device.type == "cpu" and x.numel() <= _SMALL_INPUT:
@@ -305,7 +349,16 @@ class FractionalLinear(FractionalLayer, nn.Linear):  # type: ignore[misc]
         new._set_up(precision)
         return new
 
-    def _output_shape(self) -> tuple[int, ...]:
+    def input_channels(self) -> int:
+        return self.in_features
+
+    def weight_range(self) -> Tensor:
+        return self.weight.detach().abs().amax(dim=0)
+
+    def _for_gain(self, weight: Tensor) -> Tensor:
+        return weight if self.input_gain is None else weight / self.input_gain
+
+    def _channel_shape(self) -> tuple[int, ...]:
         return (1, -1)
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -71,8 +71,9 @@ def measure_layers(network: DynamicResNet, plan: SurgeryPlan, table: CostTable, 
 
 
 @contextmanager
-def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) -> Iterator[None]:
-    """Run one layer, and the batch-norms that follow it, at ``bits``, whatever its block runs at, within the context."""
+def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) -> Iterator[Precision]:
+    """Run one layer, and the batch-norms that follow it, at ``bits``, whatever its block runs at, within the context, which is
+    given their precision."""
     paths = [name, *(norm for norm, layer in plan.norms.items() if layer == name)]
     modules = [network.backbone.get_submodule(path) for path in paths]
     before = [module.precision for module in modules]
@@ -80,7 +81,7 @@ def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) ->
     for module in modules:
         module.precision = layer_precision  # type: ignore[assignment]
     try:
-        yield
+        yield layer_precision
     finally:
         for module, precision in zip(modules, before, strict=True):
             module.precision = precision

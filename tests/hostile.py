@@ -71,7 +71,7 @@ def _pairs(model: nn.Module) -> Iterator[Pair]:
     for stage in _blocks(model):
         for block in stage:
             convs = _convolutions(block)
-            yield from zip(convs, _norms(block), convs[1:])
+            yield from zip(convs, _norms(block), convs[1:], strict=False)
 
 
 def _scales(count: int, generator: torch.Generator) -> Tensor:
@@ -80,12 +80,12 @@ def _scales(count: int, generator: torch.Generator) -> Tensor:
 
 
 def _scale(norm: nn.BatchNorm2d, scales: Tensor) -> None:
-    norm.weight *= scales
-    norm.bias *= scales
+    norm.weight.mul_(scales)
+    norm.bias.mul_(scales)
 
 
 def _read_scaled(layer: nn.Conv2d | nn.Linear, scales: Tensor) -> None:
-    layer.weight /= scales.reshape(1, -1, *[1] * (layer.weight.dim() - 2))
+    layer.weight.div_(scales.reshape(1, -1, *[1] * (layer.weight.dim() - 2)))
 
 
 def _scale_branches(model: nn.Module, generator: torch.Generator) -> None:
@@ -137,8 +137,8 @@ def _shrink_variances(model: nn.Module, generator: torch.Generator) -> None:
         tiny = 10 ** (4 * torch.rand(len(variance), generator=generator) - 12)
         factor = torch.where(chosen, (tiny / variance.clamp_min(1e-5)).sqrt(), 1.0)
         small = variance * factor**2
-        norm.weight *= ((small + norm.eps) / (variance + norm.eps)).sqrt() / factor
-        conv.weight *= factor.reshape(-1, 1, 1, 1)
+        norm.weight.mul_(((small + norm.eps) / (variance + norm.eps)).sqrt() / factor)
+        conv.weight.mul_(factor.reshape(-1, 1, 1, 1))
         cast(Tensor, norm.running_mean).mul_(factor)
         variance.copy_(small)
 

@@ -77,14 +77,18 @@ class FractionalLayer(_Layer):
         self.input_gain = self.weight.new_ones(self.input_channels())
 
     @torch.no_grad()
-    def set_input_gain(self, gain: Tensor) -> None:
+    def set_input_gain(self, gain: Tensor | None) -> None:
         """Multiply the input's channels by ``gain`` (C_in,) before they are quantized, and divide the weight by it.
 
-        Powers of two change no result in floating point by a single bit.
+        Powers of two change no result in floating point by a single bit. None takes an earlier gain back.
         """
-        self.input_gain = gain.to(self.weight)
-        if self.effective_weight() is self.weight:
-            self.weight = nn.Parameter(self._for_gain(self.weight.detach()), self.weight.requires_grad)
+        factors = [self.input_gain, None if gain is None else 1 / gain]
+        self.input_gain = None if gain is None else gain.to(self.weight)
+        if self.effective_weight() is self.weight:  # a standardised weight is divided whenever it is computed
+            weight = self.weight.detach()
+            for factor in factors:
+                weight = weight if factor is None else self._times_input(weight, factor.to(weight))
+            self.weight = nn.Parameter(weight, self.weight.requires_grad)
 
     @torch.no_grad()
     def fit_weight_steps(self) -> None:
@@ -155,21 +159,28 @@ class FractionalLayer(_Layer):
         """The number of the input's channels, C_in."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def weight_range(self) -> Tensor:
-        """The largest absolute weight of each of the input's channels, (C_in,)."""
+        """The largest absolute weight of each of the input's channels, (C_in,), if there were no gain."""
+        largest = self._largest_weights()
+        return largest if self.input_gain is None else largest * self.input_gain
+
+    def _largest_weights(self) -> Tensor:
+        """The largest absolute weight that is applied to each of the input's channels, (C_in,)."""
         raise NotImplementedError
 
     def _with_gain(self, x: Tensor) -> Tensor:
-        return x if self.input_gain is None else x * self.input_gain.reshape(self._channel_shape())
+        return x if self.input_gain is None else x * self.input_gain.reshape(self.channel_shape())
 
-    def _for_gain(self, weight: Tensor) -> Tensor:
-        """``weight`` divided by the input's gain."""
+    def _times_input(self, weight: Tensor, factor: Tensor) -> Tensor:
+        """``weight`` times a factor (C_in,) for each of the input's channels."""
         raise NotImplementedError
 
     def _weight_shape(self) -> tuple[int, ...]:
         return (-1,) + (1,) * (self.weight.dim() - 1)
 
-    def _channel_shape(self) -> tuple[int, ...]:
+    def channel_shape(self) -> tuple[int, ...]:
+        """The shape in which a number per channel is multiplied with the input or the output."""
         raise NotImplementedError
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -186,10 +197,10 @@ class FractionalLayer(_Layer):
         step = self.log_input_steps[self.bitwidths.index(bits)].exp()
         with self._exact(bits, x):
             y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
-        factor = (scale * step).reshape(self._channel_shape())
+        factor = (scale * step).reshape(self.channel_shape())
         # In place where no gradient is recorded: a new tensor of this size costs as much as the arithmetic.
         y = y * factor if torch.is_grad_enabled() else y.mul_(factor)
-        return y if self.bias is None else y + self.bias.reshape(self._channel_shape())
+        return y if self.bias is None else y + self.bias.reshape(self.channel_shape())
 
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:
         weight = self.effective_weight()
@@ -299,26 +310,25 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
             return self.weight
         rows = self.weight.reshape(1, self.out_channels, -1)
         standard = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0, eps=self.standardise_eps)
-        return self._for_gain(standard.reshape_as(self.weight))
+        standard = standard.reshape_as(self.weight)
+        return standard if self.input_gain is None else self._times_input(standard, 1 / self.input_gain)
 
     def input_channels(self) -> int:
         return self.in_channels
 
-    def weight_range(self) -> Tensor:
-        weight = self.effective_weight().detach().abs().amax(dim=(2, 3))  # (C_out, C_in / groups)
-        return weight.reshape(self.groups, -1, weight.shape[1]).amax(dim=1).flatten()
+    def _largest_weights(self) -> Tensor:
+        largest = self.effective_weight().abs().amax(dim=(2, 3))  # (C_out, C_in / groups)
+        return largest.reshape(self.groups, -1, largest.shape[1]).amax(dim=1).flatten()
 
-    def _for_gain(self, weight: Tensor) -> Tensor:
-        if self.input_gain is None:
-            return weight
+    def _times_input(self, weight: Tensor, factor: Tensor) -> Tensor:
         grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
-        return (grouped / self.input_gain.reshape(self.groups, 1, -1, 1, 1)).reshape_as(weight)
+        return (grouped * factor.reshape(self.groups, 1, -1, 1, 1)).reshape_as(weight)
 
     def set_weight_codes(self, codes: Tensor | None = None) -> None:
         super().set_weight_codes(codes)
         self.standardise_eps = None
 
-    def _channel_shape(self) -> tuple[int, ...]:
+    def channel_shape(self) -> tuple[int, ...]:
         return (1, -1, 1, 1)
 
     def _apply_quantized(
@@ -329,7 +339,7 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
             return super()._apply_quantized(x, step, limits, weight)
         geometry = Convolution(self.stride, self.padding, self.dilation, self.groups)
         y = quantized_convolution(x, step, limits, weight, geometry, others)
-        return y if self.bias is None else y + self.bias.reshape(self._channel_shape())
+        return y if self.bias is None else y + self.bias.reshape(self.channel_shape())
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[0] == 1 and not self.training and x.device.type == "cpu" and x.numel() <= _SMALL_INPUT:
@@ -352,13 +362,13 @@ class FractionalLinear(FractionalLayer, nn.Linear):  # type: ignore[misc]
     def input_channels(self) -> int:
         return self.in_features
 
-    def weight_range(self) -> Tensor:
-        return self.weight.detach().abs().amax(dim=0)
+    def _largest_weights(self) -> Tensor:
+        return self.weight.abs().amax(dim=0)
 
-    def _for_gain(self, weight: Tensor) -> Tensor:
-        return weight if self.input_gain is None else weight / self.input_gain
+    def _times_input(self, weight: Tensor, factor: Tensor) -> Tensor:
+        return weight * factor
 
-    def _channel_shape(self) -> tuple[int, ...]:
+    def channel_shape(self) -> tuple[int, ...]:
         return (1, -1)
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dfs_cli.report.cost import agreement_text
+
 
 def _percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
@@ -18,6 +20,12 @@ def _dynamics(report: dict[str, Any]) -> list[str]:
         f"With the most common policy ({d['common_share']:.1%} of the images) for all: "
         f"top-1 {d['common_top1']:.2f} at cost {d['common_cost']:.4f}.",
     ]
+
+
+def _agreement(report: dict[str, Any]) -> list[str]:
+    agreement = report["agreement"]
+    names = ", ".join(f"`{name}`" for name in agreement["refitted"]) if agreement else ""
+    return [f"**Agreement:** {agreement_text(agreement)}" + (f": {names}." if names else ".")]
 
 
 def render_markdown(report: dict[str, Any]) -> str:
@@ -43,6 +51,8 @@ def render_markdown(report: dict[str, Any]) -> str:
         f"{report['cost_all_8_bit']:.4f}, and usually loses next to nothing.",
         "",
         *_dynamics(report),
+        "",
+        *_agreement(report),
         "",
         f"Weights: {source.get('weights') or 'unknown'}; licence: {source.get('license') or 'unknown'}.",
         *([f"SHA-256 of the network's file: `{digest}`."] if (digest := report.get("file_sha256")) else []),

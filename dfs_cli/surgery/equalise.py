@@ -51,17 +51,32 @@ def balance(values: Tensor, weights: Tensor) -> Tensor:
     Args:
         values, weights: (C,), the largest absolute value and weight of each channel.
     """
+    value, weight = values.double().log2(), weights.double().log2()
     live = (values > 0) & (weights > 0)
     if not bool(live.any()):
         return torch.ones_like(values)
-    exponents = (weights.log2() - values.log2()) / 2
-    ordinary = ((weights.log2() + values.log2()) / 2)[live].median()
-    exponents = torch.where(live, exponents, torch.where(weights > 0, weights.log2() - ordinary, ordinary - values.log2()))
-    exponents = torch.where((values > 0) | (weights > 0), exponents, 0.0)
-    return exponents.round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp2()
+    ordinary = ((weight + value) / 2)[live].median()
+    exponents = torch.where(values > 0, ordinary - value, 0.0)
+    exponents = torch.where(weights > 0, weight - ordinary, exponents)
+    exponents = torch.where(live, (weight - value) / 2, exponents)
+    return exponents.to(values.dtype).round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp2()
 
 
-def equalise(network: DynamicResNet, gains: Mapping[str, Tensor]) -> None:
-    """Give the inputs of layers, by name, their gains (C_in,), in place; step sizes are to be fitted anew."""
+def equalise(network: DynamicResNet, gains: Mapping[str, Tensor | None]) -> None:
+    """Give the inputs of layers, by name, their gains (C_in,), in place; None: none. Step sizes are to be fitted anew."""
     for name, gain in gains.items():
         cast(FractionalLayer, network.backbone.get_submodule(name)).set_input_gain(gain)
+
+
+def reserve_gains(network: DynamicResNet, names: Collection[str]) -> None:
+    """Make room for the gains of layers, by name, which are loaded later.
+
+    Raises:
+        ValueError: a name is not that of a layer that can have one, or is given twice.
+    """
+    layers = dict(network.backbone.named_modules())
+    for name in names:
+        layer = layers.pop(name, None)
+        if not isinstance(layer, FractionalLayer):
+            raise ValueError(f"{name[:80]!r} is no layer whose input could have a gain, or is named twice")
+        layer.reserve_input_gain()

@@ -1,7 +1,7 @@
 """Gains of quantized inputs as nodes: a multiplication that goes into the batch-norm before it, where that is possible.
 
-A gain is a power of two for each channel. Multiplying by it commutes with a ReLU and with every rounding, so that the graph computes
-what the network computes. Where the input comes from elsewhere (what blocks hand on), the multiplication stays.
+A gain is a power of two for each channel. Multiplying by it commutes with a ReLU and with every rounding, so that the graph
+computes what the network computes. Where the input comes from elsewhere (what blocks hand on), the multiplication stays.
 """
 
 from __future__ import annotations

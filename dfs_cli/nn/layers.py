@@ -9,12 +9,13 @@ floating point holds exactly, so the order of addition does not matter.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
+from dfs_cli.nn.gain import GainedInput
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import (
     Convolution,
@@ -26,11 +27,6 @@ from dfs_cli.nn.quantization import (
     quantized_convolution,
 )
 from dfs_cli.presets import FULL_BITS
-
-if TYPE_CHECKING:
-    _Layer = nn.Module
-else:
-    _Layer = object
 
 # For a single image with at most this many values PyTorch uses another CPU convolution, which rounds differently.
 _SMALL_INPUT = 20480
@@ -48,7 +44,7 @@ def _identity(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-class FractionalLayer(_Layer):
+class FractionalLayer(GainedInput):
     """Shared by :class:`FractionalConv2d` and :class:`FractionalLinear`: a layer of C_out outputs and Q quantized bitwidths."""
 
     weight: Tensor
@@ -56,7 +52,6 @@ class FractionalLayer(_Layer):
     log_weight_steps: nn.Parameter  # (Q, C_out): natural logarithms of the step sizes
     log_input_steps: nn.Parameter  # (Q,)
     input_signed: Tensor  # (), bool
-    input_gain: Tensor | None  # (C_in,), powers of two by which inputs are multiplied first; None: ones
 
     def _set_up(self, precision: Precision) -> None:
         self.bitwidths = bitwidths = precision.quantized
@@ -72,23 +67,9 @@ class FractionalLayer(_Layer):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": {}}
 
-    def reserve_input_gain(self) -> None:
-        """Give the input a gain of ones, into which another one can be loaded."""
-        self.input_gain = self.weight.new_ones(self.input_channels())
-
-    @torch.no_grad()
     def set_input_gain(self, gain: Tensor | None) -> None:
-        """Multiply the input's channels by ``gain`` (C_in,) before they are quantized, and divide the weight by it.
-
-        Powers of two change no result in floating point by a single bit. None takes an earlier gain back.
-        """
-        factors = [self.input_gain, None if gain is None else 1 / gain]
-        self.input_gain = None if gain is None else gain.to(self.weight)
-        if self.effective_weight() is self.weight:  # a standardised weight is divided whenever it is computed
-            weight = self.weight.detach()
-            for factor in factors:
-                weight = weight if factor is None else self._times_input(weight, factor.to(weight))
-            self.weight = nn.Parameter(weight, self.weight.requires_grad)
+        super().set_input_gain(gain)
+        self._cache.clear()
 
     @torch.no_grad()
     def fit_weight_steps(self) -> None:
@@ -100,7 +81,7 @@ class FractionalLayer(_Layer):
     @torch.no_grad()
     def fit_input_steps(self, x: Tensor) -> None:
         """Set the step sizes of the input, and whether it is signed, from ``x``, a sample of any shape."""
-        values = self._with_gain(x.detach().float()).reshape(1, -1)
+        values = self.with_gain(x.detach().float()).reshape(1, -1)
         if values.shape[1] > 1 << 18:
             values = values[:, :: values.shape[1] >> 18]
         self.input_signed.fill_(bool((values < 0).any()))
@@ -155,39 +136,14 @@ class FractionalLayer(_Layer):
         """The weight that the layer applies or quantizes, behind the input's gain."""
         return self.weight
 
-    def input_channels(self) -> int:
-        """The number of the input's channels, C_in."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def weight_range(self) -> Tensor:
-        """The largest absolute weight of each of the input's channels, (C_in,), if there were no gain."""
-        largest = self._largest_weights()
-        return largest if self.input_gain is None else largest * self.input_gain
-
-    def _largest_weights(self) -> Tensor:
-        """The largest absolute weight that is applied to each of the input's channels, (C_in,)."""
-        raise NotImplementedError
-
-    def _with_gain(self, x: Tensor) -> Tensor:
-        return x if self.input_gain is None else x * self.input_gain.reshape(self.channel_shape())
-
-    def _times_input(self, weight: Tensor, factor: Tensor) -> Tensor:
-        """``weight`` times a factor (C_in,) for each of the input's channels."""
-        raise NotImplementedError
-
     def _weight_shape(self) -> tuple[int, ...]:
         return (-1,) + (1,) * (self.weight.dim() - 1)
-
-    def channel_shape(self) -> tuple[int, ...]:
-        """The shape in which a number per channel is multiplied with the input or the output."""
-        raise NotImplementedError
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        bits, x = self.precision.bits, self._with_gain(x)
+        bits, x = self.precision.bits, self.with_gain(x)
         if self.training:
             return self._forward_training(x, bits)
         if bits == FULL_BITS:
@@ -311,18 +267,7 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
         rows = self.weight.reshape(1, self.out_channels, -1)
         standard = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0, eps=self.standardise_eps)
         standard = standard.reshape_as(self.weight)
-        return standard if self.input_gain is None else self._times_input(standard, 1 / self.input_gain)
-
-    def input_channels(self) -> int:
-        return self.in_channels
-
-    def _largest_weights(self) -> Tensor:
-        largest = self.effective_weight().abs().amax(dim=(2, 3))  # (C_out, C_in / groups)
-        return largest.reshape(self.groups, -1, largest.shape[1]).amax(dim=1).flatten()
-
-    def _times_input(self, weight: Tensor, factor: Tensor) -> Tensor:
-        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])
-        return (grouped * factor.reshape(self.groups, 1, -1, 1, 1)).reshape_as(weight)
+        return self.without_gain(standard)
 
     def set_weight_codes(self, codes: Tensor | None = None) -> None:
         super().set_weight_codes(codes)
@@ -358,15 +303,6 @@ class FractionalLinear(FractionalLayer, nn.Linear):  # type: ignore[misc]
         new.training = linear.training
         new._set_up(precision)
         return new
-
-    def input_channels(self) -> int:
-        return self.in_features
-
-    def _largest_weights(self) -> Tensor:
-        return self.weight.abs().amax(dim=0)
-
-    def _times_input(self, weight: Tensor, factor: Tensor) -> Tensor:
-        return weight * factor
 
     def channel_shape(self) -> tuple[int, ...]:
         return (1, -1)

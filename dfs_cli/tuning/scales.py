@@ -31,7 +31,7 @@ class ParameterSizes:
 
     @torch.no_grad()
     def __init__(self, network: nn.Module) -> None:
-        self._sizes: dict[nn.Parameter, Tensor] = {}
+        self._sizes: dict[Tensor, Tensor] = {}
         for module in network.modules():
             if isinstance(module, FloatLayer):
                 size = module.weight.flatten(1).norm(dim=1)

@@ -44,12 +44,10 @@ def hostile_bottlenecks() -> nn.Module:
 
 
 def refitted(network: DynamicResNet) -> DynamicResNet:
-    """``network`` with a gain in every quantized layer of the blocks and in the classifier."""
-    layers = network.backbone.named_modules()
-    names = [
-        name for name, m in layers if isinstance(m, FractionalLayer) and m.bitwidths and name.startswith(("l", "f"))
-    ]
-    gains = input_gains(network, names or ["fc"], images(16))
+    """``network`` with a gain in every quantized layer behind the stem."""
+    layers = {name: m for name, m in network.backbone.named_modules() if isinstance(m, FractionalLayer)}
+    names = [name for name in layers if layers[name].bitwidths and not name.startswith(("conv1", "stem"))]
+    gains = input_gains(network, names, images(16))
     assert len({float(g) for gain in gains.values() for g in gain}) > 4
     equalise(network, gains)
     fit_steps(network, images(16))

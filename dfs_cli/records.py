@@ -116,6 +116,22 @@ class Tuned(Json):
     top1: Percent | None = None
 
 
+@validated
+class Agreement(Json):
+    """How often the network at 8 bits, before tuning, answers as the original does.
+
+    Args:
+        images: how many were compared.
+        before, after: share of them with the same most likely class, before and after layers were refitted.
+        refitted: names of the layers whose inputs were given a gain for each channel.
+    """
+
+    images: Annotated[int, Field(ge=1, lt=2**63)]
+    before: Share
+    after: Share
+    refitted: tuple[str, ...] = ()
+
+
 class StepRecord(NamedTuple):
     """One tuning step's figures; ``cost`` and ``target`` are fractions of the dense network's cost, of the pass for which
     something decides block by block (else of the whole network)."""

@@ -14,7 +14,7 @@ from dfs_cli.config import Budget, Configuration, DynamicConfig, Preprocessing
 from dfs_cli.cost.operating_point import keeps_budget
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ArtifactError, ConfigError
-from dfs_cli.records import Cost, Evaluation, Source, Tuned
+from dfs_cli.records import Agreement, Cost, Evaluation, Source, Tuned
 from dfs_cli.validation import Json, first_problem, parse_json, validated
 
 FORMAT_VERSION = 7
@@ -45,6 +45,7 @@ class Manifest(Json):
         operating_point: of the controller, see :class:`dfs_cli.control.base.Controller`.
         configuration: the resolved settings of the conversion; None where there was none.
         source: the original weights.
+        agreement: of the network at 8 bits, before tuning, with the original; None: not compared.
         held_out: what the network achieves on the held-out images, where its operating point was set.
         movable: the least and the largest mean cost that it can be moved to without tuning; None: never tuned.
         bound: the largest cost of an image, whatever it shows; None: the operating point was set on real images.
@@ -71,6 +72,7 @@ class Manifest(Json):
     operating_point: Annotated[float, Field(ge=-1e12, le=1e12)]
     configuration: Configuration | None = None
     source: Source = dataclasses.field(default_factory=Source)
+    agreement: Agreement | None = None
     held_out: Tuned | None = None
     movable: tuple[Cost, Cost] | None = None
     bound: Cost | None = None

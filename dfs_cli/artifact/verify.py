@@ -15,6 +15,7 @@ from dfs_cli.cost.table import CostTable
 from dfs_cli.models.zoo import is_candidate
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.records import Evaluation
+from dfs_cli.surgery.equalise import reserve_gains
 from dfs_cli.surgery.plan import plan_costs
 from dfs_cli.surgery.swap import make_dynamic
 
@@ -39,9 +40,11 @@ def convert_model(model: nn.Module, manifest: Manifest) -> DynamicResNet:
     """The network that ``manifest`` describes, made of the original architecture.
 
     Raises:
-        UnsupportedModelError, ValueError: the architecture cannot be converted, or its blocks are others.
+        UnsupportedModelError, ValueError: the architecture cannot be converted, or its blocks or refitted layers are others.
     """
     network = make_dynamic(model, manifest.dynamic, manifest.table).network
+    if manifest.agreement:
+        reserve_gains(network, manifest.agreement.refitted)
     network.controller.operating_point = manifest.operating_point
     return network
 
@@ -118,7 +121,7 @@ def check_values(network: DynamicResNet, manifest: Manifest) -> None:
     """Check numbers that were loaded into ``network``.
 
     Raises:
-        ValueError: a tensor holds infinite or undefined numbers, negative variances or step sizes that are none, or the
+        ValueError: a tensor holds infinite or undefined numbers, negative variances, step sizes or gains that are none, or the
             controller cannot decide by its state; the message names the tensor. Or it can be moved to other costs.
     """
     for name, tensor in network.state_dict().items():
@@ -126,6 +129,8 @@ def check_values(network: DynamicResNet, manifest: Manifest) -> None:
             raise ValueError(f"{name} holds infinite or undefined numbers")
         if name.endswith(("running_var", "bit_var")) and bool((tensor < 0).any()):
             raise ValueError(f"{name} holds negative variances")
+        if name.endswith("input_gain") and bool((tensor <= 0).any()):
+            raise ValueError(f"{name} holds gains that are not positive")
         if name.endswith("_steps") and bool((tensor.abs() > _LARGEST_LOGARITHM).any()):
             raise ValueError(f"{name} holds logarithms of step sizes beyond {_LARGEST_LOGARITHM:g}")
     controller = controller_of(network)

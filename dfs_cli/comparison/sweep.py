@@ -118,6 +118,7 @@ def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> No
         "top1": evaluation.top1,
         "top5": evaluation.top5,
         "steps": setup.steps,
+        "agreement": manifest.agreement.to_dict() if manifest.agreement else None,
     }
     if job.method in STATIC:
         point["layer_bits"] = manifest.table.layer_bits

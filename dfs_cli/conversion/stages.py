@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import Preprocessing, TuningConfig
 from dfs_cli.control.base import HeldOut, Request, controller_of
+from dfs_cli.conversion.agreement import ensure_agreement
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.setup import EVAL_BATCH, Setup, hard_crops
 from dfs_cli.cost.operating_point import OperatingPoint
@@ -30,7 +31,8 @@ from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.observer import Observer
-from dfs_cli.records import StepRecord, Tuned
+from dfs_cli.records import Agreement, StepRecord, Tuned
+from dfs_cli.surgery.equalise import equalise
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.swap import make_dynamic, verify_conversion
 from dfs_cli.tuning.loop import seed_everything, tune
@@ -49,6 +51,7 @@ class Planned(NamedTuple):
         target: what it is tuned for.
         teacher: the original network, on the same device.
         unreadable: training images that could not be read.
+        agreement: with the original, at 8 bits; None: not compared.
     """
 
     network: DynamicResNet
@@ -56,6 +59,7 @@ class Planned(NamedTuple):
     target: TuningTarget
     teacher: nn.Module
     unreadable: UnreadableLog
+    agreement: Agreement | None = None
 
 
 @contextmanager
@@ -71,7 +75,7 @@ def own_generators(seed: int) -> Iterator[None]:
 
 
 def make_network(setup: Setup, observer: Observer) -> Planned:
-    """Surgery, step sizes, sensitivities, and the controller's start."""
+    """Surgery, step sizes, agreement with the original, sensitivities, and the controller's start."""
     teacher = copy.deepcopy(setup.model).to(setup.device).eval()
     splits = setup.splits
     unreadable = UnreadableLog("training", len(splits.train) + len(splits.calibration))
@@ -82,19 +86,21 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     observer.stage("measuring", None)
     fit_steps(network, sample)
     verify_conversion(teacher, network, sample[:8])
+    agreement, gains = ensure_agreement(network, setup, teacher, sample, observer)
     controller = controller_of(network)
     sensitivity = measure(controller.needs, network, setup.plan, setup.table, sample)
     candidates = []
     for table in controller.candidates(setup.table, sensitivity, setup.request):
         if table is not setup.table:
             network = make_dynamic(teacher, setup.dynamic, table, setup.plan).network
+            equalise(network, gains)
             fit_steps(network, sample)
         candidates.append((network, table))
     if len(candidates) > 1:
         candidates.sort(key=lambda candidate: divergence(candidate[0], teacher, sample))
     network, table = candidates[0]
     target = controller_of(network).start(network, table, sensitivity, setup.request, sample)
-    return Planned(network, table, target, teacher, unreadable)
+    return Planned(network, table, target, teacher, unreadable, agreement)
 
 
 def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
@@ -214,6 +220,7 @@ def finish(
         operating_point=point.value,
         configuration=setup.configuration.replace(unreadable_training_images=tuple(sorted(planned.unreadable.reasons))),
         source=setup.source.replace(top1=top1, top5=top5),
+        agreement=planned.agreement,
         held_out=Tuned(point.cost, point.top1),
         movable=controller_of(network).movable(table),
         bound=controller_of(network).largest_cost(table) if is_synthetic else None,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dfs_cli.errors import ExportError, first_line
 from dfs_cli.export.constants import fold_constants
+from dfs_cli.export.gains import Gain, fold_gains
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
 from dfs_cli.nn.quantization import Convolution, code_range
@@ -133,7 +134,7 @@ def trace(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
             what = f"a {type(module).__name__} cannot be written as an ONNX graph"
             raise ExportError(f"{what}: {first_line(error)}") from None
     model = onnx.load_from_string(content.getvalue())
-    return Traced(fold_constants(_with_shapes(model, plain)), layers), run(module, x)
+    return Traced(fold_gains(fold_constants(_with_shapes(model, plain))), layers), run(module, x)
 
 
 def _with_shapes(model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:
@@ -170,13 +171,17 @@ def _make_plain(module: nn.Module) -> dict[str, QuantizedLayer]:
             module.set_submodule(name, _plain_norm(child))
         elif isinstance(child, FractionalLayer):
             assert isinstance(child, nn.Module)
+            new: nn.Module = child
             if (bits := child.precision.bits) == FULL_BITS:
-                module.set_submodule(name, _plain_layer(child))
+                new = _plain_layer(child)
             elif getattr(child, "padding_mode", "zeros") == "zeros" and not isinstance(
                 getattr(child, "padding", 0), str
             ):
                 quantized[name] = QuantizedLayer.of(child, bits)
-                module.set_submodule(name, _OpaqueLayer(child, name))
+                new = _OpaqueLayer(child, name)
+            if child.input_gain is not None and new is not child:
+                new = nn.Sequential(Gain(child.input_gain, child.channel_shape()), new)
+            module.set_submodule(name, new)
     return quantized
 
 

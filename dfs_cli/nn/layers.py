@@ -9,12 +9,13 @@ floating point holds exactly, so the order of addition does not matter.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
+from dfs_cli.nn.gain import GainedInput
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import (
     Convolution,
@@ -26,11 +27,6 @@ from dfs_cli.nn.quantization import (
     quantized_convolution,
 )
 from dfs_cli.presets import FULL_BITS
-
-if TYPE_CHECKING:
-    _Layer = nn.Module
-else:
-    _Layer = object
 
 # For a single image with at most this many values PyTorch uses another CPU convolution, which rounds differently.
 _SMALL_INPUT = 20480
@@ -48,7 +44,7 @@ def _identity(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
-class FractionalLayer(_Layer):
+class FractionalLayer(GainedInput):
     """Shared by :class:`FractionalConv2d` and :class:`FractionalLinear`: a layer of C_out outputs and Q quantized bitwidths."""
 
     weight: Tensor
@@ -65,10 +61,15 @@ class FractionalLayer(_Layer):
         self.log_weight_steps = nn.Parameter(torch.zeros(len(bitwidths), channels, device=device))
         self.log_input_steps = nn.Parameter(torch.zeros(len(bitwidths), device=device))
         self.register_buffer("input_signed", torch.tensor(False, device=device))
+        self.register_buffer("input_gain", None)
         self._cache: dict[int, QuantizedWeight] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": {}}
+
+    def set_input_gain(self, gain: Tensor | None) -> None:
+        super().set_input_gain(gain)
+        self._cache.clear()
 
     @torch.no_grad()
     def fit_weight_steps(self) -> None:
@@ -80,7 +81,7 @@ class FractionalLayer(_Layer):
     @torch.no_grad()
     def fit_input_steps(self, x: Tensor) -> None:
         """Set the step sizes of the input, and whether it is signed, from ``x``, a sample of any shape."""
-        values = x.detach().float().reshape(1, -1)
+        values = self.with_gain(x.detach().float()).reshape(1, -1)
         if values.shape[1] > 1 << 18:
             values = values[:, :: values.shape[1] >> 18]
         self.input_signed.fill_(bool((values < 0).any()))
@@ -132,20 +133,17 @@ class FractionalLayer(_Layer):
         return logarithms.cpu().exp().to(logarithms.device).reshape(self._weight_shape())
 
     def effective_weight(self) -> Tensor:
-        """The weight that the layer applies or quantizes."""
+        """The weight that the layer applies or quantizes, behind the input's gain."""
         return self.weight
 
     def _weight_shape(self) -> tuple[int, ...]:
         return (-1,) + (1,) * (self.weight.dim() - 1)
 
-    def _output_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
-
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        bits = self.precision.bits
+        bits, x = self.precision.bits, self.with_gain(x)
         if self.training:
             return self._forward_training(x, bits)
         if bits == FULL_BITS:
@@ -155,10 +153,10 @@ class FractionalLayer(_Layer):
         step = self.log_input_steps[self.bitwidths.index(bits)].exp()
         with self._exact(bits, x):
             y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
-        factor = (scale * step).reshape(self._output_shape())
+        factor = (scale * step).reshape(self.channel_shape())
         # In place where no gradient is recorded: a new tensor of this size costs as much as the arithmetic.
         y = y * factor if torch.is_grad_enabled() else y.mul_(factor)
-        return y if self.bias is None else y + self.bias.reshape(self._output_shape())
+        return y if self.bias is None else y + self.bias.reshape(self.channel_shape())
 
     def _forward_training(self, x: Tensor, bits: int) -> Tensor:
         weight = self.effective_weight()
@@ -268,13 +266,14 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
             return self.weight
         rows = self.weight.reshape(1, self.out_channels, -1)
         standard = nn.functional.batch_norm(rows, None, None, training=True, momentum=0.0, eps=self.standardise_eps)
-        return standard.reshape_as(self.weight)
+        standard = standard.reshape_as(self.weight)
+        return self.without_gain(standard)
 
     def set_weight_codes(self, codes: Tensor | None = None) -> None:
         super().set_weight_codes(codes)
         self.standardise_eps = None
 
-    def _output_shape(self) -> tuple[int, ...]:
+    def channel_shape(self) -> tuple[int, ...]:
         return (1, -1, 1, 1)
 
     def _apply_quantized(
@@ -285,7 +284,7 @@ class FractionalConv2d(FractionalLayer, nn.Conv2d):
             return super()._apply_quantized(x, step, limits, weight)
         geometry = Convolution(self.stride, self.padding, self.dilation, self.groups)
         y = quantized_convolution(x, step, limits, weight, geometry, others)
-        return y if self.bias is None else y + self.bias.reshape(self._output_shape())
+        return y if self.bias is None else y + self.bias.reshape(self.channel_shape())
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.shape[0] == 1 and not self.training and x.device.type == "cpu" and x.numel() <= _SMALL_INPUT:
@@ -305,7 +304,7 @@ class FractionalLinear(FractionalLayer, nn.Linear):  # type: ignore[misc]
         new._set_up(precision)
         return new
 
-    def _output_shape(self) -> tuple[int, ...]:
+    def channel_shape(self) -> tuple[int, ...]:
         return (1, -1)
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -197,11 +197,15 @@ class DynamicResNet(nn.Module):
         return self.layout.stem(self.backbone, images.contiguous(memory_format=torch.channels_last)).contiguous()
 
     @torch.no_grad()
-    def run_in_full(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of ``images`` (N, C, H, W) in floating point: before tuning, those of the original model."""
+    def run_in_full(self, images: Tensor, kept: Precision | None = None) -> Tensor:
+        """Logits (N, classes) of ``images`` (N, C, H, W) in floating point: before tuning, those of the original model.
+
+        Args:
+            kept: layers of this precision stay at its bitwidth.
+        """
         layers = (m for m in self.backbone.modules() if isinstance(m, (FractionalLayer, FractionalBatchNorm)))
         with ExitStack() as stack:
-            for precision in {layer.precision for layer in layers}:
+            for precision in {layer.precision for layer in layers} - {kept}:
                 stack.enter_context(precision.at(FULL_BITS))
             x = self.layout.stem(self.backbone, images)
             for block in self.blocks:

@@ -91,6 +91,16 @@ def dynamics_record(evaluation: Evaluation) -> dict[str, Any]:
     return {"passes": evaluation.passes, **evaluation.dynamics.to_dict()}
 
 
+def agreement_text(agreement: dict[str, Any] | None) -> str:
+    """How often the network at 8 bits, before tuning, answered as the original does, and what was done about it."""
+    if agreement is None:
+        return "not compared: no option of 8 bits or fewer"
+    text = f"same answer as the original for {agreement['after']:.1%} of {agreement['images']} images, at 8 bits before tuning"
+    if count := len(agreement["refitted"]):
+        text += f" ({agreement['before']:.1%} before {count} layers were refitted)"
+    return text
+
+
 def block_shares(table: CostTable, evaluation: Evaluation) -> list[dict[int, float]]:
     """For each block (L), how often each bitwidth was chosen, over all images and passes; where layers have individual
     bitwidths, over the block's layers, too."""
@@ -124,6 +134,7 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "unit": UNIT,
         "spend": manifest.spend,
         "keeps_budget": manifest.keeps_budget,
+        "agreement": manifest.agreement.to_dict() if manifest.agreement else None,
         "held_out": manifest.held_out.to_dict() if manifest.held_out else None,
         "operating_point": manifest.operating_point,
         "conventions": list(CONVENTIONS),
@@ -177,6 +188,7 @@ def evaluation_record(manifest: Manifest, evaluation: Evaluation, param_count: f
         "images_per_second": evaluation.images_per_second,
         "option_shares": option_shares(table, evaluation),
         "dynamics": dynamics_record(evaluation),
+        "agreement": manifest.agreement.to_dict() if manifest.agreement else None,
         "unreadable": list(evaluation.unreadable),
     }
 

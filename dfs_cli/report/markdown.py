@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dfs_cli.report.cost import agreement_text
+
 
 def _percent(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
@@ -47,6 +49,12 @@ def _dynamics(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _agreement(report: dict[str, Any]) -> list[str]:
+    agreement = report["agreement"]
+    names = ", ".join(f"`{name}`" for name in agreement["refitted"]) if agreement else ""
+    return [f"**Agreement:** {agreement_text(agreement)}" + (f": {names}." if names else ".")]
+
+
 def render_markdown(report: dict[str, Any]) -> str:
     """The report of :func:`dfs_cli.report.cost.cost_report` for people."""
     source = report["source"]
@@ -70,6 +78,8 @@ def render_markdown(report: dict[str, Any]) -> str:
         "",
         *_data_free(report),
         *_dynamics(report),
+        "",
+        *_agreement(report),
         "",
         f"Weights: {source.get('weights') or 'unknown'}; licence: {source.get('license') or 'unknown'}.",
         *([f"SHA-256 of the network's file: `{digest}`."] if (digest := report.get("file_sha256")) else []),

@@ -12,7 +12,7 @@ from rich.text import Text
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.cost.table import CostTable
 from dfs_cli.records import Evaluation
-from dfs_cli.report.cost import LayerRow, dynamics_record, layer_rows
+from dfs_cli.report.cost import LayerRow, agreement_text, dynamics_record, layer_rows
 
 # Grey for skipped, then from blue to red, in the 256 colours of terminals.
 _COLOURS = (240, 21, 27, 33, 39, 45, 51, 49, 47, 82, 118, 154, 190, 226, 220, 214, 208, 202, 196)
@@ -145,6 +145,7 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
     )
     grid.add_row("chosen", shares)
     grid.add_row("dynamic", dynamics_text(record["dynamics"]))
+    grid.add_row("agrees", agreement_text(record["agreement"]))
     if record.get("data_free"):
         kept = "kept" if record["keeps_budget"] else "missed"
         grid.add_row("data-free", f"tuned without images: the budget is {kept} on these; dfs convert --data gives more")
@@ -159,6 +160,7 @@ def print_conversion(console: Console, report: dict[str, Any]) -> None:
         f"cost    {report['cost']:.4f} of dense 32-bit, budget {report['budget']:g} "
         f"(everything statically at 8 bits: {report['cost_all_8_bit']:.4f})",
         f"spent   {spending_text(report)}",
+        f"agrees  {agreement_text(report['agreement'])}",
     ]
     if unreadable:
         lines.append(f"left out {len(unreadable)} unreadable images: {', '.join(unreadable[:10])}")

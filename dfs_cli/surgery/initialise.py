@@ -35,7 +35,7 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
     for layer in network.backbone.modules():
         if isinstance(layer, FractionalLayer):
             layer.fit_weight_steps()
-    with _hooked(network, FractionalLayer, observe_input), _hooked(network, FractionalBatchNorm, observe_moments):
+    with hooked(network, FractionalLayer, observe_input), hooked(network, FractionalBatchNorm, observe_moments):
         network.run_in_full(images)
 
     def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -43,14 +43,14 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
         if (bits := norm.precision.bits) != FULL_BITS:
             match_statistics(norm, norm.bitwidths.index(bits), expected[norm], inputs[0])
 
-    with _hooked(network, FractionalBatchNorm, match):
+    with hooked(network, FractionalBatchNorm, match):
         for policy in network.controller.policies():
             network.run(images, Decisions.alike(policy, len(images)))
     network.train(was_training)
 
 
 @contextmanager
-def _hooked(network: nn.Module, kind: type, hook: Callable[[nn.Module, tuple[Tensor, ...]], None]) -> Iterator[None]:
+def hooked(network: nn.Module, kind: type, hook: Callable[[nn.Module, tuple[Tensor, ...]], None]) -> Iterator[None]:
     """Call ``hook`` with the inputs of every layer of a kind before it runs, within the context."""
     handles = [m.register_forward_pre_hook(hook) for m in network.modules() if isinstance(m, kind)]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -148,9 +149,12 @@ def tuning_step(
     guessing = math.log(output.logits.shape[1]) * (config.label_weight + config.distillation * config.temperature**2)
     _check_healthy("loss", value, _EXPLODED * guessing, state.step, lr)
     loss.backward()
+    if state.sizes:
+        state.sizes.scale_gradients()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
     _check_healthy("gradient's norm", float(norm), math.inf, state.step, lr)
-    state.optimizer.step()
+    with state.sizes.proportional() if state.sizes else nullcontext():
+        state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)  # now, to free their memory for the next forward pass
     state.scheduler.step_update(state.step + 1)
     if chosen_cost is not None:

@@ -12,6 +12,7 @@ from dfs_cli.control.base import Need, Sensitivity
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.surgery.plan import SurgeryPlan
 from dfs_cli.tuning.losses import distillation_loss
 
@@ -70,9 +71,35 @@ def measure_layers(network: DynamicResNet, plan: SurgeryPlan, table: CostTable, 
     return harm
 
 
+@torch.no_grad()
+def measure_alone(
+    network: DynamicResNet, plan: SurgeryPlan, table: CostTable, images: Tensor, expected: Tensor
+) -> dict[str, float]:
+    """Harm of quantizing one layer alone, to 8 bits or else to its fewest, while all others run in floating point; by name.
+
+    Args:
+        images: (N, C, H, W), see :func:`measure`.
+        expected: (N, classes), the original's logits.
+    """
+    layers = {name: network.backbone.get_submodule(name) for name in (*plan.branch, *plan.fixed)}
+    bits = {name: _byte_bits(layer.bitwidths) for name, layer in layers.items() if layer.bitwidths}  # type: ignore
+    images = _affordable(images, table, len(bits))
+    harm = {}
+    for name in bits:
+        with layer_at(network, plan, name, bits[name]) as kept:
+            logits = network.run_in_full(images, kept)
+        harm[name] = float(distillation_loss(logits, expected[: len(images)], temperature=1.0))
+    return harm
+
+
+def _byte_bits(bitwidths: tuple[int, ...]) -> int:
+    return max((bits for bits in bitwidths if bits <= BYTE_BITS), default=min(bitwidths))
+
+
 @contextmanager
-def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) -> Iterator[None]:
-    """Run one layer, and the batch-norms that follow it, at ``bits``, whatever its block runs at, within the context."""
+def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) -> Iterator[Precision]:
+    """Run one layer, and the batch-norms that follow it, at ``bits``, whatever its block runs at, within the context, which is
+    given their precision."""
     paths = [name, *(norm for norm, layer in plan.norms.items() if layer == name)]
     modules = [network.backbone.get_submodule(path) for path in paths]
     before = [module.precision for module in modules]
@@ -80,7 +107,7 @@ def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) ->
     for module in modules:
         module.precision = layer_precision  # type: ignore[assignment]
     try:
-        yield
+        yield layer_precision
     finally:
         for module, precision in zip(modules, before, strict=True):
             module.precision = precision

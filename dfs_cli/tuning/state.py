@@ -13,6 +13,7 @@ from timm.scheduler import CosineLRScheduler
 from dfs_cli.config import TuningConfig
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.tuning.scales import ParameterSizes, sizes_of
 
 _GATE_RATE, _BACKBONE_RATE = 5.0, 0.3
 # Adam divides by the gradient's size. The gate's gradient is small and mostly noise: with the usual epsilon that noise
@@ -34,6 +35,7 @@ class TuningState:
         scheduler: cosine, per step.
         steps_per_epoch, total_steps: lengths of an epoch and of the run.
         step: number of steps done.
+        sizes: to which steps are proportional; None: they are not.
 
     The Lagrange multiplier of the budget is the controller's ``cost_multiplier``: raised while the cost is above the target,
     lowered below it (dual ascent).
@@ -45,6 +47,7 @@ class TuningState:
     steps_per_epoch: int
     total_steps: int
     step: int = 0
+    sizes: ParameterSizes | None = None
 
     def state_dict(self) -> dict[str, Any]:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -91,7 +94,7 @@ def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: i
     optimizer = create_optimizer_v2([g for g in groups if g["params"]], opt="adamw", lr=config.lr)
     total = config.total_steps(steps_per_epoch)
     scheduler = CosineLRScheduler(optimizer, t_initial=total, lr_min=0.0, t_in_epochs=False)
-    return TuningState(network, optimizer, scheduler, steps_per_epoch, total)
+    return TuningState(network, optimizer, scheduler, steps_per_epoch, total, sizes=sizes_of(network.backbone))
 
 
 def parameter_groups(

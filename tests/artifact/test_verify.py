@@ -66,6 +66,10 @@ def test_what_is_forged_without_a_change_loads(forge: Forge, loaded: tuple[Dynam
         (("configuration", "model"), "resnet18", "configuration"),
         (("movable",), [0.0, 0.1], "movable"),
         (("held_out", "cost"), 5.0, "held_out.cost"),
+        (("agreement", "refitted"), ["layer9.conv1"], "'layer9.conv1' is no layer whose input could have a gain"),
+        (("agreement", "refitted"), ["fc", "fc"], "named twice"),
+        (("agreement", "refitted"), ["fc"], "backbone.fc.input_gain is missing"),
+        (("agreement", "after"), 2.0, "agreement.after"),
         (("validation", "cost"), 0.001, "validation.cost 0.001 is not that of its choices"),
         (("validation", "cost_max"), 5.0, "cheapest and the dearest"),
         (("validation", "images"), 449, "do not add up"),
@@ -131,6 +135,24 @@ def test_packed_numbers_are_looked_at_too(forge: Forge, loaded: tuple[DynamicRes
         parts = [torch.full_like(state[name], value) for name in sorted(state) if name.endswith(f".{kind}")]
         with pytest.raises(ArtifactError, match=reason):
             load_artifact(forge(tensors={kind: pack(parts, "<f4")}))
+
+
+@pytest.mark.parametrize(
+    ("gain", "reason"),
+    [
+        (torch.zeros(64), "backbone.fc.input_gain holds gains that are not positive"),
+        (torch.ones(63), r"backbone.fc.input_gain has shape \(63,\)"),
+        (torch.full((64,), NAN), "backbone.fc.input_gain holds infinite or undefined"),
+        (torch.ones(64), None),
+    ],
+)
+def test_gains_are_looked_at_too(gain: torch.Tensor, reason: str | None, forge: Forge) -> None:
+    path = forge({("agreement", "refitted"): ["fc"]}, {"backbone.fc.input_gain": gain})
+    if reason is None:
+        assert read_manifest(path).agreement and load_artifact(path)
+        return
+    with pytest.raises(ArtifactError, match=reason):
+        load_artifact(path)
 
 
 @pytest.mark.parametrize(

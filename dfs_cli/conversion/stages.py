@@ -80,7 +80,10 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     splits = setup.splits
     unreadable = UnreadableLog("training", len(splits.train) + len(splits.calibration))
     network = make_dynamic(teacher, setup.dynamic, setup.table, setup.plan).network
-    some = splits.calibration.subset(range(min(EVAL_BATCH, len(splits.calibration))))
+    held_out = len(splits.calibration)
+    count = min(EVAL_BATCH, held_out)
+    # From all over: in a folder the images of a class stand side by side.
+    some = splits.calibration.subset([i * held_out // count for i in range(count)])
     observer.stage("loading held-out images", len(some))
     (sample, *_), _ = load_all(some, EVAL_BATCH, setup.workers, setup.device, unreadable, observer.advance)
     observer.stage("measuring", None)

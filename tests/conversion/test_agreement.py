@@ -2,11 +2,13 @@
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hostile import KINDS, hostile, spare
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import dfs_cli
 from dfs_cli.config import DataConfig, DynamicConfig, TuningConfig
@@ -15,6 +17,8 @@ from dfs_cli.conversion.agreement import Refitted, ensure_agreement
 from dfs_cli.conversion.convert import run
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.setup import Setup, prepare
+from dfs_cli.data.images import Images
+from dfs_cli.data.splits import Splits
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.observer import Observer
@@ -146,3 +150,25 @@ def test_agreement_is_in_every_report() -> None:
     text = render_markdown(report)
     assert f"same answer as the original for {manifest.agreement.after:.1%} of" in text
     assert all(f"`{name}`" in text for name in manifest.agreement.refitted)
+
+
+class Recorded(TensorDataset):
+    """Images of a random colour, which remember which of them were looked at."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(torch.rand(count, 1, 8, 8), torch.arange(count) * 10 // count)
+        self.seen: list[int] = []
+
+    def __getitem__(self, index: int) -> Any:
+        self.seen.append(index)
+        return super().__getitem__(index)
+
+
+def test_the_sample_comes_from_all_classes_of_a_folder(digits_model: nn.Module) -> None:
+    others, held_out = Images(TensorDataset(torch.rand(64, 1, 8, 8), torch.arange(64) % 10)), Recorded(600)
+    splits = Splits(others, Images(held_out), others, tuple("0123456789"))
+    dynamic = DynamicConfig((0, 8), gate="static")
+    stages.make_network(prepare(digits_model, 0.1, splits, dynamic, TUNING), Observer())
+    assert len(held_out.seen) == len(set(held_out.seen)) == 256
+    counts = torch.tensor([held_out.tensors[1][i] for i in held_out.seen]).bincount(minlength=10)
+    assert 25 <= counts.min() <= counts.max() <= 26

@@ -40,6 +40,7 @@ from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.observer import Observer
 from dfs_cli.records import Source
 from dfs_cli.surgery.plan import SurgeryPlan, plan_costs, plan_surgery
+from dfs_cli.synthesis.moments import Moments
 from dfs_cli.synthesis.splits import make_images, synthetic_splits
 from dfs_cli.synthesis.work import Work, plan_work
 
@@ -192,12 +193,18 @@ def _make_splits(
     observer: Observer,
 ) -> tuple[Splits, SynthesisConfig, TuningConfig]:
     """Splits of images made from ``model``, how many were made and how, and how to tune on them: without labels."""
+    if config.kind == "distilled":
+        Moments(model, len(table.blocks))  # refuses networks that remember nothing
     few_bits = budget < table.passes * mac_cost(BYTE_BITS)
     observer.stage("timing this machine", None)
     work = plan_work(model, preprocessing, table.dense_macs, config, few_bits, device)
     if tuning.steps is None and tuning.epochs is None:
         tuning = tuning.replace(steps=work.tuning_steps)
-    tuning = tuning.replace(label_weight=0.0, batch_size=min(tuning.batch_size, work.batch_size))
+    # 8 bits need next to no tuning, and made images may lead the weights astray.
+    frozen = tuning.freeze_backbone or not few_bits
+    tuning = tuning.replace(
+        label_weight=0.0, batch_size=min(tuning.batch_size, work.batch_size), freeze_backbone=frozen
+    )
     for text in _what_is_done(work, config, few_bits, mirror):
         observer.note(text)
     made = make_images(model, preprocessing, config, work, len(table.blocks), tuning.seed, device, observer)

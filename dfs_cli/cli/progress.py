@@ -193,6 +193,8 @@ def print_configuration(console: Console, configuration: Configuration, table: C
     tuning, dynamic, data = configuration.tuning, configuration.dynamic, configuration.data
     images, preprocessing = configuration.images, configuration.preprocessing
     source = "given" if data is None else data.dataset or data.data_dir
+    if configuration.synthesis is not None:
+        source = f"synthetic images ({configuration.synthesis.kind}), all of them in each split"
     lines = {
         "model": f"{configuration.model}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4g} GMACs",
         "budget": f"{'' if configuration.spend else 'at most '}{configuration.budget:g} of dense 32-bit (all at 8 bits: "

@@ -96,7 +96,7 @@ def _refit(
     """
     gains: dict[str, Tensor] = {}
     share = before
-    for names in attempts:
+    for names in filter(None, attempts):
         gains = input_gains(network, names, images)
         equalise(network, gains)
         fit_steps(network, images)

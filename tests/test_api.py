@@ -231,8 +231,8 @@ def test_bad_calls_are_refused(digits_model: nn.Module) -> None:
         dfs_cli.convert(digits_model, 1.5)
     with pytest.raises(ConfigError, match="smallest reachable"):
         dfs_cli.convert(digits_model, 0.0005)
-    with pytest.raises(DataError, match="--data"):
-        dfs_cli.convert(timm.create_model("resnet20_cifar"), 0.4)
+    with pytest.raises(ConfigError, match="--spend needs images"):
+        dfs_cli.convert(timm.create_model("resnet20_cifar"), 0.1, spend=True)
     with pytest.raises(DataError, match="3 classes"):
         dfs_cli.convert(timm.create_model("resnet20_cifar"), 0.4, colour_splits(classes=3))
     with pytest.raises(UnsupportedModelError, match=r"timm\.create_model"):

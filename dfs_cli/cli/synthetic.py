@@ -71,8 +71,10 @@ class SyntheticOptions:
             raise ConfigError(
                 f"--{given[0].replace('_', '-')} is for conversions without images: leave out --data and --dataset"
             )
-        if not given:
-            return default_images(model.partition(".")[0], data)
+        if not given and not isinstance(chosen := default_images(model.partition(".")[0], data), SynthesisConfig):
+            return chosen
+        if of_data := [name for name, value in vars(data).items() if value]:
+            raise ConfigError(f"--{of_data[0].replace('_', '-')} goes with --data or --dataset: pass one of them")
         try:
             return SynthesisConfig(
                 kind=self.synthetic or "distilled", images=self.synthetic_images, steps=self.synthetic_steps

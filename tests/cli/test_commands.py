@@ -227,7 +227,10 @@ def test_list() -> None:
         (["resnet20_digits", "--budget", "0.4", "--output", "x" * 300], "File name too long"),
         (["resnet20_digits", "--budget", "0.4", "--output", "none/m.safetensors"], "none does not exist"),
         (["resnet20_digits", "--budget", "0.4", "--data", "none"], "data folder none does not exist"),
-        (["resnet20_cifar", "--budget", "0.4", "--no-pretrained"], "--data"),
+        (
+            ["resnet20_cifar", "--budget", "0.4", "--no-pretrained", "--num-samples", "9"],
+            "--num-samples goes with --data",
+        ),
         (["resnet20_cifar", "--budget", "0.4", "--checkpoint", "none.pth", "--data", "."], "none.pth does not exist"),
         (["resnet20_cifar", "--budget", "0.4", "--data", "."], "pass --checkpoint"),
         (["resnet18", "--budget", "0.4", "--data", "."], "--checkpoint"),

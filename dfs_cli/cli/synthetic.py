@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dfs_cli.cli.options import DATA, OUTPUT
+from dfs_cli.cli.options import DATA
 from dfs_cli.config import DataConfig, Kind, SynthesisConfig
 from dfs_cli.errors import ConfigError, OutputError
 

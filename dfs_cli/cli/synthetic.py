@@ -43,7 +43,7 @@ SaveSynthetic = Annotated[
     typer.Option(
         "--save-synthetic",
         metavar="DIR",
-        rich_help_panel=OUTPUT,
+        rich_help_panel=DATA,
         help="Write the images made as PNG files, to look at.",
     ),
 ]

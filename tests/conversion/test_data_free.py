@@ -51,7 +51,7 @@ def test_the_file_says_that_it_was_made_without_images(tmp_path: Path) -> None:
     report = json.loads(Path("model.report.json").read_text())
     assert report["data_free"] and report["top1_after"] is None and report["top1_before"] is None
     assert 0 < report["cost"] <= report["bound"] <= 0.1 and report["keeps_budget"]
-    assert report["same_answers"] > 50
+    assert 20 < report["same_answers"] <= 100  # by chance it would be 10
     assert report["configuration"]["synthesis"] == {"kind": "distilled", "images": 32, "steps": 4}
     text = Path("model.report.md").read_text()
     assert "Without real images" in text and "(model.images.png)" in text and "top-1 (%)" not in text
@@ -111,7 +111,8 @@ def test_the_first_line_that_anybody_types() -> None:
     result = run("convert", "resnet18", "--budget", "0.4", "--no-pretrained", *size, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
-    assert report["bound"] == pytest.approx(0.125, rel=0.01)  # 8 bits in both passes
+    # Of both passes at most, with 8 bits each; random weights may need less.
+    assert report["cost_max"] <= report["bound"] <= 0.1251 and report["keeps_budget"]
 
 
 def test_noise_is_quick_and_says_so() -> None:

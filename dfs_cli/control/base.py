@@ -73,6 +73,13 @@ class HeldOut(NamedTuple):
     def __len__(self) -> int:
         return sum(len(batch) for batch in self.batches)
 
+    @torch.inference_mode()
+    def measure(self, network: DynamicResNet, table: CostTable) -> tuple[Tensor, float | None]:
+        """The costs (N,) of the images at the present operating point, and their top-1."""
+        outputs = [network.run(images) for images in self.batches]
+        costs = torch.cat([table.cost(output.decisions).cpu() for output in outputs])
+        return costs, self.top1(torch.cat([output.logits.argmax(dim=1) for output in outputs]))
+
     def top1(self, answers: Tensor) -> float | None:
         """Percent of the images that ``answers`` (N,) are right for; None where classes are not known."""
         return None if self.targets is None else 100 * float((answers.cpu() == self.targets).double().mean())
@@ -227,10 +234,6 @@ class Ceiling(nn.Module):
         super().__init__()
         self.options = options
         self.register_buffer("highest", torch.full((blocks,), options - 1))
-
-    def limit(self, scores: Tensor, block: int | None = None) -> Tensor:
-        """``scores`` (N, K) of a block, or (N, L, K) of all blocks, minus infinity for options that are dearer."""
-        return scores.masked_fill(self.forbidden() if block is None else self.forbidden()[block], -torch.inf)
 
     def forbidden(self) -> Tensor:
         """Which options are dearer, (L, K)."""

@@ -68,7 +68,7 @@ class GatedController(Controller):
         target: TuningTarget | None = None,
     ) -> Output:
         """See :meth:`dfs_cli.nn.network.DynamicResNet.run`."""
-        state = self.gate.start(len(images), images)
+        state, forbidden = self.gate.start(len(images), images), self.ceiling.forbidden()
         chosen: list[Tensor] = []
         probs: list[Tensor] = []
         pooled: Tensor | None = None
@@ -83,7 +83,7 @@ class GatedController(Controller):
                 pooled = self.gate.pool(x, pooled, _changed(network, block, chosen))
                 scores, state = self.gate(block, pooled, state)
                 scores = scores - self._operating_point * self.option_costs[0, block].to(scores.dtype)
-                scores = self.ceiling.limit(scores, block)
+                scores = scores.masked_fill(forbidden[block], -torch.inf)
             chosen.append(followed.in_pass(0)[:, block] if followed is not None else scores.argmax(dim=1))
             if self.training:
                 probs.append(scores.softmax(dim=1))
@@ -153,15 +153,12 @@ class GatedController(Controller):
         self.operating_point = point.value
         return point
 
-    @torch.inference_mode()
     def _at(
         self, network: DynamicResNet, table: CostTable, held_out: HeldOut, value: float
     ) -> tuple[Tensor, float | None]:
         """The costs (N,) of the held-out images at a cost multiplier, and their top-1."""
         self.operating_point = value
-        outputs = [network.run(images) for images in held_out.batches]
-        costs = torch.cat([table.cost(output.decisions).cpu() for output in outputs])
-        return costs, held_out.top1(torch.cat([output.logits.argmax(dim=1) for output in outputs]))
+        return held_out.measure(network, table)
 
     def _dearest_affordable(
         self, network: DynamicResNet, table: CostTable, held_out: HeldOut, request: Request, tell: Tell

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell
 from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
-from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, mixes_within, sufficient_cost
+from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, mix_within, sufficient_cost
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import (
     HIGHEST_SHARE,
@@ -133,7 +133,8 @@ class ProbeController(Controller):
 
         scores = self.gate(summarise(entering(first.detach()), entering(features.detach())))
         # Not self.cost_multiplier, a number: an accelerator would be waited for.
-        scores = self.ceiling.limit(scores - self.multiplier * self.option_costs[1].to(scores.dtype))
+        scores = scores - self.multiplier * self.option_costs[1].to(scores.dtype)
+        scores = scores.masked_fill(self.ceiling.forbidden(), -torch.inf)
         choice = scores.argmax(dim=2) if decisions is None else entering(decisions.in_pass(1))
         probs = scores.softmax(dim=2) if self.training else None
         explored = target.explored if target else 0.0
@@ -204,13 +205,13 @@ class ProbeController(Controller):
     ) -> TuningTarget:
         """Start so that both passes together cost no image more than ``budget``; where one pass alone does less harm than both
         would, it has the whole budget, and no image is refined."""
-        first, second = mixes_within(table, harm, budget)
-        self.policy.copy_(first)
-        self.ceiling.highest.copy_(first if second is None else second)
-        self.operating_point = NEVER_REFINE if second is None else -_SURE
+        mix, has_second = mix_within(table, harm, budget)
+        self.policy.copy_(mix)
+        self.ceiling.highest.copy_(mix)
+        self.operating_point = -_SURE if has_second else NEVER_REFINE
         self.cost_multiplier = LEAST_MULTIPLIER
         self._normalise_input(network, sample)
-        return TuningTarget(self.ceiling.cost(table, 1), share=0.0 if second is None else 1.0)
+        return TuningTarget(self.ceiling.cost(table, 1), share=float(has_second))
 
     def _normalise_input(self, network: DynamicResNet, sample: Tensor) -> None:
         """Scale the gate's input to what the first pass finds in ``sample`` (N, C, H, W)."""
@@ -243,10 +244,8 @@ class ProbeController(Controller):
         multiplier."""
         network.eval()
         if request.is_bound:
-            outputs = [network.run(images) for images in held_out.batches]
-            cost = torch.cat([table.cost(output.decisions) for output in outputs]).mean()
-            answers = torch.cat([output.logits.argmax(dim=1) for output in outputs])
-            return OperatingPoint(self.operating_point, float(cost), held_out.top1(answers))
+            costs, top1 = held_out.measure(network, table)
+            return OperatingPoint(self.operating_point, float(costs.mean()), top1)
 
         def run_all(multiplier: float) -> tuple[list[Output], Tensor]:
             """Outputs and costs (N,) of the held-out images, all of them in both passes."""

@@ -115,8 +115,8 @@ class StaticController(Controller):
         """Nothing is set: the cost is the same for all images."""
         cost, _ = self.movable(table)
         tell(0.0, cost)
-        answers = torch.cat([network.run(images).logits.argmax(dim=1) for images in held_out.batches])
-        return OperatingPoint(0.0, cost, held_out.top1(answers))
+        _, top1 = held_out.measure(network, table)
+        return OperatingPoint(0.0, cost, top1)
 
     def movable(self, table: CostTable) -> tuple[float, float]:
         cost = table.cost(Decisions.alike(self.policy.cpu(), 1)).item()
@@ -173,8 +173,8 @@ def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float
     return table.fixed_layers_cost + float(costs @ solution.x.round())
 
 
-def mixes_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[Tensor, Tensor | None]:
-    """Options (L,) for a first pass, and for a second one if there is one, that together cost at most ``budget``.
+def mix_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[Tensor, bool]:
+    """Options (L,) for each pass, and whether there are two of them, that together cost at most ``budget``.
 
     Two passes are taken, half of the budget for each, unless one that has all of it does less harm. The answer is the mean of
     both, so that half of their harm is left; a little harm more is worth the second look.
@@ -189,10 +189,10 @@ def mixes_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[
     alone = best_block_mix(table, sensitivity, budget)
     half = (budget - table.controller_costs[1]) / 2
     if half < table.cheapest:
-        return alone, None
+        return alone, False
     mix = best_block_mix(table, sensitivity, half)
     harm_alone, harm_of_each = (float(harms.gather(1, m[:, None]).sum()) for m in (alone, mix))
-    return (mix, mix) if harm_of_each / 2 <= max(harm_alone, _SECOND_LOOK) else (alone, None)
+    return (mix, True) if harm_of_each / 2 <= max(harm_alone, _SECOND_LOOK) else (alone, False)
 
 
 def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float, least: float = 0.0) -> dict[str, int]:

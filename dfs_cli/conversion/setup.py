@@ -40,7 +40,7 @@ from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.observer import Observer
 from dfs_cli.records import Source
 from dfs_cli.surgery.plan import SurgeryPlan, plan_costs, plan_surgery
-from dfs_cli.synthesis.moments import Moments
+from dfs_cli.synthesis.moments import check_remembers
 from dfs_cli.synthesis.splits import make_images, synthetic_splits
 from dfs_cli.synthesis.work import Work, plan_work
 
@@ -194,7 +194,7 @@ def _make_splits(
 ) -> tuple[Splits, SynthesisConfig, TuningConfig]:
     """Splits of images made from ``model``, how many were made and how, and how to tune on them: without labels."""
     if config.kind == "distilled":
-        Moments(model, len(table.blocks))  # refuses networks that remember nothing
+        check_remembers(model, len(table.blocks))
     few_bits = budget < table.passes * mac_cost(BYTE_BITS)
     observer.stage("timing this machine", None)
     work = plan_work(model, preprocessing, table.dense_macs, config, few_bits, device)
@@ -207,7 +207,7 @@ def _make_splits(
     )
     for text in _what_is_done(work, config, few_bits, mirror):
         observer.note(text)
-    made = make_images(model, preprocessing, config, work, len(table.blocks), tuning.seed, device, observer)
+    made = make_images(model, preprocessing, work, tuning.seed, device, observer)
     steps = sum(stage.steps for stage in work.stages) or None
     return synthetic_splits(model, preprocessing, made, device), config.replace(images=work.images, steps=steps), tuning
 

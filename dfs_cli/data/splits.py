@@ -104,20 +104,18 @@ def open_validation(config: DataConfig, preprocessing: Preprocessing, class_name
     if config.dataset == DIGITS:
         if config.class_map is not None:
             raise ConfigError("--class-map has no meaning for the embedded digits")
-        if isinstance(class_names, int):
-            check_class_count(digits.CLASS_NAMES, class_names)
-            class_names = digits.CLASS_NAMES
-        check_class_names(digits.CLASS_NAMES, class_names, "the embedded digits")
         source: Any = digits.Digits("validation")
+        names = digits.CLASS_NAMES
+        if not isinstance(class_names, int):
+            check_class_names(names, class_names, "the embedded digits")
     else:
         known = None if isinstance(class_names, int) else class_names
         source, names = _open(config, "validation", config.val_split, mode, known)
-        if isinstance(class_names, int):
-            check_class_count(names, class_names)
-            class_names = names
+    if isinstance(class_names, int):
+        check_class_count(names, class_names)
     images = _limit(Images(source, eval_transform(preprocessing), mode=mode), config, _VALIDATION_SEED)
     if config.dataset != DIGITS:
-        images.note = _describe("validation", images, class_names, config)
+        images.note = _describe("validation", images, names, config)
     return images
 
 

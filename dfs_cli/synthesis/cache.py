@@ -9,16 +9,15 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from dfs_cli.atomic import File, write_files
 from dfs_cli.config import Preprocessing
 from dfs_cli.errors import OutputError
 from dfs_cli.locks import locked
-from dfs_cli.synthesis.distil import Synthetic
 from dfs_cli.synthesis.work import Work
 
-_RECIPE = 1
+_RECIPE = 2
 """Raised where the same settings give other images."""
 
 
@@ -27,22 +26,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfs" / "synthetic"
 
 
-def cached(model: nn.Module, preprocessing: Preprocessing, work: Work, seed: int) -> Synthetic | None:
-    """The images that were made before; None: there are none, or they cannot be read."""
+def cached(model: nn.Module, preprocessing: Preprocessing, work: Work, seed: int) -> Tensor | None:
+    """The images (N, C, H, W) that were made before; None: there are none, or they cannot be read."""
     try:
         tensors = safetensors.torch.load_file(_path(model, preprocessing, work, seed))
     except (OSError, SafetensorError):
         return None
-    images, targets = tensors.get("images"), tensors.get("targets")
-    if images is None or targets is None or images.dtype != torch.uint8 or len(images) != len(targets):
-        return None
-    return Synthetic(images, targets) if tuple(images.shape) == (work.images, *preprocessing.input_size) else None
+    images = tensors.get("images")
+    expected = (work.images, *preprocessing.input_size)
+    return images if images is not None and images.dtype == torch.uint8 and images.shape == expected else None
 
 
-def store(made: Synthetic, model: nn.Module, preprocessing: Preprocessing, work: Work, seed: int) -> None:
-    """Keep images, where that is possible."""
+def store(images: Tensor, model: nn.Module, preprocessing: Preprocessing, work: Work, seed: int) -> None:
+    """Keep images (N, C, H, W), where that is possible."""
     path = _path(model, preprocessing, work, seed)
-    content = safetensors.torch.save({"images": made.images.contiguous(), "targets": made.targets.contiguous()})
+    content = safetensors.torch.save({"images": images.contiguous()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path):

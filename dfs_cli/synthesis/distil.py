@@ -29,13 +29,6 @@ class Stage(NamedTuple):
     batch_size: int
 
 
-class Synthetic(NamedTuple):
-    """Images (N, C, H, W) as bytes, and the classes (N,) that they were made for."""
-
-    images: Tensor
-    targets: Tensor
-
-
 def draw_targets(images: int, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Class indices (N,), each class as often as the others, and the probabilities (N, classes) that images are made for.
 
@@ -51,10 +44,9 @@ def draw_targets(images: int, classes: int, generator: torch.Generator) -> tuple
     return targets, probabilities
 
 
-def noise(images: int, preprocessing: Preprocessing, classes: int, generator: torch.Generator) -> Synthetic:
-    """Gaussian noise with the pixels' mean and standard deviation: the baseline."""
-    pixels = torch.randn(images, *preprocessing.input_size, generator=generator)
-    return Synthetic(_to_bytes(pixels, preprocessing), draw_targets(images, classes, generator)[0])
+def noise(images: int, preprocessing: Preprocessing, generator: torch.Generator) -> Tensor:
+    """Gaussian noise with the pixels' mean and standard deviation, (N, C, H, W) as bytes: the baseline."""
+    return _to_bytes(torch.randn(images, *preprocessing.input_size, generator=generator), preprocessing)
 
 
 def distil(
@@ -62,13 +54,12 @@ def distil(
     preprocessing: Preprocessing,
     images: int,
     stages: Sequence[Stage],
-    blocks: int,
     generator: torch.Generator,
     device: torch.device,
     amp: bool = False,
     advance: Callable[[int], None] = lambda images: None,
-) -> Synthetic:
-    """Images under which the batch-norm layers of ``model`` see their stored statistics.
+) -> Tensor:
+    """Images (N, C, H, W), as bytes, under which the batch-norm layers of ``model`` see their stored statistics.
 
     With class targets, random shifts and flips and a prior for smoothness (DeepInversion; Yin et al., 2020), from coarse to
     fine.
@@ -77,19 +68,15 @@ def distil(
         model: left unchanged.
         images: N.
         stages: sizes, steps and batches, in order; the last size is that of the result.
-        blocks: the number of residual blocks.
         generator: of all random numbers, on the CPU.
         amp: compute in bfloat16, but for statistics.
         advance: called after each step, with the number of its images.
-
-    Raises:
-        UnsupportedModelError: the network remembers no statistics.
     """
     model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).eval()
     model.requires_grad_(False)
-    targets, wanted = draw_targets(images, int(model.num_classes), generator)  # type: ignore[arg-type]
+    _, wanted = draw_targets(images, int(model.num_classes), generator)  # type: ignore[arg-type]
     x = torch.randn(images, preprocessing.input_size[0], *stages[0].size, generator=generator)
-    with Moments(model, blocks) as moments:
+    with Moments(model) as moments:
         for stage in stages:
             groups = zip(x.split(stage.batch_size), wanted.split(stage.batch_size), strict=True)
             x = torch.cat(
@@ -101,7 +88,7 @@ def distil(
                     for some, classes in groups
                 ]
             )  # fmt: skip
-    return Synthetic(_to_bytes(x, preprocessing), targets)
+    return _to_bytes(x, preprocessing)
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

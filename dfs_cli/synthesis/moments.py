@@ -19,22 +19,10 @@ class Moments:
     Matching them makes images out of noise (ZeroQ; Cai et al., 2020). Per channel the two are taken for normal distributions;
     their Kullback-Leibler divergence does not depend on the channel's scale. It is computed in single precision.
 
-    Args:
-        blocks: the number of residual blocks: with fewer batch-norm layers than that, too little is remembered.
-
-    Raises:
-        UnsupportedModelError: batch-norm layers are missing, or have no statistics.
     """
 
-    def __init__(self, model: nn.Module, blocks: int = 1) -> None:
-        self._layers = [
-            m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and isinstance(m.running_mean, Tensor)
-        ]
-        if len(self._layers) < blocks:
-            raise UnsupportedModelError(
-                f"images are made from what batch-norm layers remember, and of those the network has {len(self._layers)} "
-                f"for {blocks} blocks: pass --data DIR with images"
-            )
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = _remembering(model)
         self._handles: list[Any] = []
         self._divergences: list[Tensor] = []
 
@@ -58,6 +46,27 @@ class Moments:
         assert isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None
         mean, variance = mean_and_variance(inputs[0])
         self._divergences.append(divergence(mean, variance, layer.running_mean, layer.running_var, layer.eps))
+
+
+def check_remembers(model: nn.Module, blocks: int) -> None:
+    """Check that there is something to make images from.
+
+    Args:
+        blocks: the number of residual blocks: with fewer batch-norm layers than that, too little is remembered.
+
+    Raises:
+        UnsupportedModelError: batch-norm layers are missing, or have no statistics.
+    """
+    if (layers := len(_remembering(model))) < blocks:
+        raise UnsupportedModelError(
+            f"images are made from what batch-norm layers remember, and of those the network has {layers} for {blocks} blocks: "
+            "pass --data DIR with images"
+        )
+
+
+def _remembering(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """The batch-norm layers with statistics."""
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and isinstance(m.running_mean, Tensor)]
 
 
 class _MeanAndVariance(torch.autograd.Function):

@@ -8,19 +8,20 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from dfs_cli.config import Preprocessing, SynthesisConfig
+from dfs_cli.config import Preprocessing
 from dfs_cli.data.images import Images, InMemory
 from dfs_cli.data.loading import eval_loader
 from dfs_cli.data.preprocessing import eval_transform
 from dfs_cli.data.splits import Splits, image_mode
 from dfs_cli.observer import Observer
 from dfs_cli.synthesis.cache import cached, store
-from dfs_cli.synthesis.distil import Synthetic, distil, noise
+from dfs_cli.synthesis.distil import distil, noise
 from dfs_cli.synthesis.work import Work
 
 _SHOWN, _COLUMNS = 64, 16
@@ -28,12 +29,12 @@ _BATCH = 32
 
 
 class SyntheticImages(InMemory):
-    """Images (N, C, H, W) as bytes, with the classes (N,) that the original network gives them."""
+    """Images (N, C, H, W) as bytes. Their classes are 0 until the original network has given them others."""
 
-    def __init__(self, images: Tensor, targets: Tensor) -> None:
+    def __init__(self, images: Tensor) -> None:
         pixels = images.permute(0, 2, 3, 1).numpy()
         self.pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-        self.targets = targets.numpy()
+        self.targets = np.zeros(len(images), dtype=np.int64)
 
     def save(self, folder: Path) -> None:
         """Write each image as a PNG file into ``folder``, in a folder named after its class."""
@@ -56,44 +57,35 @@ class SyntheticImages(InMemory):
 def make_images(
     model: nn.Module,
     preprocessing: Preprocessing,
-    config: SynthesisConfig,
     work: Work,
-    blocks: int,
     seed: int,
     device: torch.device,
     observer: Observer,
-) -> Synthetic:
-    """Make images, or take those that were made before with the same weights and settings.
-
-    Args:
-        blocks: the number of residual blocks.
-
-    Raises:
-        UnsupportedModelError: the network remembers nothing to make images from.
-    """
+) -> Tensor:
+    """Make images (N, C, H, W), as bytes, or take those that were made before with the same weights and settings."""
     generator = torch.Generator().manual_seed(seed)
-    classes = int(model.num_classes)  # type: ignore[arg-type]
-    if config.kind == "noise":
-        return noise(work.images, preprocessing, classes, generator)
+    if not work.stages:
+        return noise(work.images, preprocessing, generator)
     if (known := cached(model, preprocessing, work, seed)) is not None:
-        observer.note(f"{len(known.targets)} synthetic images were made before with these weights and settings")
+        observer.note(f"{len(known)} synthetic images were made before with these weights and settings")
         return known
     observer.stage("making images", work.images * sum(stage.steps for stage in work.stages))
-    made = distil(model, preprocessing, work.images, work.stages, blocks, generator, device, work.amp, observer.advance)
+    made = distil(model, preprocessing, work.images, work.stages, generator, device, work.amp, observer.advance)
     store(made, model, preprocessing, work, seed)
     return made
 
 
-def synthetic_splits(model: nn.Module, preprocessing: Preprocessing, made: Synthetic, device: torch.device) -> Splits:
-    """The splits of a conversion: the same images in all, with the original's answers as classes, which are numbered.
+def synthetic_splits(model: nn.Module, preprocessing: Preprocessing, made: Tensor, device: torch.device) -> Splits:
+    """The splits of a conversion: the images ``made`` (N, C, H, W), the same in all, with the original's answers as classes,
+    which are numbered.
 
     They have the size of the network's input already, and are not cropped.
     """
     shown = replace(preprocessing, crop_pct=1.0)
     transform, mode = eval_transform(shown), image_mode(preprocessing)
-    unlabelled = Images(SyntheticImages(made.images, made.targets), transform, mode=mode)
-    source = SyntheticImages(made.images, _answers(model, unlabelled, device))
+    source = SyntheticImages(made)
     images = Images(source, transform, mode=mode)
+    source.targets = _answers(model, images, device).numpy()
     names = tuple(str(i) for i in range(int(model.num_classes)))  # type: ignore[arg-type]
     return Splits(images, images, images, names)
 

@@ -116,7 +116,7 @@ def step_seconds(
     model.requires_grad_(False)
     x = torch.zeros(batch_size, *input_size, device=device).to(memory_format=torch.channels_last).requires_grad_(True)
     seconds = 0.0
-    with Moments(model, blocks=0) as moments:
+    with Moments(model) as moments:
         for _ in range(2):
             began = time.perf_counter()
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):

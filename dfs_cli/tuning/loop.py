@@ -24,7 +24,6 @@ from dfs_cli.tuning.losses import cost_excess, distillation_loss
 from dfs_cli.tuning.state import TuningState
 
 _COST_WEIGHT = 0.2
-_TAUGHT_SHARE = 0.5  # of a batch, where there are labels: the teacher takes time
 _MULTIPLIER_RATE = 0.1
 _EXPLODED = 100  # times the loss of a network that guesses
 _LEAST_MULTIPLIER = 1e-3  # steps multiply it: zero would stay zero; this low, it changes no decision
@@ -133,8 +132,8 @@ def tuning_step(
         output = network.run(images, target=target)
         taught = None
         if config.distillation:
-            share = _TAUGHT_SHARE if config.label_weight else 1.0
-            taught = _teach(teacher, images, output, network.controller.views[-1].mirrored, share)
+            has_labels = config.label_weight > 0
+            taught = _teach(teacher, images, output, network.controller.views[-1].mirrored, has_labels)
     loss = _answers_loss(output, targets, taught, config)
     last = len(output.answers) - 1
     rows, _, probs = output.answers[last]
@@ -207,37 +206,35 @@ def _answers_loss(
 
 
 def _teach(
-    teacher: nn.Module, images: Tensor, output: Output, is_mirrored: bool, share: float
+    teacher: nn.Module, images: Tensor, output: Output, is_mirrored: bool, has_labels: bool
 ) -> tuple[Tensor, Tensor]:
     """The indices (M,) of the images that the teacher sees, and its logits (M, classes) for them.
 
     Args:
-        share: of the batch.
         is_mirrored: whether the last pass sees mirrored images; the teacher then sees both views of those that took it.
+        has_labels: half a batch's forward passes are enough then; otherwise the teacher sees all images.
     """
     later = output.answers[-1].rows if len(output.answers) > 1 else None
     mirrored = len(later) if later is not None and is_mirrored else 0
-    taught = taught_images(len(images), later, mirrored, share).to(images.device)
+    passes = (len(images) + 1) // 2 if has_labels else len(images) + mirrored
+    taught = taught_images(len(images), later, mirrored, passes).to(images.device)
     return taught, teacher_logits(teacher, images[taught], mirrored)
 
 
-def taught_images(images: int, later: Tensor | None, mirrored: int, share: float = _TAUGHT_SHARE) -> Tensor:
-    """Indices of a ``share`` of a batch, less the number ``mirrored`` of images that the teacher sees twice: it costs a forward
-    pass.
+def taught_images(images: int, later: Tensor | None, mirrored: int, passes: int) -> Tensor:
+    """Indices of the images that the teacher sees in about ``passes`` forward passes; ``mirrored`` of them it sees twice.
 
-    Of all where the share is 1. Images that took a later pass, with the indices ``later``, come first, then others at random.
+    Images that took a later pass, with the indices ``later``, come first, then others at random.
 
     Args:
         images: N.
     """
-    order, wanted = torch.randperm(images), math.ceil(share * images)
-    if share == 1:  # every image needs a teacher
-        mirrored = 0
+    order = torch.randperm(images)
     if later is None:
-        return order[:wanted]
+        return order[:passes]
     later = later.cpu()
     others = order[~torch.isin(order, later)]
-    return torch.cat([later, others[: max(0, wanted - mirrored - len(later))]])
+    return torch.cat([later, others[: max(0, passes - mirrored - len(later))]])
 
 
 @torch.no_grad()

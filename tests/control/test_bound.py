@@ -6,7 +6,7 @@ from common import SIZE, spread_gate, tiny_resnet
 
 from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Request, Sensitivity, controller_of
-from dfs_cli.control.static import mixes_within
+from dfs_cli.control.static import mix_within
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ConfigError
@@ -80,10 +80,9 @@ def test_a_gate_may_choose_less_and_its_largest_cost_can_occur(gate: GateKind) -
 @pytest.mark.parametrize(("harm", "passes"), [(0.01, 2), (3.0, 1)])
 def test_a_second_pass_is_taken_where_half_of_the_budget_does_little_harm(harm: float, passes: int) -> None:
     table = table_of("probe")
-    first, second = mixes_within(table, sensitivity_of(table, harm).blocks, 0.1)
-    assert (second is None) == (passes == 1)
-    policies = [first] if second is None else [first, second]
-    total = sum(float(table.pass_cost(policy[None], i)) for i, policy in enumerate(policies))
+    mix, has_second = mix_within(table, sensitivity_of(table, harm).blocks, 0.1)
+    assert (not has_second) == (passes == 1)
+    total = sum(float(table.pass_cost(mix[None], i)) for i in range(passes))
     assert total <= 0.1
     _, controller, _ = start("probe", 0.1, harm)
     sure = controller.operating_point >= 1e9
@@ -93,16 +92,16 @@ def test_a_second_pass_is_taken_where_half_of_the_budget_does_little_harm(harm: 
 def test_too_small_a_budget_is_refused() -> None:
     table = table_of("probe")
     with pytest.raises(ConfigError):
-        mixes_within(table, sensitivity_of(table).blocks, table.cheapest / 2)
+        mix_within(table, sensitivity_of(table).blocks, table.cheapest / 2)
 
 
 def test_a_ceiling_forbids_what_is_dearer() -> None:
     ceiling = Ceiling(blocks=2, options=3)
     scores = torch.tensor([[[0.0, 1.0, 2.0], [2.0, 1.0, 3.0]]])
-    assert torch.equal(ceiling.limit(scores), scores)
+    assert torch.equal(scores.masked_fill(ceiling.forbidden(), -torch.inf), scores)
     ceiling.highest.copy_(torch.tensor([1, 0]))
-    assert ceiling.limit(scores).argmax(dim=2).tolist() == [[1, 0]]
-    assert ceiling.limit(scores[:, 1], block=0).argmax(dim=1).tolist() == [0]
+    assert scores.masked_fill(ceiling.forbidden(), -torch.inf).argmax(dim=2).tolist() == [[1, 0]]
+    assert scores[:, 1].masked_fill(ceiling.forbidden()[0], -torch.inf).argmax(dim=1).tolist() == [0]
     assert ceiling.forbidden().tolist() == [[False, False, True], [False, True, True]]
     ceiling.check()
     ceiling.highest[0] = 3

@@ -112,7 +112,7 @@ def test_the_first_line_that_anybody_types() -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     # Of both passes at most, with 8 bits each; random weights may need less.
-    assert report["cost_max"] <= report["bound"] <= 0.1251 and report["keeps_budget"]
+    assert report["cost_max"] <= report["bound"] <= 1.01 * 0.125 and report["keeps_budget"]
 
 
 def test_noise_is_quick_and_says_so() -> None:

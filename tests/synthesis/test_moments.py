@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from dfs_cli.errors import UnsupportedModelError
-from dfs_cli.synthesis.moments import Moments, divergence, mean_and_variance
+from dfs_cli.synthesis.moments import Moments, check_remembers, divergence, mean_and_variance
 
 
 def test_divergence_is_that_of_normal_distributions() -> None:
@@ -47,16 +47,15 @@ def test_networks_that_remember_nothing_are_refused(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     with pytest.raises(UnsupportedModelError, match="--data"):
-        Moments(model, blocks=16)
+        check_remembers(model, blocks=16)
 
 
 def test_statistics_are_those_of_every_batch_norm() -> None:
     model = tiny_resnet()
     layers = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    with Moments(model, blocks=layers):
-        pass
+    check_remembers(model, blocks=layers)
     with pytest.raises(UnsupportedModelError, match=f"{layers} for"):
-        Moments(model, blocks=layers + 1)
+        check_remembers(model, blocks=layers + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

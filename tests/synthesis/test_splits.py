@@ -5,14 +5,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from dfs_cli.config import SynthesisConfig
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.observer import Observer
 from dfs_cli.synthesis import splits
 from dfs_cli.synthesis.cache import cache_folder
-from dfs_cli.synthesis.distil import Stage, Synthetic
+from dfs_cli.synthesis.distil import Stage
 from dfs_cli.synthesis.splits import SyntheticImages, make_images, synthetic_splits
 from dfs_cli.synthesis.work import Work
 
@@ -28,8 +27,8 @@ class Notes(Observer):
         self.notes.append(text)
 
 
-def make(model: nn.Module, observer: Observer, seed: int = 0, work: Work = WORK) -> Synthetic:
-    return make_images(model, resolve_preprocessing(model), SynthesisConfig(), work, 9, seed, CPU, observer)
+def make(model: nn.Module, observer: Observer, seed: int = 0, work: Work = WORK) -> Tensor:
+    return make_images(model, resolve_preprocessing(model), work, seed, CPU, observer)
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_images_are_kept_for_the_same_weights_and_settings(
     made, observer = make(digits_model, Observer()), Notes()
     monkeypatch.setattr(splits, "distil", None)  # calling it is an error
     again = make(digits_model, observer)
-    assert torch.equal(again.images, made.images) and torch.equal(again.targets, made.targets)
+    assert torch.equal(again, made)
     assert observer.notes and "made before" in observer.notes[0]
     with pytest.raises(TypeError):
         make(digits_model, Observer(), seed=1)
@@ -64,7 +63,7 @@ def test_a_damaged_file_is_made_again(content: bytes | None, digits_model: nn.Mo
     (file,) = cache_folder().glob("*.safetensors")
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] if content is None else content)
-    assert torch.equal(make(digits_model, Observer()).images, made.images)
+    assert torch.equal(make(digits_model, Observer()), made)
     assert file.read_bytes() == whole
 
 
@@ -73,16 +72,14 @@ def test_a_cache_that_cannot_be_written_costs_nothing(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert make(digits_model, Observer()).images.shape == (4, 1, 8, 8)
+    assert make(digits_model, Observer()).shape == (4, 1, 8, 8)
 
 
 def test_splits_show_the_pixels_that_were_made_with_the_originals_answers(digits_model: nn.Module) -> None:
     pixels = torch.randint(256, (3, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     preprocessing = resolve_preprocessing(digits_model)
     # The model's own crop of photographs must not crop what has the right size.
-    made = synthetic_splits(
-        digits_model, preprocessing.replace(crop_pct=0.5), Synthetic(pixels, torch.zeros(3, dtype=torch.long)), CPU
-    )
+    made = synthetic_splits(digits_model, preprocessing.replace(crop_pct=0.5), pixels, CPU)
     image, target = made.train[1]
     expected = (pixels[1] / 255 - preprocessing.mean[0]) / preprocessing.std[0]
     assert isinstance(image, torch.Tensor)
@@ -95,7 +92,8 @@ def test_splits_show_the_pixels_that_were_made_with_the_originals_answers(digits
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_can_be_looked_at(channels: int, tmp_path: Path) -> None:
     pixels = torch.randint(256, (70, channels, 8, 8), dtype=torch.uint8)
-    images = SyntheticImages(pixels, torch.arange(70) % 2)
+    images = SyntheticImages(pixels)
+    images.targets = np.arange(70) % 2
     images.save(tmp_path)
     assert len(list(tmp_path.glob("0/*.png"))) == 35
     with Image.open(tmp_path / "1" / "00001.png") as saved:

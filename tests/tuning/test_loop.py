@@ -201,7 +201,7 @@ def test_the_teacher_sees_both_views_of_images_that_enter_a_mirrored_second_pass
     assert seen == [14, 10]
     unsure = torch.tensor([7, 1, 4])
     for mirrored, taught in ((0, 10), (3, 7)):
-        chosen = taught_images(20, unsure, mirrored)
+        chosen = taught_images(20, unsure, mirrored, passes=10)
         assert chosen[:3].tolist() == unsure.tolist()
         assert len(chosen) == taught == len(chosen.unique())
 

@@ -10,7 +10,7 @@ from torch import nn
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import DataConfig
 from dfs_cli.conversion.defaults import default_data
-from dfs_cli.conversion.setup import EVAL_BATCH
+from dfs_cli.conversion.setup import EVAL_BATCH, eval_batch
 from dfs_cli.data.images import UnreadableLog
 from dfs_cli.data.loading import choose_workers, eval_loader
 from dfs_cli.data.splits import open_validation
@@ -40,7 +40,7 @@ def original_top1(
     workers = choose_workers(workers, images, manifest.preprocessing, EVAL_BATCH)
     observer.stage("original", len(images))
     log = UnreadableLog("validation", len(images))
-    loader = eval_loader(images, EVAL_BATCH, workers, device.type == "cuda")
+    loader = eval_loader(images, eval_batch(manifest.preprocessing), workers, device.type == "cuda")
     top1, _ = evaluate_accuracy(model.to(device), loader, device, log, observer.advance)
     return top1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import timm
@@ -45,7 +46,9 @@ from dfs_cli.synthesis.splits import make_images, synthetic_splits
 from dfs_cli.synthesis.work import Work, plan_work
 
 EVAL_BATCH = 256
-"""Images per batch where nothing is trained."""
+"""Images per batch where nothing is trained, at most."""
+
+_MOST_PIXELS = 1 << 22  # of a batch: a few GiB of features
 
 
 @dataclass(frozen=True)
@@ -230,6 +233,11 @@ def _what_is_done(work: Work, config: SynthesisConfig, few_bits: bool, mirror: b
             "--no-mirror --hflip 0 if it does not"
         )
     return lines
+
+
+def eval_batch(preprocessing: Preprocessing) -> int:
+    """Images per batch where nothing is trained: fewer where they are large."""
+    return max(1, min(EVAL_BATCH, _MOST_PIXELS // math.prod(preprocessing.input_size[1:])))
 
 
 def hard_crops(held_out: Images, preprocessing: Preprocessing, tuning: TuningConfig) -> Images:

@@ -18,7 +18,7 @@ from dfs_cli.config import Preprocessing, TuningConfig
 from dfs_cli.control.base import HeldOut, Request, controller_of
 from dfs_cli.conversion.agreement import ensure_agreement
 from dfs_cli.conversion.converted import Converted
-from dfs_cli.conversion.setup import EVAL_BATCH, Setup, hard_crops
+from dfs_cli.conversion.setup import Setup, eval_batch, hard_crops
 from dfs_cli.cost.operating_point import OperatingPoint
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
@@ -81,11 +81,13 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     unreadable = UnreadableLog("training", len(splits.train) + len(splits.calibration))
     network = make_dynamic(teacher, setup.dynamic, setup.table, setup.plan).network
     held_out = len(splits.calibration)
-    count = min(EVAL_BATCH, held_out)
+    count = min(eval_batch(setup.preprocessing), held_out)
     # From all over: in a folder the images of a class stand side by side.
     some = splits.calibration.subset([i * held_out // count for i in range(count)])
     observer.stage("loading held-out images", len(some))
-    (sample, *_), _ = load_all(some, EVAL_BATCH, setup.workers, setup.device, unreadable, observer.advance)
+    (sample, *_), _ = load_all(
+        some, eval_batch(setup.preprocessing), setup.workers, setup.device, unreadable, observer.advance
+    )
     observer.stage("measuring", None)
     fit_steps(network, sample)
     verify_conversion(teacher, network, sample[:8])
@@ -123,7 +125,7 @@ def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
 
 def validation_loader(setup: Setup) -> DataLoader[Batch]:
     """The validation images, in order."""
-    return eval_loader(setup.splits.validation, EVAL_BATCH, setup.workers, setup.pin)
+    return eval_loader(setup.splits.validation, eval_batch(setup.preprocessing), setup.workers, setup.pin)
 
 
 def tune_network(setup: Setup, planned: Planned, observer: Observer) -> None:
@@ -182,7 +184,7 @@ def held_out_images(
     """
     shown = hard_crops(images, preprocessing, tuning) if use_hard_crops else images
     observer.stage("loading held-out images", len(shown))
-    return HeldOut(*load_all(shown, EVAL_BATCH, workers, device, unreadable, observer.advance))
+    return HeldOut(*load_all(shown, eval_batch(preprocessing), workers, device, unreadable, observer.advance))
 
 
 def set_operating_point(

@@ -14,7 +14,9 @@ from dfs_cli.config import RECIPE_STEPS, SYNTHESIS_STEPS, Preprocessing, Synthes
 from dfs_cli.synthesis.distil import Stage
 from dfs_cli.synthesis.moments import Moments
 
-_SECONDS = 270.0  # for the images, and as many for tuning
+# For the images, and as many for tuning: two minutes for a ResNet-18 at 224 pixels and all that is smaller, more for others.
+_SECONDS, _MOST_SECONDS = 120.0, 270.0
+_MACS = 1.82e9
 _LEAST_IMAGES, _MOST_IMAGES = 32, 1024
 _LEAST_STEPS = 32
 _TIMED_IMAGES = 16
@@ -92,7 +94,7 @@ def plan_work(
         step_seconds(model, preprocessing.input_size, timed, low, device) / timed for low in (amp, False)
     )
     per_image = sum(seconds * stage.steps * math.prod(stage.size) / math.prod(size) for stage in stages)
-    available = _SECONDS * (_FEW_BITS if few_bits else 1.0)
+    available = min(_MOST_SECONDS, _SECONDS * max(1.0, macs / _MACS)) * (_FEW_BITS if few_bits else 1.0)
     fitting = available / per_image if per_image else _MOST_IMAGES
     images = config.images or min(_MOST_IMAGES, max(_LEAST_IMAGES, 1 << int(math.log2(max(1, fitting)))))
     tuning *= _TUNING_TIME * min(batch_size, images)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.layers import FloatLayer, FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import NEUTRAL, FractionalBatchNorm
@@ -16,7 +17,7 @@ from dfs_cli.nn.quantization import BYTE_BITS, byte_codes, code_range
 
 _BYTES, _PAIRS = "weight_codes.8", "weight_codes.16"
 _STEPS = "weight_steps"
-_PER_BITWIDTH = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
+_PER_BITWIDTH = ("log_weight_steps", "log_input_steps", "log_feature_steps", "bit_weight", "bit_bias")
 _TYPES = {_BYTES: "<i1", _PAIRS: "<i2"} | dict.fromkeys(_PER_BITWIDTH, "<f4")
 _EMPTY = torch.empty(0)
 _Weighted = FractionalLayer | FloatLayer
@@ -161,6 +162,8 @@ def _neutral_values(module: nn.Module) -> dict[str, float]:
     """By name, the values of tensors of ``module`` that a file leaves out where all their elements have this value."""
     if isinstance(module, FractionalLayer):
         return {"input_signed": False}
+    if isinstance(module, ByteFeatures):
+        return {"features_signed": False}
     return NEUTRAL if isinstance(module, FractionalBatchNorm) else {}
 
 

@@ -132,14 +132,16 @@ def _in_onnxruntime(workload: Workload, threads: int) -> tuple[list[Candidate], 
 def _dynamic_graph(workload: Workload) -> tuple[bytes, dict[str, Any]]:
     """The dynamic network's graph as ``dfs export`` writes it, and facts about it: the type of its features and, on real
     images, the comparison with the network."""
-    from dfs_cli.export.write import make_graph, make_unchecked_graph
+    from dfs_cli.export.part_writer import PartWriter
+    from dfs_cli.export.parts import Parts
+    from dfs_cli.export.write import make_graph, serialise
 
     size = _size(workload.images)
     if workload.known is not None:
         content, comparison = make_graph(workload.network, size, [workload.known], labelled=True)
         return content, comparison.to_dict() | {"holds": comparison.holds}
-    content, features = make_unchecked_graph(workload.network, size, workload.images)
-    return content, {"features": features}
+    writer = PartWriter(Parts(workload.network, size))
+    return serialise(writer), {"features": writer.features}
 
 
 def _size(images: Tensor) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.space_to_depth import merge_pixels, on_merged_pixels
-from dfs_cli.export.trace import DOMAIN, QuantizedLayer, Traced, key_of
+from dfs_cli.export.trace import DOMAIN, ROUNDED, QuantizedLayer, RoundedFeatures, Traced, key_of
 from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution, code_range, nearest_integer_bias
 
 MIDDLE = LARGEST_BYTE + 1
@@ -69,7 +69,9 @@ class Lowering:
         for node in self.nodes:
             if id(node) in self.done:
                 continue
-            if node.domain == DOMAIN:
+            if node.domain == DOMAIN and node.op_type == ROUNDED:
+                self._round(node)
+            elif node.domain == DOMAIN:
                 self._layer(node)
             elif node.op_type == "Relu" and self._needs_no_relu(node):
                 self.names[node.output[0]] = self.name(node.input[0])
@@ -100,8 +102,19 @@ class Lowering:
             outputs = [self.graph.add("Max", [outputs[0], self.graph.constant(np.finfo(np.float32).min, np.float32)])]
         self.names.update(zip(node.output, outputs, strict=True))
 
-    def _layer_of(self, node: onnx.NodeProto) -> QuantizedLayer:
+    def _reader(self, node: onnx.NodeProto) -> QuantizedLayer | RoundedFeatures:
         return self.layers[key_of(node)]
+
+    def _round(self, node: onnx.NodeProto) -> None:
+        features, output = self._reader(node), node.output[0]
+        codes = self._codes(node.input[0], features)
+        self.codes[_key(output, features)] = codes
+        self.names[output] = self._restored(codes, features)
+
+    def _restored(self, codes: str, features: QuantizedLayer | RoundedFeatures) -> str:
+        """``codes`` in floating point."""
+        parameters = [self.graph.constant(features.step, np.float32), self.graph.constant(_zero(features), np.uint8)]
+        return self.graph.add("DequantizeLinear", [codes, *parameters])
 
     def _needs_no_relu(self, node: onnx.NodeProto) -> bool:
         """Whether the readers of a ReLU clip at zero themselves."""
@@ -109,12 +122,13 @@ class Lowering:
 
     def _only_unsigned_codes_of(self, name: str) -> bool:
         return name != self.result and all(
-            reader.domain == DOMAIN and self._layer_of(reader).low == 0 and self._layer_of(reader).bits <= BYTE_BITS
+            reader.domain == DOMAIN and self._reader(reader).low == 0 and self._reader(reader).bits <= BYTE_BITS
             for reader in self.readers[name]
         )
 
     def _layer(self, node: onnx.NodeProto) -> None:
-        layer = self._layer_of(node)
+        layer = self._reader(node)
+        assert isinstance(layer, QuantizedLayer)
         output = node.output[0]
         factor, shift = np.ones(len(layer.scale)), np.zeros(len(layer.scale)) if layer.bias is None else layer.bias
         readers = self.readers[output]
@@ -137,7 +151,7 @@ class Lowering:
         if len(readers) == 1 and readers[0].op_type == "Relu":
             return self._only_unsigned_codes_of(readers[0].output[0])
         return name != self.result and all(
-            reader.domain == DOMAIN and self._layer_of(reader).bits <= BYTE_BITS for reader in readers
+            reader.domain == DOMAIN and self._reader(reader).bits <= BYTE_BITS for reader in readers
         )
 
     def _on_floats(self, affine: Affine) -> str:
@@ -147,7 +161,7 @@ class Lowering:
         weight = self.graph.constant(weight, np.float32)
         return self._apply(layer, [self._clipped(x, layer), weight, self.graph.constant(shift, np.float32)])
 
-    def _clipped(self, x: str, layer: QuantizedLayer) -> str:
+    def _clipped(self, x: str, layer: QuantizedLayer | RoundedFeatures) -> str:
         """The traced value ``x`` clipped to the range of the layer's codes, in floating point."""
         limits = [self.graph.constant(code * layer.step, np.float32) for code in (layer.low, layer.high)]
         return self.graph.add("Clip", [self.name(x), *limits])
@@ -161,13 +175,11 @@ class Lowering:
     def _on_codes(self, affine: Affine) -> str:
         """From codes to codes: runtimes fuse it with the quantizer that reads the result into one integer kernel."""
         layer, x, factor, shift, _ = affine
-        given, step, zero = self._codes(x, layer), layer.step, _zero(layer)
+        given, step = self._codes(x, layer), layer.step
         if x == self.source and (merged := on_merged_pixels(layer, *self.shape[2:])):
             given, layer = merge_pixels(self.graph, given, *self.shape[1:]), merged
         codes, scale, bias = fold(layer, factor, shift)
-        given = self.graph.add(
-            "DequantizeLinear", [given, self.graph.constant(step, np.float32), self.graph.constant(zero, np.uint8)]
-        )
+        given = self._restored(given, layer)
         weight = self._dequantized(codes, scale, np.int8)
         return self._convolve(
             "Conv", layer, [given, weight, self._dequantized(bias, scale * np.float32(step), np.int32)]
@@ -199,11 +211,11 @@ class Lowering:
         inputs = ((codes, dtype), (scale, np.float32), (zeros, dtype))
         return self.graph.add("DequantizeLinear", [self.graph.constant(*given) for given in inputs], axis=0)
 
-    def _codes(self, x: str, layer: QuantizedLayer) -> str:
+    def _codes(self, x: str, layer: QuantizedLayer | RoundedFeatures) -> str:
         """The traced value ``x`` as the layer's codes in unsigned bytes; signed codes are shifted by 128."""
         graph, zero = self.graph, _zero(layer)
         low, high = layer.low + zero, layer.high + zero
-        key = (x, layer.step, zero, high)
+        key = _key(x, layer)
         if key not in self.codes:
             codes = graph.add(
                 "QuantizeLinear", [self.name(x), graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
@@ -237,9 +249,14 @@ def pads_of(geometry: Convolution) -> tuple[int, ...]:
     return geometry.padding * (4 // len(geometry.padding))
 
 
-def _zero(layer: QuantizedLayer) -> int:
+def _zero(layer: QuantizedLayer | RoundedFeatures) -> int:
     """The unsigned byte that stands for zero in the layer's input."""
     return 0 if layer.low == 0 else MIDDLE
+
+
+def _key(x: str, layer: QuantizedLayer | RoundedFeatures) -> tuple[str, float, int, int]:
+    """Names the codes of a traced value as a layer reads them."""
+    return x, layer.step, layer.low, layer.high
 
 
 def fold(layer: QuantizedLayer, factor: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

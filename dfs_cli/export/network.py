@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from dfs_cli import __version__
 from dfs_cli.control.base import controller_of
-from dfs_cli.cost.decisions import NOT_RUN, Decisions
+from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.controllers import writer_of
 from dfs_cli.export.graph import IR_VERSION, Graph
 from dfs_cli.export.part_writer import PartWriter
@@ -62,20 +62,6 @@ def export_static(writer: PartWriter, decisions: Decisions) -> onnx.ModelProto:
 def fixed_decisions(network: DynamicResNet) -> Decisions | None:
     """The decisions, for one image, of a static network; None: they depend on the image."""
     return writer_of(controller_of(network)).decisions
-
-
-def options_of(network: DynamicResNet, decisions: Decisions | None) -> list[Sequence[int]]:
-    """For each of the L blocks, the options that a graph can run, ascending.
-
-    Args:
-        decisions: (for one image) written for every image; None: those of the controller.
-    """
-    if decisions is None:
-        decisions = fixed_decisions(network)
-    if decisions is None:
-        return [range(len(network.bits))] * len(network.blocks)
-    columns = decisions.options.flatten(0, 1).T.tolist()
-    return [sorted(set(column) - {NOT_RUN}) for column in columns]
 
 
 def finish(

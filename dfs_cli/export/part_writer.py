@@ -9,10 +9,9 @@ import numpy as np
 
 from dfs_cli.export.graph import Graph, Test
 from dfs_cli.export.int8_features import Int8Lowering, pool_codes
-from dfs_cli.export.lower import Lowering
 from dfs_cli.export.parts import Key, Parts
-from dfs_cli.export.scales import FeatureScales
 from dfs_cli.export.tensorrt import TensorRTLowering
+from dfs_cli.export.trace import RoundedFeatures
 
 
 class Pooled(NamedTuple):
@@ -27,39 +26,43 @@ Decide = Callable[[Graph, int, Pooled | None], Test]
 
 
 class PartWriter:
-    """Writes parts, with features as floating point numbers or as int8 between them.
+    """Writes parts, with features as bytes between them where the network's are.
 
     Args:
         parts: of the network.
-        scales: of int8 features; None: floating point.
-        tensorrt: write what TensorRT's importer takes, see :mod:`dfs_cli.export.tensorrt`; without ``scales``.
+        tensorrt: write what TensorRT's importer takes, see :mod:`dfs_cli.export.tensorrt`.
     """
 
-    def __init__(self, parts: Parts, scales: FeatureScales | None = None, tensorrt: bool = False) -> None:
-        self.parts, self.network, self.scales = parts, parts.network, scales
-        self._lowering = TensorRTLowering if tensorrt else Lowering
+    def __init__(self, parts: Parts, tensorrt: bool = False) -> None:
+        self.parts, self.network = parts, parts.network
+        self._tensorrt = tensorrt
+        stream = None if tensorrt else self.network.features
+        self._formats = [
+            None if stream is None else RoundedFeatures.of(stream.at(position))
+            for position in range(len(parts.features))
+        ]
 
     @property
     def features(self) -> str:
         """What blocks hand on: ``int8`` or ``float``."""
-        return "float" if self.scales is None else "int8"
+        return "float" if self._formats[0] is None else "int8"
 
     def write(self, graph: Graph, key: Key, x: str) -> str:
         """Add a part to ``graph`` with ``x`` as its input; returns its output."""
         if isinstance(key, tuple) and self._keeps_input(*key):
             return x
         traced = self.parts.part(key)
-        if self.scales is None:
-            return self._lowering(graph, traced, x).run()
-        return Int8Lowering(graph, traced, x, self.scales.ranges.get(key, {}), *self.scales.of_part(key)).run()
+        if self._tensorrt:
+            return TensorRTLowering(graph, traced, x).run()
+        return Int8Lowering(graph, traced, x, *self._formats_of(key)).run()
 
     def pool(self, graph: Graph, block: int, x: str) -> Pooled:
         """The mean over the pixels of ``x``, the input of a block, or of the head where ``block`` is L."""
-        if self.scales is None:
+        if (given := self._formats[block]) is None:
             mean = graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)
             mean = graph.add("Unsqueeze", [mean, graph.constant([0], np.int64)])
         else:
-            mean = pool_codes(graph, x, *self.parts.features[block].shape[1:])
+            mean = pool_codes(graph, x, given.zero, *self.parts.features[block].shape[1:])
         return Pooled(mean, self._mean_scale(block))
 
     def write_pass(self, graph: Graph, images: str, policy: Sequence[int]) -> tuple[str, str]:
@@ -104,11 +107,15 @@ class PartWriter:
 
     def _mean_scale(self, block: int) -> float:
         """The factor that turns the result of :meth:`pool` into a mean."""
-        if self.scales is None:
-            return 1.0
-        return self.scales.streams[block] / self.parts.features[block][0, 0].numel()
+        given = self._formats[block]
+        return 1.0 if given is None else given.step / self.parts.features[block][0, 0].numel()
 
     def _keeps_input(self, block: int, option: int) -> bool:
         """Whether an option of a block hands on its input, in the same format."""
-        before, after = (None, None) if self.scales is None else self.scales.of_part((block, option))
-        return before == after and self.parts.is_identity(block, option)
+        return self._formats[block] == self._formats[block + 1] and self.parts.is_identity(block, option)
+
+    def _formats_of(self, key: Key) -> tuple[RoundedFeatures | None, RoundedFeatures | None]:
+        """The formats of a part's input and output; None: floating point."""
+        if isinstance(key, tuple):
+            return self._formats[key[0]], self._formats[key[0] + 1]
+        return (None, self._formats[0]) if key == "stem" else (self._formats[-1], None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfs_cli.export.trace import Traced, trace
-from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.network import DynamicResNet
 
 Key = str | tuple[int, int]
@@ -25,7 +26,8 @@ class Parts:
 
     def __init__(self, network: DynamicResNet, input_size: tuple[int, int, int]) -> None:
         self.network, self.input_size = network, input_size
-        self._stem, x = trace(network.backbone, network.layout.stem, torch.zeros(1, *input_size))
+        stem = _Part(network.backbone, network.features and network.features.at(0))
+        self._stem, x = trace(stem, _running(network.layout.stem), torch.zeros(1, *input_size))
         features = [x]
         for block in network.blocks:
             with torch.no_grad():
@@ -47,18 +49,23 @@ class Parts:
         """Whether an option of a block hands on its input unchanged."""
         return all(node.op_type == "Identity" for node in self.part((block, option)).graph.node)
 
-    def layer_bits(self, block: int, option: int) -> set[int]:
-        """The bitwidths at which layers of a block run with an option; none where it is skipped."""
-        part, bits = self.network.blocks[block], self.network.bits[option]
-        if bits == 0:
-            return set()
-        with part.precision.at(bits):
-            layers = (layer for layer in part.module.modules() if isinstance(layer, FractionalLayer))
-            return {layer.precision.bits for layer in layers}
-
     def _trace_option(self, block: int, option: int) -> Traced:
         part, x = self.network.blocks[block], self.features[block]
         if (bits := self.network.bits[option]) == 0:
-            return trace(part.module, part.skip, x)[0]
+            output = None if part.keeps_input else part.output
+            return trace(_Part(part.module, output), _running(part.skip), x)[0]
         with part.precision.at(bits):
-            return trace(part.module, lambda module, x: module(x), x)[0]
+            return trace(_Part(part.module, part.output), _running(lambda module, x: module(x)), x)[0]
+
+
+class _Part(nn.Module):
+    """A module, and what rounds its result, so that both are traced."""
+
+    def __init__(self, module: nn.Module, features: ByteFeatures | None) -> None:
+        super().__init__()
+        self.module, self.features = module, features or nn.Identity()
+
+
+def _running(run: Callable[[nn.Module, Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Runs a :class:`_Part` whose module is run by ``run``."""
+    return lambda part, x: part.get_submodule("features")(run(part.get_submodule("module"), x))

@@ -7,9 +7,10 @@ biases in floating point, and no integer convolutions. Other runtimes take that,
 from __future__ import annotations
 
 import numpy as np
+import onnx
 
 from dfs_cli.export.lower import MIDDLE, Affine, Lowering, fold, pads_of
-from dfs_cli.export.trace import QuantizedLayer
+from dfs_cli.export.trace import QuantizedLayer, RoundedFeatures
 from dfs_cli.nn.quantization import LARGEST_BYTE
 
 
@@ -32,12 +33,19 @@ class TensorRTLowering(Lowering):
         inputs = [self._codes(x, layer), self._dequantized(codes, scale, np.int8), graph.constant(shift, np.float32)]
         return self._apply(layer, inputs, pads=[0] * 4 if _is_lowered(layer) else None)
 
-    def _codes(self, x: str, layer: QuantizedLayer) -> str:
+    def _round(self, node: onnx.NodeProto) -> None:
+        features = self._reader(node)
+        y = self._codes(node.input[0], features)
+        if _is_lowered(features):
+            y = self.graph.add("Add", [y, self.graph.constant(MIDDLE * features.step, np.float32)])
+        self.names[node.output[0]] = y
+
+    def _codes(self, x: str, layer: QuantizedLayer | RoundedFeatures) -> str:
         """The traced value ``x`` rounded to the layer's codes, in floating point."""
         graph = self.graph
         y = self._clipped(x, layer)
         if _is_lowered(layer):
-            if layer.geometry is not None and any(layer.geometry.padding):
+            if isinstance(layer, QuantizedLayer) and layer.geometry is not None and any(layer.geometry.padding):
                 top, left, bottom, right = pads_of(layer.geometry)
                 borders = [0, 0, top, left, 0, 0, bottom, right]
                 y = graph.add("Pad", [y, graph.constant(borders, np.int64)])
@@ -46,5 +54,5 @@ class TensorRTLowering(Lowering):
         return graph.add("DequantizeLinear", [graph.add("QuantizeLinear", [y, *parameters]), *parameters])
 
 
-def _is_lowered(layer: QuantizedLayer) -> bool:
+def _is_lowered(layer: QuantizedLayer | RoundedFeatures) -> bool:
     return layer.high > LARGEST_BYTE

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from dfs_cli.errors import ExportError, first_line
 from dfs_cli.export.constants import fold_constants
 from dfs_cli.export.gains import Gain, fold_gains
+from dfs_cli.export.pooling import round_before_pooling
+from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
-from dfs_cli.nn.quantization import Convolution, code_range
+from dfs_cli.nn.quantization import BYTE_BITS, Convolution
 from dfs_cli.presets import FULL_BITS
 
 OPSET = 17
-DOMAIN, OPAQUE = "dfs", "Quantized"
+DOMAIN, QUANTIZED, ROUNDED = "dfs", "Quantized", "Rounded"
 _PLAIN_NORMS = {fractional: plain for plain, fractional in FRACTIONAL_NORMS.items()}
 
 
@@ -55,14 +57,34 @@ class QuantizedLayer:
     def of(cls, layer: FractionalLayer, bits: int) -> QuantizedLayer:
         """``layer`` at ``bits``."""
         codes, scale, _ = layer.quantized_weight(bits)
-        step = float(layer.log_input_steps.detach()[layer.bitwidths.index(bits)].exp())
+        step = float(layer.input_step(bits).detach())
         geometry = None
         if isinstance(layer, FractionalConv2d):
             assert not isinstance(layer.padding, str)
             geometry = Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
         bias = None if layer.bias is None else layer.bias.detach().cpu().numpy()
-        low, high = code_range(bits, layer.is_signed())
+        low, high = layer.input_limits(bits)
         return cls(codes.cpu().numpy(), scale.detach().cpu().numpy(), step, low, high, bits, bias, geometry)
+
+
+@dataclass(frozen=True)
+class RoundedFeatures:
+    """Features that are rounded to 8-bit codes: their step size, and the lowest and the highest code."""
+
+    step: float
+    low: int
+    high: int
+    bits = BYTE_BITS
+
+    @classmethod
+    def of(cls, features: ByteFeatures) -> RoundedFeatures:
+        """``features`` at the current bitwidth."""
+        return cls(float(features.step().detach()), *features.limits())
+
+    @property
+    def zero(self) -> int:
+        """The unsigned byte that stands for zero."""
+        return -self.low
 
 
 class _Opaque(torch.autograd.Function):
@@ -77,7 +99,8 @@ class _Opaque(torch.autograd.Function):
 
     @staticmethod
     def symbolic(graph: Any, x: Any, layer: _OpaqueLayer) -> Any:
-        node = graph.op(f"{DOMAIN}::{OPAQUE}", x, key_s=layer.key)
+        kind = ROUNDED if isinstance(layer.__dict__["layer"], ByteFeatures) else QUANTIZED
+        node = graph.op(f"{DOMAIN}::{kind}", x, key_s=layer.key)
         node.setType(x.type().with_sizes(layer.shape))
         return node
 
@@ -95,10 +118,10 @@ class _OpaqueLayer(nn.Module):
 
 
 class Traced(NamedTuple):
-    """A part of the network as nodes with one input and one output, and its quantized layers by key."""
+    """A part of the network as nodes with one input and one output, and what its opaque nodes stand for, by key."""
 
     graph: onnx.GraphProto
-    layers: dict[str, QuantizedLayer]
+    layers: dict[str, QuantizedLayer | RoundedFeatures]
 
 
 @torch.no_grad()
@@ -134,7 +157,8 @@ def trace(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
             what = f"a {type(module).__name__} cannot be written as an ONNX graph"
             raise ExportError(f"{what}: {first_line(error)}") from None
     model = onnx.load_from_string(content.getvalue())
-    return Traced(fold_gains(fold_constants(_with_shapes(model, plain))), layers), run(module, x)
+    graph = round_before_pooling(fold_gains(fold_constants(_with_shapes(model, plain))), ROUNDED)
+    return Traced(graph, layers), run(module, x)
 
 
 def _with_shapes(model: onnx.ModelProto, module: nn.Module) -> onnx.ModelProto:
@@ -163,14 +187,28 @@ class _Call(nn.Module):
         return self.run(self.module, x)
 
 
-def _make_plain(module: nn.Module) -> dict[str, QuantizedLayer]:
-    """Replace fractional layers, in place, by plain or opaque ones at the current bitwidth; returns the quantized ones."""
-    quantized: dict[str, QuantizedLayer] = {}
+def _make_plain(module: nn.Module) -> dict[str, QuantizedLayer | RoundedFeatures]:
+    """Replace fractional layers and what rounds features, in place, by plain or opaque ones at the current bitwidth; returns
+    what is opaque."""
+    quantized: dict[str, QuantizedLayer | RoundedFeatures] = {}
+
+    def rounded(name: str, features: ByteFeatures) -> _OpaqueLayer:
+        quantized[name] = RoundedFeatures.of(features)
+        return _OpaqueLayer(features, name)
+
     for name, child in list(module.named_modules()):
-        if isinstance(child, FractionalBatchNorm):
-            module.set_submodule(name, _plain_norm(child))
+        if isinstance(child, ByteFeatures):
+            if name.rpartition(".")[2] != "output":  # others went with the layer whose output they round
+                module.set_submodule(name, rounded(name, child))
+        elif isinstance(child, FractionalBatchNorm):
+            norm = _plain_norm(child)
+            if child.output is not None:
+                norm = nn.Sequential(norm, rounded(f"{name}.output", child.output))
+            module.set_submodule(name, norm)
         elif isinstance(child, FractionalLayer):
             assert isinstance(child, nn.Module)
+            if child.source is not None:  # no part of the module, and the exporter cannot see one tensor inside two nodes
+                child.read_from(copy.deepcopy(child.source).requires_grad_(False))
             new: nn.Module = child
             if (bits := child.precision.bits) == FULL_BITS:
                 new = _plain_layer(child)
@@ -181,6 +219,8 @@ def _make_plain(module: nn.Module) -> dict[str, QuantizedLayer]:
                 new = _OpaqueLayer(child, name)
             if child.input_gain is not None and new is not child:
                 new = nn.Sequential(Gain(child.input_gain, child.channel_shape()), new)
+            if child.output is not None:
+                new = nn.Sequential(new, rounded(f"{name}.output", child.output))
             module.set_submodule(name, new)
     return quantized
 
@@ -208,5 +248,6 @@ def _plain_norm(norm: FractionalBatchNorm) -> nn.Module:
             tensor.detach().copy_(value.detach())
     for name in ("bit_weight", "bit_bias", "bit_mean", "bit_var"):
         delattr(plain, name)
+    plain.output = None
     plain.__class__ = _PLAIN_NORMS[type(norm)]  # type: ignore[assignment]
     return plain

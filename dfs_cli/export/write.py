@@ -8,21 +8,17 @@ from pathlib import Path
 
 import torch
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
-from torch import Tensor
 
 from dfs_cli.atomic import File
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.data.images import Batch
 from dfs_cli.errors import DataError, ExportError
 from dfs_cli.export.check import Comparison, check_holds, compare
-from dfs_cli.export.network import export_network, export_static, fixed_decisions, options_of
+from dfs_cli.export.network import export_network, export_static, fixed_decisions
 from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Parts
-from dfs_cli.export.scales import measure_scales
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.outputs import reserve
-
-_SCALE_IMAGES = 8
 
 
 def write_onnx(
@@ -72,8 +68,7 @@ def make_graph(
     tensorrt: bool = False,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[bytes, Comparison]:
-    """The fastest graph of ``network`` that passes the comparison, serialised: with int8 features, or else with features in
-    floating point, whether or not these pass it.
+    """The graph of ``network``, serialised, and its comparison with it.
 
     Args:
         decisions: (for one image) write them for every image; None: the controller's.
@@ -82,45 +77,10 @@ def make_graph(
         ExportError: the graph is too large for ONNX.
         DataError: there is no image.
     """
-    images = next((batch.images for batch in batches if len(batch.targets)), None)
-    if images is None:
-        raise DataError("there is no image to compare the graph on")
-
-    def attempt(writer: PartWriter) -> tuple[bytes, Comparison]:
-        content = serialise(writer, decisions)
-        comparison = compare(content, network, batches, labelled, decisions, on_batch)
-        return content, replace(comparison, features=writer.features)
-
-    parts = Parts(network, input_size)
-    if tensorrt:
-        return attempt(PartWriter(parts, tensorrt=True))
-    writer = _fastest(parts, images, decisions)
-    content, comparison = attempt(writer)
-    if comparison.holds or writer.scales is None:
-        return content, comparison
-    return attempt(PartWriter(parts))
-
-
-def make_unchecked_graph(network: DynamicResNet, input_size: tuple[int, int, int], images: Tensor) -> tuple[bytes, str]:
-    """The fastest graph of ``network``, serialised, without a comparison.
-
-    Args:
-        images: (N, C, H, W), of which the first set the scales of int8 features.
-
-    Returns:
-        The graph, and whether its features are ``int8`` or ``float``.
-
-    Raises:
-        ExportError: the graph is too large for ONNX.
-    """
-    writer = _fastest(Parts(network, input_size), images, None)
-    return serialise(writer, None), writer.features
-
-
-def _fastest(parts: Parts, images: Tensor, decisions: Decisions | None) -> PartWriter:
-    """A writer of int8 features where that is possible, otherwise of floating point."""
-    options = options_of(parts.network, decisions)
-    return PartWriter(parts, measure_scales(parts, options, images[:_SCALE_IMAGES].numpy()))
+    writer = PartWriter(Parts(network, input_size), tensorrt)
+    content = serialise(writer, decisions)
+    comparison = compare(content, network, batches, labelled, decisions, on_batch)
+    return content, replace(comparison, features=writer.features)
 
 
 def serialise(writer: PartWriter, decisions: Decisions | None = None) -> bytes:

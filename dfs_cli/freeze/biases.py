@@ -60,7 +60,7 @@ def _round(conv: FractionalConv2d, norm: nn.BatchNorm2d, bits: int) -> None:
     if conv.bias is not None:
         shift = shift + conv.bias.double() * gain
     row = conv.bitwidths.index(bits)
-    unit = conv.log_weight_steps[row].exp().double() * conv.log_input_steps[row].exp().double() * gain.abs()
+    unit = conv.log_weight_steps[row].exp().double() * conv.input_step(bits).double() * gain.abs()
     numerator, multiple = nearest_integer_bias(shift / unit, LARGEST_BYTE // code_range(bits, signed=True)[1])
     rounded = torch.where(unit > 0, numerator / multiple * unit, shift)
     if tensors.bias is not None:

@@ -15,9 +15,11 @@ import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
+from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.gain import GainedInput
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import (
+    BYTE_BITS,
     Convolution,
     OtherOptions,
     best_step,
@@ -45,13 +47,18 @@ def _identity(tensor: Tensor) -> tuple[int, int]:
 
 
 class FractionalLayer(GainedInput):
-    """Shared by :class:`FractionalConv2d` and :class:`FractionalLinear`: a layer of C_out outputs and Q quantized bitwidths."""
+    """Shared by :class:`FractionalConv2d` and :class:`FractionalLinear`: a layer of C_out outputs and Q quantized bitwidths.
+
+    ``source`` rounds what comes in to bytes, where that is known: at 8 bits such codes are read as they are. ``output`` rounds
+    what goes out.
+    """
 
     weight: Tensor
     bias: Tensor | None
     log_weight_steps: nn.Parameter  # (Q, C_out): natural logarithms of the step sizes
     log_input_steps: nn.Parameter  # (Q,)
     input_signed: Tensor  # (), bool
+    source: ByteFeatures | None
 
     def _set_up(self, precision: Precision) -> None:
         self.bitwidths = bitwidths = precision.quantized
@@ -62,10 +69,31 @@ class FractionalLayer(GainedInput):
         self.log_input_steps = nn.Parameter(torch.zeros(len(bitwidths), device=device))
         self.register_buffer("input_signed", torch.tensor(False, device=device))
         self.register_buffer("input_gain", None)
+        self.output: ByteFeatures | None = None
+        self.read_from(None)
         self._cache: dict[int, QuantizedWeight] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cache": {}}
+
+    def read_from(self, source: ByteFeatures | None) -> None:
+        """Set ``source``, which is no part of the layer."""
+        self.__dict__["source"] = source
+
+    def _source_at(self, bits: int) -> ByteFeatures | None:
+        """What has rounded the input as a bitwidth needs it; None: the layer does so itself."""
+        source = self.source
+        return source if bits == BYTE_BITS and bits in self.bitwidths else None
+
+    def input_step(self, bits: int) -> Tensor:
+        """The step size of the input's codes at a bitwidth, ()."""
+        source = self._source_at(bits)
+        return self.log_input_steps[self.bitwidths.index(bits)].exp() if source is None else source.step()
+
+    def input_limits(self, bits: int) -> tuple[int, int]:
+        """The lowest and the highest code of the input at a bitwidth."""
+        source = self._source_at(bits)
+        return code_range(bits, self.is_signed()) if source is None else source.limits()
 
     def set_input_gain(self, gain: Tensor | None) -> None:
         super().set_input_gain(gain)
@@ -144,15 +172,16 @@ class FractionalLayer(GainedInput):
 
     def forward(self, x: Tensor) -> Tensor:
         bits, x = self.precision.bits, self.with_gain(x)
-        if self.training:
-            return self._forward_training(x, bits)
+        y = self._forward_training(x, bits) if self.training else self._forward_inference(x, bits)
+        return y if self.output is None else self.output(y)
+
+    def _forward_inference(self, x: Tensor, bits: int) -> Tensor:
         if bits == FULL_BITS:
             return self._apply_weight(x, self.effective_weight(), self.bias)
         codes, scale, _ = self.quantized_weight(bits)
-        low, high = code_range(bits, self.is_signed())
-        step = self.log_input_steps[self.bitwidths.index(bits)].exp()
+        step = self.input_step(bits)
         with self._exact(bits, x):
-            y = self._apply_weight(quantize_codes(x.float(), step, low, high), codes, None)
+            y = self._apply_weight(quantize_codes(x.float(), step, *self.input_limits(bits)), codes, None)
         factor = (scale * step).reshape(self.channel_shape())
         # In place where no gradient is recorded: a new tensor of this size costs as much as the arithmetic.
         y = y * factor if torch.is_grad_enabled() else y.mul_(factor)
@@ -168,8 +197,9 @@ class FractionalLayer(GainedInput):
         weight_step = self.log_weight_steps[row].exp().reshape(self._weight_shape())
         weight = fake_quantize(weight, weight_step, *code_range(bits, signed=True))
         with self._exact(bits, x):
-            step = self.log_input_steps[row].exp()
-            return self._apply_quantized(x.float(), step, code_range(bits, self.is_signed()), weight)
+            if self._source_at(bits) is not None:
+                return self._apply_quantized(x.float(), None, None, weight)
+            return self._apply_quantized(x.float(), self.input_step(bits), self.input_limits(bits), weight)
 
     def _apply_quantized(
         self, x: Tensor, step: Tensor | None, limits: tuple[int, int] | None, weight: Tensor
@@ -185,14 +215,17 @@ class FractionalLayer(GainedInput):
         rows = tuple(
             (column, None, 0, 0)
             if other == FULL_BITS
-            else (column, self.bitwidths.index(other), *code_range(other, self.is_signed()))
+            else (column, self.bitwidths.index(other), *self.input_limits(other))
             for column, other in enumerate(routing.bits)
             if other not in (0, self.precision.bits)
         )
+        steps = self.log_input_steps.detach().exp()
+        if (source := self._source_at(BYTE_BITS)) is not None:
+            steps[self.bitwidths.index(BYTE_BITS)] = source.step().detach()
         # Each option costs a pass over the input. A random sample of them has the same expected gradient.
         sample = [rows[i] for i in torch.randperm(len(rows))[:_SAMPLED_OPTIONS].tolist()]
         scale = len(rows) / max(1, len(sample))
-        return OtherOptions(routing.probs, self.log_input_steps.detach().exp(), tuple(sample), scale)
+        return OtherOptions(routing.probs, steps, tuple(sample), scale)
 
     @staticmethod
     def _exact(bits: int, x: Tensor) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.cost.decisions import Decisions
+from dfs_cli.nn.features import ByteFeatures, Stream
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.passes import Output, TuningTarget, View
@@ -41,6 +42,7 @@ class Block:
         precision: the bitwidth of its convolutions.
         channels: number of channels of its input.
         keeps_input: when skipped, it returns its input tensor itself.
+        output: rounds what the block hands on; None: nothing does.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Block:
     precision: Precision
     channels: int
     keeps_input: bool = False
+    output: ByteFeatures | None = None
 
 
 class Decider(Protocol):
@@ -91,6 +94,7 @@ class DynamicResNet(nn.Module):
         fixed: the precision of the fixed layers.
         bits: the K options, ascending bitwidths.
         controller: chooses the options, a :class:`dfs_cli.control.base.Controller`.
+        features: what blocks hand on as bytes; None: floating point numbers.
 
     Example:
         >>> import torch
@@ -115,6 +119,7 @@ class DynamicResNet(nn.Module):
         fixed: Precision,
         bits: tuple[int, ...],
         controller: nn.Module,
+        features: Stream | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -123,6 +128,7 @@ class DynamicResNet(nn.Module):
         self.fixed = fixed
         self.bits = bits
         self.add_module("controller", controller)
+        self.features = features
         self.pools_first = pools_after_one_convolution(backbone, [block.name for block in blocks])
 
     @property
@@ -193,23 +199,41 @@ class DynamicResNet(nn.Module):
         """The first block's input, in the memory layout of ``images``."""
         is_planar = images.device.type == "cpu" and images.is_contiguous() and not torch.is_grad_enabled()
         if not self.pools_first or not is_planar:
-            return self.layout.stem(self.backbone, images)
-        return self.layout.stem(self.backbone, images.contiguous(memory_format=torch.channels_last)).contiguous()
+            x = self.layout.stem(self.backbone, images)
+        else:
+            x = self.layout.stem(self.backbone, images.contiguous(memory_format=torch.channels_last)).contiguous()
+        return x if self.features is None else self.features.at(0)(x)
+
+    def hand_on_floats(self) -> None:
+        """Take back that blocks hand on bytes."""
+        self.features = None
+        for block in self.blocks:
+            block.output = None
+        for module in self.backbone.modules():
+            if isinstance(module, FractionalLayer):
+                module.read_from(None)
+            if isinstance(module, (FractionalLayer, FractionalBatchNorm)):
+                module.output = None
 
     @torch.no_grad()
-    def run_in_full(self, images: Tensor, kept: Precision | None = None) -> Tensor:
+    def run_in_full(
+        self, images: Tensor, kept: Precision | None = None, visit: Callable[[Tensor], None] = lambda features: None
+    ) -> Tensor:
         """Logits (N, classes) of ``images`` (N, C, H, W) in floating point: before tuning, those of the original model.
 
         Args:
             kept: layers of this precision stay at its bitwidth.
+            visit: called with the input of each block and of the head.
         """
         layers = (m for m in self.backbone.modules() if isinstance(m, (FractionalLayer, FractionalBatchNorm)))
         with ExitStack() as stack:
             for precision in {layer.precision for layer in layers} - {kept}:
                 stack.enter_context(precision.at(FULL_BITS))
             x = self.layout.stem(self.backbone, images)
+            visit(x)
             for block in self.blocks:
                 x = block.module(x)
+                visit(x)
             return self.layout.head(self.backbone, x)
 
     def _route(self, block: Block, x: Tensor, choice: Tensor, probs: Tensor | None, explored: float) -> Tensor:
@@ -263,15 +287,15 @@ class DynamicResNet(nn.Module):
     def _execute(self, block: Block, x: Tensor, option: int, probs: Tensor | None, explored: float) -> Tensor:
         bits = self.bits[option]
         if probs is None:
-            return block.skip(block.module, x) if bits == 0 else self._run_block(block, x, bits, None)
+            return _skip(block, x) if bits == 0 else self._run_block(block, x, bits, None)
         if bits != 0:
             y = self._run_block(block, x, bits, Routing(probs, self.bits))
             if self.bits[0] == 0:
                 with torch.no_grad():
-                    branch = y - block.skip(block.module, x)
+                    branch = y - _skip(block, x)
                 y = _with_gradient(y, branch, 1 - probs[:, 0])
             return y
-        y = block.skip(block.module, x)
+        y = _skip(block, x)
         if explored and torch.rand(()).item() < explored:
             second = int(probs[:, 1:].detach().mean(dim=0).argmax()) + 1
             with torch.no_grad():
@@ -282,7 +306,12 @@ class DynamicResNet(nn.Module):
     def _run_block(self, block: Block, x: Tensor, bits: int, routing: Routing | None) -> Tensor:
         with block.precision.at(bits, routing):
             result: Tensor = block.module(x)
-        return result
+            return result if block.output is None else block.output(result)
+
+
+def _skip(block: Block, x: Tensor) -> Tensor:
+    y = block.skip(block.module, x)
+    return y if block.output is None or block.keeps_input else block.output(y)
 
 
 def _empty_batch(images: int, like: Tensor) -> Tensor:

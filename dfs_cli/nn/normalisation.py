@@ -14,6 +14,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
+from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.precision import Precision
 from dfs_cli.presets import FULL_BITS
 
@@ -55,7 +56,8 @@ class NormTensors(NamedTuple):
 class FractionalBatchNorm(_Norm):
     """Shared by :class:`FractionalBatchNorm2d` and :class:`FractionalBatchNormAct2d`.
 
-    ``bit_weight``, ``bit_bias``, ``bit_mean`` and ``bit_var`` are (Q, C), a row for each of Q quantized bitwidths.
+    ``bit_weight``, ``bit_bias``, ``bit_mean`` and ``bit_var`` are (Q, C), a row for each of Q quantized bitwidths. ``output``
+    rounds what goes out; None: nothing does.
     """
 
     bit_weight: nn.Parameter
@@ -64,6 +66,7 @@ class FractionalBatchNorm(_Norm):
     bit_var: Tensor
     bitwidths: tuple[int, ...]
     precision: Precision
+    output: ByteFeatures | None
 
     @classmethod
     def adopt(cls: type[N], norm: nn.Module, precision: Precision) -> N:
@@ -72,7 +75,7 @@ class FractionalBatchNorm(_Norm):
         nn.Module.__init__(new)
         new.__dict__.update({k: v for k, v in norm.__dict__.items() if k not in ("_parameters", "_buffers")})
         new._parameters, new._buffers = dict(norm._parameters), dict(norm._buffers)
-        new.bitwidths, new.precision = precision.quantized, precision
+        new.bitwidths, new.precision, new.output = precision.quantized, precision, None
         rows = len(new.bitwidths)
         for name, source in (("bit_weight", new.weight), ("bit_bias", new.bias)):
             new.register_parameter(name, nn.Parameter(source.detach().repeat(rows, 1)))
@@ -90,6 +93,10 @@ class FractionalBatchNorm(_Norm):
         for name, value in NEUTRAL.items():
             getattr(self, name).fill_(value)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """What goes out, ``x``, as codes where that is wanted."""
+        return x if self.output is None else self.output(x)
+
     def _normalise(self, x: Tensor) -> Tensor:
         return nn.functional.batch_norm(x, *norm_tensors(self, self.precision.bits), eps=self.eps)
 
@@ -98,15 +105,14 @@ class FractionalBatchNorm2d(FractionalBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that follows its block's bitwidth."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._normalise(x)
+        return self.rounded(self._normalise(x))
 
 
 class FractionalBatchNormAct2d(FractionalBatchNorm, BatchNormAct2d):
     """timm's ``BatchNormAct2d``, normalisation and activation in one, that follows its block's bitwidth."""
 
     def forward(self, x: Tensor) -> Tensor:
-        activated: Tensor = self.act(self.drop(self._normalise(x)))
-        return activated
+        return self.rounded(self.act(self.drop(self._normalise(x))))
 
 
 FRACTIONAL_NORMS: dict[type[nn.Module], type[FractionalBatchNorm]] = {

@@ -65,7 +65,10 @@ def balance(values: Tensor, weights: Tensor) -> Tensor:
 def equalise(network: DynamicResNet, gains: Mapping[str, Tensor | None]) -> None:
     """Give the inputs of layers, by name, their gains (C_in,), in place; None: none. Step sizes are to be fitted anew."""
     for name, gain in gains.items():
-        cast(FractionalLayer, network.backbone.get_submodule(name)).set_input_gain(gain)
+        layer = cast(FractionalLayer, network.backbone.get_submodule(name))
+        if gain is not None and layer.source is not None:  # one step size does not do for what blocks hand on
+            network.hand_on_floats()
+        layer.set_input_gain(gain)
 
 
 def reserve_gains(network: DynamicResNet, names: Collection[str]) -> None:
@@ -79,4 +82,6 @@ def reserve_gains(network: DynamicResNet, names: Collection[str]) -> None:
         layer = layers.pop(name, None)
         if not isinstance(layer, FractionalLayer):
             raise ValueError(f"{name[:80]!r} is no layer whose input could have a gain, or is named twice")
+        if layer.source is not None:
+            network.hand_on_floats()
         layer.reserve_input_gain()

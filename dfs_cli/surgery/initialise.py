@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.cost.decisions import Decisions
+from dfs_cli.nn.features import ByteFeatures, sampled
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import FractionalBatchNorm, match_statistics, moments
@@ -35,8 +36,19 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
     for layer in network.backbone.modules():
         if isinstance(layer, FractionalLayer):
             layer.fit_weight_steps()
-    with hooked(network, FractionalLayer, observe_input), hooked(network, FractionalBatchNorm, observe_moments):
-        network.run_in_full(images)
+
+    def observe_output(output: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        cast(ByteFeatures, output).fit(inputs)
+
+    handed_on: list[Tensor] = []
+    with (
+        hooked(network, FractionalLayer, observe_input),
+        hooked(network, FractionalBatchNorm, observe_moments),
+        hooked(network.backbone, ByteFeatures, observe_output),
+    ):
+        network.run_in_full(images, visit=lambda x: handed_on.append(sampled(x)))
+    if network.features is not None:
+        network.features.fit(handed_on)
 
     def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         norm = cast(FractionalBatchNorm, norm)

@@ -15,6 +15,7 @@ from dfs_cli.errors import UnsupportedModelError, first_line
 from dfs_cli.nn.layers import CONVOLUTIONS
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS
 from dfs_cli.presets import FULL_BITS
+from dfs_cli.surgery.dataflow import dataflow_of
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
 
 
@@ -28,6 +29,8 @@ class SurgeryPlan:
         features: number of features that enter the classifier.
         branch: the layers that follow a block's option, with the block's index.
         fixed: the layers that always run.
+        readers: by block, the layers that read its input as it is.
+        results: by block, the last layers of branch and shortcut: what they give is added up.
         norms: the batch-norms whose input depends on a bitwidth, with the layer of the branch whose bitwidth they follow: the
             one that their family names, or the one before them or, for lack of one, the one after.
     """
@@ -37,6 +40,8 @@ class SurgeryPlan:
     features: int
     branch: dict[str, int]
     fixed: tuple[str, ...]
+    readers: tuple[tuple[str, ...], ...]
+    results: tuple[tuple[str, ...], ...]
     norms: dict[str, str]
 
 
@@ -76,9 +81,15 @@ def plan_surgery(model: nn.Module) -> SurgeryPlan:
     for name, module in model.named_modules():
         if name not in inside and type(module) in (*CONVOLUTIONS, nn.Linear):
             fixed[name] = None
+    flows = []
+    for i, (path, block) in enumerate(blocks.items()):
+        last = [name for name, index in branch.items() if index == i][-1:]
+        shortcut = [name for name in fixed if name.startswith(f"{path}.")][-1:]
+        flows.append(dataflow_of(block, [name.removeprefix(f"{path}.") for name in last + shortcut]).within(path))
     channels = (cast(nn.Conv2d, block.get_submodule("conv1")).in_channels for block in blocks.values())
     features = int(model.num_features)  # type: ignore[arg-type]
-    return SurgeryPlan(tuple(blocks), tuple(channels), features, branch, tuple(fixed), norms)
+    readers, results = zip(*flows, strict=True)
+    return SurgeryPlan(tuple(blocks), tuple(channels), features, branch, tuple(fixed), readers, results, norms)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

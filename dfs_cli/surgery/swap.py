@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from dfs_cli.config import DynamicConfig
 from dfs_cli.control.factory import create_controller
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import UnsupportedModelError
+from dfs_cli.nn.features import ByteFeatures, Stream
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLinear
 from dfs_cli.nn.network import Block, DynamicResNet
-from dfs_cli.nn.normalisation import FRACTIONAL_NORMS
+from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm
 from dfs_cli.nn.pooling import MaxPool2d
 from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import SurgeryPlan, plan_surgery
 
@@ -74,8 +77,12 @@ def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan
     for name, precision, width in zip(plan.blocks, block_precisions, plan.channels, strict=True):
         module = backbone.get_submodule(name)
         blocks.append(Block(name, module, FAMILIES[type(module)].skip, precision, width, _keeps_input(module)))
+    features = None
+    if max(*config.bits, config.fixed_bits) <= BYTE_BITS:
+        _round_results(backbone, plan, fixed, replaced)
+        features = _hand_on_bytes(backbone, plan, blocks, 0 in config.bits, device)
     controller = create_controller(config, table, plan.channels, plan.features)
-    network = DynamicResNet(backbone, LAYOUTS[type(backbone)], blocks, fixed, config.bits, controller)
+    network = DynamicResNet(backbone, LAYOUTS[type(backbone)], blocks, fixed, config.bits, controller, features)
     return Surgery(network.to(device).eval(), replaced)
 
 
@@ -92,6 +99,32 @@ def _replace(backbone: nn.Module, name: str, precision: Precision, replaced: Rep
 def _put(backbone: nn.Module, name: str, new: nn.Module, replaced: Replaced) -> None:
     replaced[name] = type(backbone.get_submodule(name)), type(new)
     backbone.set_submodule(name, new)
+
+
+def _round_results(backbone: nn.Module, plan: SurgeryPlan, fixed: Precision, replaced: Replaced) -> None:
+    """Let the last layers of branches and shortcuts give bytes."""
+    for name in (name for names in plan.results for name in names):
+        layer = backbone.get_submodule(name)
+        if type(layer) in FRACTIONAL_NORMS:  # of a shortcut
+            layer = FRACTIONAL_NORMS[type(layer)].adopt(layer, fixed)
+            _put(backbone, name, layer, replaced)
+        if isinstance(layer, (FractionalConv2d, FractionalBatchNorm)):
+            layer.output = ByteFeatures(layer.precision, layer.weight.device)
+
+
+def _hand_on_bytes(
+    backbone: nn.Module, plan: SurgeryPlan, blocks: Sequence[Block], may_skip: bool, device: torch.device
+) -> Stream:
+    """Let blocks hand on bytes, in place; returns what rounds their inputs."""
+    groups = [0]
+    for block in blocks:
+        groups.append(groups[-1] if may_skip and block.keeps_input else groups[-1] + 1)
+    stream = Stream(groups, device)
+    for i, (block, readers) in enumerate(zip(blocks, plan.readers, strict=True)):
+        block.output = stream.at(i + 1)
+        for name in readers:
+            cast(FractionalConv2d, backbone.get_submodule(name)).read_from(stream.at(i))
+    return stream
 
 
 def _keeps_input(block: nn.Module) -> bool:

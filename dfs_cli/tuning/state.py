@@ -20,7 +20,7 @@ _GATE_RATE, _BACKBONE_RATE = 5.0, 0.3
 # would move the gate at full speed; with this one the gate moves in proportion to the gradient.
 _GATE_EPSILON = 1e-2
 _WEIGHT_DECAY = 1e-4
-_QUANTIZERS = ("log_weight_steps", "log_input_steps", "bit_weight", "bit_bias")
+_QUANTIZERS = ("log_weight_steps", "log_input_steps", "log_feature_steps", "bit_weight", "bit_bias")
 
 
 @dataclass
@@ -101,10 +101,12 @@ def parameter_groups(
     network: DynamicResNet,
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """The parameters of the controller, of the quantizers (step sizes, batch-norm per bitwidth) and of the backbone."""
-    gate = [p for name, p in network.named_parameters() if not name.startswith("backbone.")]
+    gate: list[torch.nn.Parameter] = []
     quantizers: list[torch.nn.Parameter] = []
     backbone: list[torch.nn.Parameter] = []
-    for name, parameter in network.backbone.named_parameters():
-        is_step = name.rpartition(".")[2] in _QUANTIZERS
-        (quantizers if is_step else backbone).append(parameter)
+    for name, parameter in network.named_parameters():
+        if name.rpartition(".")[2] in _QUANTIZERS:
+            quantizers.append(parameter)
+        else:
+            (backbone if name.startswith("backbone.") else gate).append(parameter)
     return gate, quantizers, backbone

@@ -1,0 +1,103 @@
+"""Features as 8-bit codes: what blocks hand on, and what is added up to it.
+
+Where a network has no more than 8 bits anywhere, its features between the blocks are bytes with learned step sizes, and so are
+the two sides of the addition at a block's end. Integer hardware then needs floating point nowhere in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, best_step, fake_quantize, quantize_codes
+from dfs_cli.presets import FULL_BITS
+
+_SAMPLED = 1 << 18
+
+
+class ByteFeatures(nn.Module):
+    """Rounds features to 8-bit codes, with a step size for each of Q bitwidths of the layers before them.
+
+    Args:
+        precision: of those layers; None: whatever they have, the step size is the same (Q = 1), and rounding is not left out.
+    """
+
+    features_signed: Tensor  # (), bool
+
+    def __init__(self, precision: Precision | None, device: torch.device) -> None:
+        super().__init__()
+        self.precision = precision
+        rows = 1 if precision is None else len(precision.quantized)
+        self.log_feature_steps = nn.Parameter(torch.zeros(rows, device=device))
+        self.register_buffer("features_signed", torch.tensor(False, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, of any shape, rounded to codes times their step size; unchanged where the layers before run in full."""
+        if self.precision is not None and self.precision.bits == FULL_BITS:
+            return x
+        step, (low, high) = self.step(), self.limits()
+        if self.training:
+            return fake_quantize(x.float(), step, low, high)
+        codes = quantize_codes(x, step, low, high)
+        return codes * step if torch.is_grad_enabled() else codes.mul_(step)
+
+    def step(self) -> Tensor:
+        """The step size, ()."""
+        row = 0 if self.precision is None else self.precision.quantized.index(self.precision.bits)
+        return self.log_feature_steps[row].exp()
+
+    def limits(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return (-LARGEST_BYTE - 1, LARGEST_BYTE) if self.is_signed() else (0, 2 * LARGEST_BYTE + 1)
+
+    def is_signed(self) -> bool:
+        # Reading a buffer on an accelerator needs a device synchronisation.
+        cached = self.__dict__.get("_signed")
+        key = (
+            self.features_signed.data_ptr(),
+            0 if self.features_signed.is_inference() else self.features_signed._version,
+        )
+        if cached is None or cached[0] != key:
+            cached = self.__dict__["_signed"] = (key, bool(self.features_signed))
+        return cast(bool, cached[1])
+
+    @torch.no_grad()
+    def fit(self, samples: Sequence[Tensor]) -> None:
+        """Set all step sizes, and whether codes are signed, from samples of any shape."""
+        values = torch.cat([sampled(x) for x in samples])
+        self.features_signed.fill_(bool((values < 0).any()))
+        self.log_feature_steps.fill_(float(best_step(values[None], BYTE_BITS, self.is_signed()).log()))
+
+
+def sampled(x: Tensor) -> Tensor:
+    """Values of ``x``, of any shape, evenly spaced in it: (values,), no more than step sizes are fitted on."""
+    values = x.detach().flatten()
+    return values[:: max(1, len(values) // _SAMPLED)].float()
+
+
+class Stream(nn.Module):
+    """The features that L blocks hand on, as codes.
+
+    Args:
+        groups: (L + 1,), for the input of each block and of the head, the index of its step size. Blocks that may hand on
+            their input share a step size with it.
+    """
+
+    def __init__(self, groups: Sequence[int], device: torch.device) -> None:
+        super().__init__()
+        self.groups = tuple(groups)
+        self.steps = nn.ModuleList(ByteFeatures(None, device) for _ in range(max(groups) + 1))
+
+    def at(self, position: int) -> ByteFeatures:
+        """What rounds the input of a block, or of the head at L."""
+        return cast(ByteFeatures, self.steps[self.groups[position]])
+
+    def fit(self, samples: Sequence[Tensor]) -> None:
+        """Set the step sizes from samples of the L + 1 features."""
+        for group, features in enumerate(self.steps):
+            chosen = [x for x, its in zip(samples, self.groups, strict=True) if its == group]
+            cast(ByteFeatures, features).fit(chosen)

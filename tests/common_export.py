@@ -16,11 +16,10 @@ from dfs_cli.control.base import controller_of
 from dfs_cli.control.gates import summarise, uncertainty
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import Decisions
-from dfs_cli.export.network import IMAGES, options_of
+from dfs_cli.export.network import IMAGES
 from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Parts
 from dfs_cli.export.runtime import open_session
-from dfs_cli.export.scales import measure_scales
 from dfs_cli.freeze.biases import round_biases
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery.plan import plan_costs
@@ -116,15 +115,9 @@ def decisions_of(network: DynamicResNet, policy: Sequence[int], passes: int = 1)
     return Decisions(torch.tensor(policy).reshape(1, passes, len(network.blocks)))
 
 
-def float_writer(network: DynamicResNet) -> PartWriter:
-    """Writes ``network`` with features in floating point: exactly what it computes."""
+def part_writer(network: DynamicResNet) -> PartWriter:
+    """Writes ``network``."""
     return PartWriter(Parts(network, SIZE))
-
-
-def int8_writer(network: DynamicResNet) -> PartWriter:
-    """Writes ``network`` with int8 features, where it can have them."""
-    parts = Parts(network, SIZE)
-    return PartWriter(parts, measure_scales(parts, options_of(network, None), images(8).numpy()))
 
 
 def run_graph(model: onnx.ModelProto, image: Tensor, **inputs: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +19,11 @@ from onnx import numpy_helper
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.space_to_depth import merge_pixels, on_merged_pixels
 from dfs_cli.export.trace import DOMAIN, ROUNDED, QuantizedLayer, RoundedFeatures, Traced, key_of
-from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution, code_range, nearest_integer_bias
+from dfs_cli.nn.integers import Folded, fold
+from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution
 
 MIDDLE = LARGEST_BYTE + 1
 """The unsigned byte that stands for zero where codes are signed."""
-
-# Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
-_LARGEST_BIAS = 2.0**23
 
 
 class Affine(NamedTuple):
@@ -174,16 +173,16 @@ class Lowering:
 
     def _on_codes(self, affine: Affine) -> str:
         """From codes to codes: runtimes fuse it with the quantizer that reads the result into one integer kernel."""
-        layer, x, factor, shift, _ = affine
-        given, step = self._codes(x, layer), layer.step
+        layer, x = affine.layer, affine.x
+        given, folded = self._codes(x, layer), fold_layer(affine)
+        scale = folded.scale.numpy()
+        layer = replace(layer, codes=folded.integer_weight.numpy())
         if x == self.source and (merged := on_merged_pixels(layer, *self.shape[2:])):
             given, layer = merge_pixels(self.graph, given, *self.shape[1:]), merged
-        codes, scale, bias = fold(layer, factor, shift)
         given = self._restored(given, layer)
-        weight = self._dequantized(codes, scale, np.int8)
-        return self._convolve(
-            "Conv", layer, [given, weight, self._dequantized(bias, scale * np.float32(step), np.int32)]
-        )
+        weight = self._dequantized(layer.codes, scale, np.int8)
+        bias = self._dequantized(folded.bias.numpy(), scale * np.float32(layer.step), np.int32)
+        return self._convolve("Conv", layer, [given, weight, bias])
 
     def _to_floats(self, affine: Affine) -> str:
         """From codes to floating point: scaled integer sums, exactly as the network computes them.
@@ -259,26 +258,10 @@ def _key(x: str, layer: QuantizedLayer | RoundedFeatures) -> tuple[str, float, i
     return x, layer.step, layer.low, layer.high
 
 
-def fold(layer: QuantizedLayer, factor: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Express ``factor * convolution + shift`` by integers, channel by channel.
-
-    The bias becomes an integer, too, in units that grow as the bitwidth falls. Codes of few bits leave room in their bytes:
-    they are multiplied by the number that brings the bias closest to an integer.
-
-    Args:
-        factor, shift: (C_out,).
-
-    Returns:
-        Weight codes (C_out, ...), their positive scales (C_out,), and the bias (C_out,) in units of scale times step.
-    """
-    rows = layer.codes.reshape(len(layer.codes), -1) * np.sign(factor)[:, None]
-    scale = layer.scale.astype(float) * np.abs(factor)
-    # A channel whose bias outweighs its weight by far would need a bias beyond 32 bits: its weight gets coarser units.
-    coarser = np.maximum(scale, np.maximum(np.abs(shift) / (_LARGEST_BIAS * layer.step), np.finfo(np.float32).tiny))
-    rows = np.round(rows * (scale / coarser)[:, None])
-    room = LARGEST_BYTE // code_range(layer.bits, signed=True)[1]
-    numerator, multiple = (
-        t.numpy() for t in nearest_integer_bias(torch.from_numpy(shift / (coarser * layer.step)), room)
-    )
-    codes = (rows * multiple[:, None]).reshape(layer.codes.shape)
-    return codes, coarser / multiple, numerator
+def fold_layer(affine: Affine) -> Folded:
+    """A quantized layer and the batch-norm behind it as integers, as the network computes them, if it does."""
+    layer, factor, shift = affine.layer, torch.from_numpy(affine.factor), torch.from_numpy(affine.shift)
+    if layer.folded is not None:
+        return layer.folded
+    codes, scale = torch.from_numpy(layer.codes), torch.from_numpy(layer.scale)
+    return fold(codes, scale, layer.step, layer.bits, factor, shift)

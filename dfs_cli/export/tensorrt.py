@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from dfs_cli.export.lower import MIDDLE, Affine, Lowering, fold, pads_of
+from dfs_cli.export.lower import MIDDLE, Affine, Lowering, fold_layer, pads_of
 from dfs_cli.export.trace import QuantizedLayer, RoundedFeatures
 from dfs_cli.nn.quantization import LARGEST_BYTE
 
@@ -24,10 +24,10 @@ class TensorRTLowering(Lowering):
         return self._to_floats(affine)
 
     def _to_floats(self, affine: Affine) -> str:
-        layer, x, factor, shift, _ = affine
-        graph = self.graph
+        layer, x, shift, graph = affine.layer, affine.x, affine.shift, self.graph
         # Some runtimes round the bias to an integer all the same: these codes give it finer units.
-        codes, scale, _ = fold(layer, factor, shift)
+        folded = fold_layer(affine)
+        codes, scale = folded.integer_weight.numpy(), folded.scale.numpy()
         if _is_lowered(layer):
             shift = shift + MIDDLE * layer.step * scale * codes.reshape(len(codes), -1).sum(axis=1)
         inputs = [self._codes(x, layer), self._dequantized(codes, scale, np.int8), graph.constant(shift, np.float32)]

@@ -20,6 +20,7 @@ from dfs_cli.export.constants import fold_constants
 from dfs_cli.export.gains import Gain, fold_gains
 from dfs_cli.export.pooling import round_before_pooling
 from dfs_cli.nn.features import ByteFeatures
+from dfs_cli.nn.integers import Folded
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
 from dfs_cli.nn.quantization import BYTE_BITS, Convolution
@@ -42,6 +43,7 @@ class QuantizedLayer:
         bits: bitwidth; layers of up to 8 bits run on integers.
         bias: (C_out,); None: there is none.
         geometry: stride, padding, dilation and groups; None: it is a linear layer.
+        folded: the layer with the batch-norm behind it, where the network computes both at once.
     """
 
     codes: np.ndarray
@@ -52,19 +54,21 @@ class QuantizedLayer:
     bits: int
     bias: np.ndarray | None
     geometry: Convolution | None
+    folded: Folded | None = None
 
     @classmethod
     def of(cls, layer: FractionalLayer, bits: int) -> QuantizedLayer:
         """``layer`` at ``bits``."""
         codes, scale, _ = layer.quantized_weight(bits)
         step = float(layer.input_step(bits).detach())
-        geometry = None
+        geometry = folded = None
         if isinstance(layer, FractionalConv2d):
+            folded = layer.folded() if layer.is_normalised() else None
             assert not isinstance(layer.padding, str)
             geometry = Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
         bias = None if layer.bias is None else layer.bias.detach().cpu().numpy()
         low, high = layer.input_limits(bits)
-        return cls(codes.cpu().numpy(), scale.detach().cpu().numpy(), step, low, high, bits, bias, geometry)
+        return cls(codes.cpu().numpy(), scale.detach().cpu().numpy(), step, low, high, bits, bias, geometry, folded)
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ def trace(module: nn.Module, run: Callable[[nn.Module, Tensor], Tensor], x: Tens
                 (x,),
                 content,  # type: ignore[arg-type]  # a buffer is accepted by this exporter
                 dynamo=False,
+                autograd_inlining=False,  # opaque nodes may follow each other
                 opset_version=OPSET,
                 input_names=["x"],
                 output_names=["y"],
@@ -207,8 +212,8 @@ def _make_plain(module: nn.Module) -> dict[str, QuantizedLayer | RoundedFeatures
             module.set_submodule(name, norm)
         elif isinstance(child, FractionalLayer):
             assert isinstance(child, nn.Module)
-            if child.source is not None:  # no part of the module, and the exporter cannot see one tensor inside two nodes
-                child.read_from(copy.deepcopy(child.source).requires_grad_(False))
+            if child.source is not None:  # no part of the module
+                child.source.requires_grad_(False)
             new: nn.Module = child
             if (bits := child.precision.bits) == FULL_BITS:
                 new = _plain_layer(child)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.nn.precision import Precision
-from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, best_step, fake_quantize, quantize_codes
+from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, best_step, fake_quantize, identity, quantize_codes
 from dfs_cli.presets import FULL_BITS
 
 _SAMPLED = 1 << 18
@@ -24,13 +24,16 @@ class ByteFeatures(nn.Module):
 
     Args:
         precision: of those layers; None: whatever they have, the step size is the same (Q = 1), and rounding is not left out.
+        unit: of which the step sizes are short multiples, see :meth:`step`; it is no part of this module.
     """
 
     features_signed: Tensor  # (), bool
+    unit: ByteFeatures | None
 
-    def __init__(self, precision: Precision | None, device: torch.device) -> None:
+    def __init__(self, precision: Precision | None, device: torch.device, unit: ByteFeatures | None = None) -> None:
         super().__init__()
         self.precision = precision
+        self.__dict__["unit"] = unit
         rows = 1 if precision is None else len(precision.quantized)
         self.log_feature_steps = nn.Parameter(torch.zeros(rows, device=device))
         self.register_buffer("features_signed", torch.tensor(False, device=device))
@@ -46,9 +49,17 @@ class ByteFeatures(nn.Module):
         return codes * step if torch.is_grad_enabled() else codes.mul_(step)
 
     def step(self) -> Tensor:
-        """The step size, ()."""
+        """The step size, ().
+
+        A number of 8 significant bits, or such a number times ``unit``'s step size. Codes times step sizes, and their sums, are
+        then exact in single precision, in whatever order a runtime computes them.
+        """
         row = 0 if self.precision is None else self.precision.quantized.index(self.precision.bits)
-        return self.log_feature_steps[row].exp()
+        step = self.log_feature_steps[row].exp()
+        if self.unit is None:
+            return _shortened(step)
+        unit = self.unit.step()
+        return _shortened(step / unit) * unit
 
     def limits(self) -> tuple[int, int]:
         """The lowest and the highest code."""
@@ -57,10 +68,7 @@ class ByteFeatures(nn.Module):
     def is_signed(self) -> bool:
         # Reading a buffer on an accelerator needs a device synchronisation.
         cached = self.__dict__.get("_signed")
-        key = (
-            self.features_signed.data_ptr(),
-            0 if self.features_signed.is_inference() else self.features_signed._version,
-        )
+        key = identity(self.features_signed)
         if cached is None or cached[0] != key:
             cached = self.__dict__["_signed"] = (key, bool(self.features_signed))
         return cast(bool, cached[1])
@@ -77,6 +85,11 @@ def sampled(x: Tensor) -> Tensor:
     """Values of ``x``, of any shape, evenly spaced in it: (values,), no more than step sizes are fitted on."""
     values = x.detach().flatten()
     return values[:: max(1, len(values) // _SAMPLED)].float()
+
+
+def _shortened(x: Tensor) -> Tensor:
+    """``x`` rounded to 8 significant bits; the gradient passes straight through."""
+    return x + (x.bfloat16().to(x.dtype) - x).detach()
 
 
 class Stream(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.gain import GainedInput
+from dfs_cli.nn.integers import IntegerResult
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import (
     BYTE_BITS,
@@ -25,6 +26,7 @@ from dfs_cli.nn.quantization import (
     best_step,
     code_range,
     fake_quantize,
+    identity,
     quantize_codes,
     quantized_convolution,
 )
@@ -39,11 +41,6 @@ class QuantizedWeight(NamedTuple):
     codes: Tensor
     scale: Tensor
     key: tuple[Any, ...]
-
-
-def _identity(tensor: Tensor) -> tuple[int, int]:
-    """A key that changes when the tensor is replaced or changed in place (tensors made in inference mode do not change)."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
 class FractionalLayer(GainedInput):
@@ -89,6 +86,11 @@ class FractionalLayer(GainedInput):
         """The step size of the input's codes at a bitwidth, ()."""
         source = self._source_at(bits)
         return self.log_input_steps[self.bitwidths.index(bits)].exp() if source is None else source.step()
+
+    def input_step_logarithm(self, bits: int) -> Tensor:
+        """The tensor that holds the logarithm of that step size."""
+        source = self._source_at(bits)
+        return self.log_input_steps if source is None else source.log_feature_steps
 
     def input_limits(self, bits: int) -> tuple[int, int]:
         """The lowest and the highest code of the input at a bitwidth."""
@@ -236,7 +238,7 @@ class FractionalLayer(GainedInput):
         """Whether the codes of the input are signed."""
         # Cached: reading a buffer on an accelerator needs a device synchronisation.
         cached = self.__dict__.get("_signed_value")
-        key = _identity(self.input_signed)
+        key = identity(self.input_signed)
         if cached is None or cached[0] != key:
             cached = (key, bool(self.input_signed))
             self.__dict__["_signed_value"] = cached
@@ -244,7 +246,7 @@ class FractionalLayer(GainedInput):
 
     def quantized_weight(self, bits: int) -> QuantizedWeight:
         """Integer codes of the weight, in its shape, and scales (C_out,), cached until the weight or its step sizes change."""
-        key = (*_identity(self.weight), *_identity(self.log_weight_steps))
+        key = (*identity(self.weight), *identity(self.log_weight_steps))
         cached = self._cache.get(bits)
         if cached is None or cached.key != key:
             # Made outside inference mode, so that a later call may record gradients of other tensors.
@@ -263,7 +265,7 @@ CONVOLUTIONS: tuple[type[nn.Conv2d], ...] = (nn.Conv2d, StdConv2d)
 """The classes of convolution that :class:`FractionalConv2d` replaces."""
 
 
-class FractionalConv2d(FractionalLayer, nn.Conv2d):
+class FractionalConv2d(IntegerResult, FractionalLayer, nn.Conv2d):
     """A 2-d convolution that runs at ``precision.bits``.
 
     Where it replaces a weight-standardised convolution (BiT; Qiao et al., 2019, arXiv 1903.10520), it standardises the

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.features import ByteFeatures, Stream
-from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.passes import Output, TuningTarget, View
 from dfs_cli.nn.pooling import pools_after_one_convolution
@@ -212,6 +212,8 @@ class DynamicResNet(nn.Module):
         for module in self.backbone.modules():
             if isinstance(module, FractionalLayer):
                 module.read_from(None)
+            if isinstance(module, FractionalConv2d) and isinstance(module.target, ByteFeatures):
+                module.fold_in(module.norm, None)
             if isinstance(module, (FractionalLayer, FractionalBatchNorm)):
                 module.output = None
 

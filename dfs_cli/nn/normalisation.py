@@ -8,6 +8,7 @@ small to estimate them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -57,7 +58,7 @@ class FractionalBatchNorm(_Norm):
     """Shared by :class:`FractionalBatchNorm2d` and :class:`FractionalBatchNormAct2d`.
 
     ``bit_weight``, ``bit_bias``, ``bit_mean`` and ``bit_var`` are (Q, C), a row for each of Q quantized bitwidths. ``output``
-    rounds what goes out; None: nothing does.
+    rounds what goes out; None: nothing does. ``is_done`` tells whether the convolution before has normalised already.
     """
 
     bit_weight: nn.Parameter
@@ -67,6 +68,7 @@ class FractionalBatchNorm(_Norm):
     bitwidths: tuple[int, ...]
     precision: Precision
     output: ByteFeatures | None
+    is_done: Callable[[], bool]
 
     @classmethod
     def adopt(cls: type[N], norm: nn.Module, precision: Precision) -> N:
@@ -76,6 +78,7 @@ class FractionalBatchNorm(_Norm):
         new.__dict__.update({k: v for k, v in norm.__dict__.items() if k not in ("_parameters", "_buffers")})
         new._parameters, new._buffers = dict(norm._parameters), dict(norm._buffers)
         new.bitwidths, new.precision, new.output = precision.quantized, precision, None
+        new.is_done = _never
         rows = len(new.bitwidths)
         for name, source in (("bit_weight", new.weight), ("bit_bias", new.bias)):
             new.register_parameter(name, nn.Parameter(source.detach().repeat(rows, 1)))
@@ -98,7 +101,13 @@ class FractionalBatchNorm(_Norm):
         return x if self.output is None else self.output(x)
 
     def _normalise(self, x: Tensor) -> Tensor:
+        if self.is_done():
+            return x
         return nn.functional.batch_norm(x, *norm_tensors(self, self.precision.bits), eps=self.eps)
+
+
+def _never() -> bool:
+    return False
 
 
 class FractionalBatchNorm2d(FractionalBatchNorm, nn.BatchNorm2d):

@@ -16,6 +16,11 @@ from torch.nn import functional
 _SMALLEST_STEP = 2.0**-100  # the step size of a channel of zeros
 
 
+def identity(tensor: Tensor) -> tuple[int, int]:
+    """A key that changes when the tensor is replaced or changed in place (tensors made in inference mode do not change)."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
     """The lowest and highest integer code of a ``bits``-bit quantizer; signed ranges are symmetric around zero."""
     if signed:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.features import ByteFeatures, sampled
-from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import FractionalBatchNorm, match_statistics, moments
 from dfs_cli.presets import FULL_BITS
@@ -55,10 +55,23 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
         if (bits := norm.precision.bits) != FULL_BITS:
             match_statistics(norm, norm.bitwidths.index(bits), expected[norm], inputs[0])
 
-    with hooked(network, FractionalBatchNorm, match):
+    with hooked(network, FractionalBatchNorm, match), _normalising_apart(network):
         for policy in network.controller.policies():
             network.run(images, Decisions.alike(policy, len(images)))
     network.train(was_training)
+
+
+@contextmanager
+def _normalising_apart(network: DynamicResNet) -> Iterator[None]:
+    """Let every batch-norm see what its convolution gives, within the context."""
+    convs = [layer for layer in network.modules() if isinstance(layer, FractionalConv2d)]
+    for conv in convs:
+        conv.gives_codes = False
+    try:
+        yield
+    finally:
+        for conv in convs:
+            conv.gives_codes = True
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.factory import controller_macs
@@ -15,7 +15,7 @@ from dfs_cli.errors import UnsupportedModelError, first_line
 from dfs_cli.nn.layers import CONVOLUTIONS
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS
 from dfs_cli.presets import FULL_BITS
-from dfs_cli.surgery.dataflow import dataflow_of
+from dfs_cli.surgery.dataflow import Dataflow, dataflow_of
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
 
 
@@ -29,8 +29,8 @@ class SurgeryPlan:
         features: number of features that enter the classifier.
         branch: the layers that follow a block's option, with the block's index.
         fixed: the layers that always run.
-        readers: by block, the layers that read its input as it is.
-        results: by block, the last layers of branch and shortcut: what they give is added up.
+        flows: by block, how features flow through it.
+        stem: how they flow before the first block.
         norms: the batch-norms whose input depends on a bitwidth, with the layer of the branch whose bitwidth they follow: the
             one that their family names, or the one before them or, for lack of one, the one after.
     """
@@ -40,8 +40,8 @@ class SurgeryPlan:
     features: int
     branch: dict[str, int]
     fixed: tuple[str, ...]
-    readers: tuple[tuple[str, ...], ...]
-    results: tuple[tuple[str, ...], ...]
+    flows: tuple[Dataflow, ...]
+    stem: Dataflow
     norms: dict[str, str]
 
 
@@ -88,8 +88,20 @@ def plan_surgery(model: nn.Module) -> SurgeryPlan:
         flows.append(dataflow_of(block, [name.removeprefix(f"{path}.") for name in last + shortcut]).within(path))
     channels = (cast(nn.Conv2d, block.get_submodule("conv1")).in_channels for block in blocks.values())
     features = int(model.num_features)  # type: ignore[arg-type]
-    readers, results = zip(*flows, strict=True)
-    return SurgeryPlan(tuple(blocks), tuple(channels), features, branch, tuple(fixed), readers, results, norms)
+    stem = dataflow_of(_Stem(model))
+    return SurgeryPlan(tuple(blocks), tuple(channels), features, branch, tuple(fixed), tuple(flows), stem, norms)
+
+
+class _Stem(nn.Module):
+    """The stem of a model alone, whose layers keep their paths."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._modules.update(model.named_children())
+        self.layout = LAYOUTS[type(model)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layout.stem(self, images)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

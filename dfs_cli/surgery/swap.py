@@ -21,6 +21,7 @@ from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm
 from dfs_cli.nn.pooling import MaxPool2d
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import BYTE_BITS
+from dfs_cli.surgery.dataflow import Dataflow
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import SurgeryPlan, plan_surgery
 
@@ -78,9 +79,14 @@ def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan
         module = backbone.get_submodule(name)
         blocks.append(Block(name, module, FAMILIES[type(module)].skip, precision, width, _keeps_input(module)))
     features = None
-    if max(*config.bits, config.fixed_bits) <= BYTE_BITS:
-        _round_results(backbone, plan, fixed, replaced)
-        features = _hand_on_bytes(backbone, plan, blocks, 0 in config.bits, device)
+    if max(config.fixed_bits, *(table.layer_bits.values() or config.bits)) <= BYTE_BITS:
+        features = _make_stream(blocks, device)
+        flows = [(plan.stem, None, features.at(0))]
+        flows += [(flow, features.at(i), features.at(i + 1)) for i, flow in enumerate(plan.flows)]
+        for flow, given, wanted in flows:
+            _compute_on_integers(backbone, flow, given, wanted, replaced)
+        for i, block in enumerate(blocks):
+            block.output = features.at(i + 1)
     controller = create_controller(config, table, plan.channels, plan.features)
     network = DynamicResNet(backbone, LAYOUTS[type(backbone)], blocks, fixed, config.bits, controller, features)
     return Surgery(network.to(device).eval(), replaced)
@@ -101,30 +107,38 @@ def _put(backbone: nn.Module, name: str, new: nn.Module, replaced: Replaced) -> 
     backbone.set_submodule(name, new)
 
 
-def _round_results(backbone: nn.Module, plan: SurgeryPlan, fixed: Precision, replaced: Replaced) -> None:
-    """Let the last layers of branches and shortcuts give bytes."""
-    for name in (name for names in plan.results for name in names):
-        layer = backbone.get_submodule(name)
-        if type(layer) in FRACTIONAL_NORMS:  # of a shortcut
-            layer = FRACTIONAL_NORMS[type(layer)].adopt(layer, fixed)
-            _put(backbone, name, layer, replaced)
-        if isinstance(layer, (FractionalConv2d, FractionalBatchNorm)):
-            layer.output = ByteFeatures(layer.precision, layer.weight.device)
-
-
-def _hand_on_bytes(
-    backbone: nn.Module, plan: SurgeryPlan, blocks: Sequence[Block], may_skip: bool, device: torch.device
-) -> Stream:
-    """Let blocks hand on bytes, in place; returns what rounds their inputs."""
+def _make_stream(blocks: Sequence[Block], device: torch.device) -> Stream:
+    """What rounds the features between blocks to bytes: a block that may hand on its input keeps its step size, so that
+    skipping it changes nothing, and adding to it needs one factor less."""
     groups = [0]
     for block in blocks:
-        groups.append(groups[-1] if may_skip and block.keeps_input else groups[-1] + 1)
-    stream = Stream(groups, device)
-    for i, (block, readers) in enumerate(zip(blocks, plan.readers, strict=True)):
-        block.output = stream.at(i + 1)
-        for name in readers:
-            cast(FractionalConv2d, backbone.get_submodule(name)).read_from(stream.at(i))
-    return stream
+        groups.append(groups[-1] if block.keeps_input else groups[-1] + 1)
+    return Stream(groups, device)
+
+
+def _compute_on_integers(
+    backbone: nn.Module, flow: Dataflow, given: ByteFeatures | None, wanted: ByteFeatures, replaced: Replaced
+) -> None:
+    """Let the convolutions of a block, or of the stem, read and give bytes where they can, in place.
+
+    Args:
+        given, wanted: what rounds the block's input and its output.
+    """
+    names = {*flow.readers, *flow.norms, *flow.targets, *flow.targets.values(), *flow.results} - {""}
+    convs = {name: cast(FractionalConv2d, backbone.get_submodule(name)) for name in sorted(names)}
+    for name, norm in flow.norms.items():
+        layer = backbone.get_submodule(norm)
+        if type(layer) in FRACTIONAL_NORMS:  # of stem and shortcut
+            _put(backbone, norm, FRACTIONAL_NORMS[type(layer)].adopt(layer, convs[name].precision), replaced)
+    for name in flow.readers:
+        convs[name].read_from(given)
+    for name, conv in convs.items():
+        norm = backbone.get_submodule(flow.norms[name]) if name in flow.norms else None
+        last = conv if norm is None else norm
+        if name in flow.results and isinstance(last, (FractionalConv2d, FractionalBatchNorm)):
+            last.output = ByteFeatures(conv.precision, conv.weight.device, unit=wanted)
+        target = flow.targets.get(name)
+        conv.fold_in(norm, convs[target] if target else wanted if target == "" else None)
 
 
 def _keeps_input(block: nn.Module) -> bool:

@@ -23,11 +23,10 @@ from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.export.baselines import export_dense, quantize_dense
 from dfs_cli.export.graph import IR_VERSION, Graph
-from dfs_cli.export.network import BITS, IMAGES, LOGITS, export_network, export_static, fixed_decisions, options_of
+from dfs_cli.export.network import BITS, IMAGES, LOGITS, export_network, export_static, fixed_decisions
 from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Key, Parts
 from dfs_cli.export.runtime import open_session
-from dfs_cli.export.scales import measure_scales
 from dfs_cli.export.trace import OPSET
 from dfs_cli.models.zoo import candidate_names
 from dfs_cli.nn.network import DynamicResNet
@@ -207,17 +206,6 @@ def check_decisions(parts: Parts) -> None:
     assert (others[BITS] == results[BITS]).mean() > 0.75
 
 
-@torch.no_grad()
-def check_int8_features(parts: Parts, bits: int) -> None:
-    """Where there can be such features, the answers are nearly the network's."""
-    network, size = parts.network, parts.input_size
-    decisions = Decisions.alike(torch.full((len(network.blocks),), network.bits.index(bits)), 1)
-    scales = measure_scales(parts, options_of(network, decisions), images(size).numpy())
-    if scales is not None:
-        content = export_static(PartWriter(parts, scales), decisions).SerializeToString()
-        check_close(run(content, images(size)[:1])[LOGITS], network.run(images(size)[:1], decisions).logits, 0.3)
-
-
 def check_static_network(model: nn.Module, size: tuple[int, int, int], bits: int) -> None:
     """Layers of ``bits`` and of 8 bits in turns; the second block is skipped."""
     network = static_network(
@@ -252,8 +240,6 @@ def check_all(structure: Structure, index: int) -> None:
         parts = Parts(make_network(model, gate, (0, bits), structure.size), structure.size)
         check_plain_graphs(parts, [1] * len(parts.network.blocks))
         check_decisions(parts)
-        if 5 <= bits <= 8:
-            check_int8_features(parts, bits)
     check_dense_graphs(model, structure.size)
 
 
@@ -277,7 +263,6 @@ def test_every_structure_with_every_gate_and_bitwidth(name: str) -> None:
     blocks = len(parts.network.blocks)
     for first in (1, 6):
         check_plain_graphs(parts, [(first + i) % len(ALL_BITS) for i in range(blocks)])
-    check_int8_features(parts, 8)
     check_static_network(model, size, 4)
     networks = [make_network(model, gate, (0, 4, 8), size) for gate in GATES if gate != "static"]
     parts = Parts(networks[0], size)

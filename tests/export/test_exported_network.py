@@ -11,11 +11,11 @@ from common import SIZE, tiny_resnet
 from common_export import (
     MODELS,
     decisions_of,
-    float_writer,
     gated_network,
     images,
     make_network,
     mixed_bits,
+    part_writer,
     probe_network,
     run_graph,
     static_network,
@@ -47,7 +47,7 @@ slow = pytest.mark.slow
 
 def check_same_as_network(network: DynamicResNet) -> None:
     """Compare graph and network on images of very different contrast."""
-    model = export_network(float_writer(network))
+    model = export_network(part_writer(network))
     onnx.checker.check_model(model)
     varied = images(40) * torch.linspace(0.2, 5.0, 40).reshape(-1, 1, 1, 1)
     batches = [Batch(varied, torch.zeros(40, dtype=torch.long), ())]
@@ -91,7 +91,7 @@ def test_every_family_decides_and_answers_as_the_network_does(name: str, gate: s
 @pytest.mark.parametrize("name", ["BasicBlock", *(pytest.param(name, marks=slow) for name in list(MODELS)[1:])])
 def test_every_option_computes_what_it_computes_in_the_network(name: str) -> None:
     network = gated_network(MODELS[name](), bits=(0, 2, 4, 6, 8, 16, 32))
-    writer = float_writer(network)
+    writer = part_writer(network)
     for option, bits in enumerate(network.bits):
         decisions = decisions_of(network, [option] * len(network.blocks))
         expected = network.run(images(1), decisions).logits[0].detach().numpy()
@@ -103,7 +103,7 @@ def test_every_option_computes_what_it_computes_in_the_network(name: str) -> Non
 @pytest.mark.parametrize("mix", ["uniform", "per layer"])
 def test_the_graph_of_a_static_network_is_plain_and_computes_what_the_network_computes(name: str, mix: str) -> None:
     network = static_network(MODELS[name](), mixed_bits if mix == "per layer" else lambda block, layer: 4)
-    model = export_network(float_writer(network))
+    model = export_network(part_writer(network))
     onnx.checker.check_model(model)
     assert not list(subgraphs(model.graph))
     assert [value.name for value in model.graph.input] == [IMAGES]
@@ -115,7 +115,7 @@ def test_the_graph_of_a_static_network_is_plain_and_computes_what_the_network_co
 
 def test_the_metadata_of_a_plain_graph_names_the_policy() -> None:
     """Of a block whose layers differ, the widest layer's bitwidth."""
-    model = export_network(float_writer(static_network(tiny_resnet(), mixed_bits)))
+    model = export_network(part_writer(static_network(tiny_resnet(), mixed_bits)))
     assert json.loads({p.key: p.value for p in model.metadata_props}["policy"]) == [8, 0, 8, 8, 8]
 
 
@@ -125,21 +125,21 @@ def test_a_dynamic_network_with_fixed_decisions_has_no_control_flow(mirror: bool
     both = decisions_of(network, [1, 2, 0, 1, 2, 2, 2, 1, 2, 0], passes=2)
     one = Decisions(both.options.clone().index_fill_(1, torch.tensor([1]), NOT_RUN))
     for decisions in (both, one):
-        model = export_static(float_writer(network), decisions)
+        model = export_static(part_writer(network), decisions)
         assert not list(subgraphs(model.graph))
         expected = network.run(images(1), decisions).logits.detach().numpy()
         np.testing.assert_allclose(run_graph(model, images(1)[0])[LOGITS], expected, atol=CLOSE)
 
 
 def test_there_is_an_if_per_block_or_one_around_the_second_pass() -> None:
-    gated = export_network(float_writer(gated_network(tiny_resnet()))).graph
+    gated = export_network(part_writer(gated_network(tiny_resnet()))).graph
     assert [node.op_type for node in gated.node].count("If") == 5
-    probe = export_network(float_writer(probe_network(tiny_resnet()))).graph
+    probe = export_network(part_writer(probe_network(tiny_resnet()))).graph
     assert [node.op_type for node in probe.node].count("If") == 1
 
 
 def test_the_operating_point_of_a_gate_can_be_changed_per_call() -> None:
-    model = export_network(float_writer(gated_network(tiny_resnet())))
+    model = export_network(part_writer(gated_network(tiny_resnet())))
     image = images(1)[0]
     assert (run_graph(model, image, **{OPERATING_POINT: np.array(1e9)})[BITS] == 0).all()
     assert (run_graph(model, image, **{OPERATING_POINT: np.array(-1e9)})[BITS] == 8).all()
@@ -147,7 +147,7 @@ def test_the_operating_point_of_a_gate_can_be_changed_per_call() -> None:
 
 def test_the_operating_point_decides_on_the_second_pass() -> None:
     network = probe_network(tiny_resnet())
-    model, image = export_network(float_writer(network)), images(1)[0]
+    model, image = export_network(part_writer(network)), images(1)[0]
     refined = run_graph(model, image, **{OPERATING_POINT: np.array(-1e9)})
     assert (refined[BITS][:, 5:] >= 0).all()
     stopped = run_graph(model, image, **{OPERATING_POINT: np.array(1e9)})
@@ -161,7 +161,7 @@ def test_the_operating_point_decides_on_the_second_pass() -> None:
 
 def test_weights_lie_in_the_branch_that_uses_them_and_are_bytes() -> None:
     network = gated_network(tiny_resnet())
-    graph = export_network(float_writer(network)).graph
+    graph = export_network(part_writer(network)).graph
     outside = {tensor.name for tensor in graph.initializer}
     branches = [branch for branch in subgraphs(graph) if any(node.op_type == "Conv" for node in branch.node)]
     assert len(branches) >= 2 * len(network.blocks)

@@ -10,11 +10,10 @@ from common import SIZE, preactivated_resnet, tiny_resnet
 from common_export import (
     TENSORRT_TAKES,
     decisions_of,
-    float_writer,
     gated_network,
     images,
-    int8_writer,
     mixed_bits,
+    part_writer,
     run_graph,
     static_network,
     subgraphs,
@@ -82,7 +81,7 @@ def assert_same(actual: np.ndarray, network: DynamicResNet, decisions: Decisions
 @pytest.mark.parametrize("make", [hostile_bottlenecks, preactivated_resnet])
 def test_a_dynamic_graph_computes_what_the_network_does(make: Callable[[], nn.Module]) -> None:
     network = refitted(gated_network(make(), bits=(0, 4, 8)))
-    model = export_network(float_writer(network))
+    model = export_network(part_writer(network))
     onnx.checker.check_model(model)
     comparison = compare(model.SerializeToString(), network, random_batches(SIZE, 40), labelled=False)
     assert comparison.same_decisions >= 0.95 and comparison.logit_difference < 0.05
@@ -90,7 +89,7 @@ def test_a_dynamic_graph_computes_what_the_network_does(make: Callable[[], nn.Mo
 
 def test_every_option_computes_what_it_does_in_the_network() -> None:
     network = refitted(gated_network(hostile_bottlenecks(), bits=(0, 4, 8, 16, 32)))
-    writer = float_writer(network)
+    writer = part_writer(network)
     for option in range(len(network.bits)):
         decisions = decisions_of(network, [option] * len(network.blocks))
         assert_same(logits_of(export_static(writer, decisions)), network, decisions)
@@ -98,7 +97,7 @@ def test_every_option_computes_what_it_does_in_the_network() -> None:
 
 def test_inside_a_block_a_gain_costs_nothing() -> None:
     network = refitted(static_network(tiny_resnet(Bottleneck), lambda block, layer: 8))
-    model = export_network(float_writer(network))
+    model = export_network(part_writer(network))
     assert_same(logits_of(model), network)
     names = [name for name, m in network.backbone.named_modules() if getattr(m, "input_gain", None) is not None]
     outside = [name for name in names if not name.endswith(("conv2", "conv3"))]
@@ -114,7 +113,7 @@ def test_a_graph_for_tensorrt_computes_what_the_network_does() -> None:
 
 def test_a_graph_with_int8_features_is_close_to_the_network() -> None:
     network = refitted(static_network(hostile(tiny_resnet(Bottleneck), "scaled branches"), lambda block, layer: 8))
-    writer = int8_writer(network)
+    writer = part_writer(network)
     assert writer.features == "int8"
     actual, expected = logits_of(export_network(writer)), network.run(images(8)).logits.detach().numpy()
     assert np.abs(actual - expected).max() < 0.1 * np.abs(expected).max()

@@ -6,7 +6,7 @@ import onnx
 import pytest
 import torch
 from common import SIZE, spread_gate, tiny_resnet
-from common_export import float_writer, gated_network, int8_writer, mixed_bits, static_network, subgraphs
+from common_export import gated_network, mixed_bits, part_writer, static_network, subgraphs
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from dfs_cli.control.base import controller_of
@@ -18,8 +18,6 @@ from dfs_cli.export.network import export_network
 from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.write import (
     common_decisions,
-    make_graph,
-    make_unchecked_graph,
     random_batches,
     serialise,
     write_onnx,
@@ -34,17 +32,6 @@ def test_features_are_int8_where_the_graph_then_passes_the_comparison(tmp_path: 
     comparison = write_onnx(tmp_path / "out.onnx", network, SIZE, random_batches(SIZE, 16), labelled=False)
     assert comparison.holds and comparison.features == "int8"
     assert compare(tmp_path / "out.onnx", network, random_batches(SIZE, 16), labelled=False).holds
-
-
-def test_features_are_float_where_int8_would_change_decisions() -> None:
-    """A gate that scales its inputs up a thousand times notices the smallest difference."""
-    network = gated_network(tiny_resnet())
-    spread_gate(network, 1000.0)
-    batches = random_batches(SIZE, 32)
-    assert not compare(serialise(int8_writer(network)), network, batches, labelled=False).holds
-    content, comparison = make_graph(network, SIZE, batches, labelled=False)
-    assert comparison.holds and comparison.features == "float"
-    assert content == serialise(float_writer(network))
 
 
 @pytest.mark.parametrize("tensorrt", [False, True])
@@ -65,17 +52,10 @@ def test_a_static_network_is_written_as_it_is(tmp_path: Path) -> None:
     assert not list(subgraphs(onnx.load(file).graph))
 
 
-def test_an_unchecked_graph_has_the_fastest_features() -> None:
-    network = gated_network(tiny_resnet())
-    content, features = make_unchecked_graph(network, SIZE, random_batches(SIZE, 8)[0].images)
-    onnx.checker.check_model(onnx.load_from_string(content))
-    assert features == "int8"
-
-
 def test_a_graph_that_decides_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network, other = gated_network(tiny_resnet()), gated_network(tiny_resnet())
     spread_gate(other, 1.0, seed=5)
-    monkeypatch.setattr(write, "export_network", lambda _: export_network(float_writer(other)))
+    monkeypatch.setattr(write, "export_network", lambda _: export_network(part_writer(other)))
     with pytest.raises(ExportError, match="same decisions for"):
         write_onnx(tmp_path / "out.onnx", network, SIZE, random_batches(SIZE, 16), labelled=False)
     assert not list(tmp_path.iterdir())
@@ -104,7 +84,7 @@ def test_graphs_too_large_for_onnx_are_refused(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(write, "export_network", fail)
     with pytest.raises(ExportError, match="2 GiB"):
-        serialise(float_writer(gated_network(tiny_resnet())))
+        serialise(part_writer(gated_network(tiny_resnet())))
 
 
 def test_on_real_images_decisions_and_accuracy_must_agree() -> None:

@@ -1,0 +1,161 @@
+"""A convolution, its batch-norm and the rounding of the result as integer hardware computes them.
+
+Sums of products are integers, and so is the bias; one factor in single precision turns them into the codes of the result,
+rounded half to even. Runtimes compute ``input step * weight scale / output step`` in this order, and so is it done here: codes
+are the same to the last one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dfs_cli.nn.features import ByteFeatures
+from dfs_cli.nn.normalisation import FractionalBatchNorm, norm_tensors
+from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, code_range, identity, nearest_integer_bias, quantize_codes
+
+if TYPE_CHECKING:
+    from dfs_cli.nn.layers import FractionalLayer
+
+    _Layer = FractionalLayer
+else:
+    _Layer = object
+
+# Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
+_LARGEST_BIAS = 2.0**23
+
+
+class Folded(NamedTuple):
+    """A convolution of codes and the batch-norm behind it, ``scale * step * (multiple * convolution + bias)``.
+
+    Args:
+        codes: (C_out, ...), of the weight.
+        multiple: (C_out,), integers, negative where batch-norm's gain is.
+        bias: (C_out,), integers.
+        scale: (C_out,), positive, in single precision.
+    """
+
+    codes: Tensor
+    multiple: Tensor
+    bias: Tensor
+    scale: Tensor
+
+    @property
+    def integer_weight(self) -> Tensor:
+        """(C_out, ...), codes times multiples, within a signed byte."""
+        return self.codes * self.multiple.reshape(-1, *[1] * (self.codes.dim() - 1))
+
+
+def fold(codes: Tensor, scale: Tensor, step: float, bits: int, gain: Tensor, shift: Tensor) -> Folded:
+    """Express ``gain * convolution + shift`` by integers, channel by channel.
+
+    The bias becomes an integer in units that grow as the bitwidth falls. Codes of few bits leave room in their bytes: they are
+    multiplied by the number that brings the bias closest to an integer.
+
+    Args:
+        codes: (C_out, ...), of a weight of ``bits``, with the step sizes ``scale`` (C_out,).
+        step: of the input.
+        gain, shift: (C_out,), in double precision.
+    """
+    sign = torch.where(gain < 0, -1.0, 1.0)
+    scale = scale.double() * gain.abs()
+    # A channel whose bias outweighs its weight by far would need a bias beyond 32 bits: its weight gets coarser units.
+    least = (shift.abs() / (_LARGEST_BIAS * step)).clamp_min(torch.finfo(torch.float32).tiny)
+    coarser = torch.maximum(scale, least)
+    share = (scale / coarser).to(codes.dtype).reshape(-1, *[1] * (codes.dim() - 1))
+    room = LARGEST_BYTE // code_range(bits, signed=True)[1]
+    bias, multiple = nearest_integer_bias(shift / (coarser * step), room)
+    return Folded((codes * share).round(), (multiple * sign).float(), bias.float(), (coarser / multiple).float())
+
+
+def requantize(sums: Tensor, folded: Folded, step: Tensor, target: Tensor) -> Tensor:
+    """The result's codes, as floating point numbers, not yet clipped.
+
+    Args:
+        sums: (N, C_out, H, W), the convolution of codes.
+        step, target: (), step sizes of input and result.
+    """
+    shape = (1, -1, 1, 1)
+    multiple, bias = (values.to(torch.int32).reshape(shape) for values in (folded.multiple, folded.bias))
+    factor = (step * folded.scale / target).reshape(shape)
+    return sums.to(torch.int32).mul_(multiple).add_(bias).to(torch.float32).mul_(factor).round_()
+
+
+class IntegerResult(_Layer):
+    """Part of a convolution: in evaluation, at up to 8 bits, it gives the codes of its batch-norm's result if these are known.
+
+    ``norm`` is the batch-norm that alone reads the convolution, ``target`` what rounds the (normalised) result, if nothing else
+    does: the next layer, perhaps behind a ReLU, or the features of a block. Both are no parts of the convolution.
+    """
+
+    norm: FractionalBatchNorm | None = None
+    target: FractionalLayer | ByteFeatures | None = None
+    gives_codes = True
+    """Whether it may; see :func:`dfs_cli.surgery.initialise.fit_steps`."""
+
+    _folded: tuple[Any, Folded] | None = None
+
+    def fold_in(self, norm: FractionalBatchNorm | None, target: FractionalLayer | ByteFeatures | None) -> None:
+        """Set ``norm`` and ``target``."""
+        self.__dict__.update(norm=norm, target=target)
+        if norm is not None:
+            norm.is_done = self.is_normalised
+
+    def is_normalised(self) -> bool:
+        """Whether the layer gives what it and its batch-norm give together."""
+        return not self.training and self.gives_codes and self._target_step() is not None
+
+    def _target_step(self) -> Tensor | None:
+        """The step size, (), of the codes that are made of the result; None: it is not known."""
+        if (
+            self.precision.bits > BYTE_BITS
+            or getattr(self, "padding_mode", "") != "zeros"
+            or isinstance(self.padding, str)
+        ):
+            return None
+        output, target = self.output if self.norm is None else self.norm.output, self.target
+        if output is not None:
+            return output.step()
+        if target is None or isinstance(target, ByteFeatures):
+            return target and target.step()
+        return target.input_step(target.precision.bits) if target.precision.bits <= BYTE_BITS else None
+
+    def _target_gain(self) -> Tensor | None:
+        return None if self.target is None or isinstance(self.target, ByteFeatures) else self.target.input_gain
+
+    def folded(self) -> Folded:
+        """The layer and its batch-norm as integers at the current bitwidth, cached until something of it changes."""
+        bits, norm, gain, weight = (
+            self.precision.bits,
+            self.norm,
+            self._target_gain(),
+            self.quantized_weight(self.precision.bits),
+        )
+        tensors = [] if norm is None else [t for t in norm_tensors(norm, bits) if t is not None]
+        parts = [self.input_step_logarithm(bits), *tensors, self.bias, gain]
+        key = (bits, weight.key, *(identity(t) for t in parts if t is not None))
+        if self._folded is None or self._folded[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                factor, shift = torch.ones_like(weight.scale, dtype=torch.float64), weight.scale.new_zeros(()).double()
+                if norm is not None:
+                    factor, shift = norm_tensors(norm, bits).as_affine(norm.eps)
+                if self.bias is not None:
+                    shift = shift + self.bias.double() * factor
+                if gain is not None:
+                    factor, shift = factor * gain.double(), shift * gain.double()
+                step = float(self.input_step(bits))
+                shift = shift.expand_as(factor)
+                self.__dict__["_folded"] = key, fold(weight.codes, weight.scale, step, bits, factor, shift)
+        assert self._folded is not None
+        return self._folded[1]
+
+    def _forward_inference(self, x: Tensor, bits: int) -> Tensor:
+        if not self.is_normalised():
+            return super()._forward_inference(x, bits)
+        step, target, gain, folded = self.input_step(bits), self._target_step(), self._target_gain(), self.folded()
+        assert target is not None
+        sums = self._apply_weight(quantize_codes(x.float(), step, *self.input_limits(bits)), folded.codes, None)
+        y = requantize(sums, folded, step, target).mul_(target)
+        return y if gain is None else y / gain.reshape(self.channel_shape())

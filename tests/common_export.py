@@ -20,7 +20,6 @@ from dfs_cli.export.network import IMAGES
 from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Parts
 from dfs_cli.export.runtime import open_session
-from dfs_cli.freeze.biases import round_biases
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery.plan import plan_costs
 
@@ -51,7 +50,6 @@ def gated_network(
     """A network with a gate before every block, whose decisions depend on the image."""
     network = make_dynamic(model, DynamicConfig(bits=bits, gate=gate), size)  # type: ignore[arg-type]
     spread_gate(network, 1.0)
-    round_biases(network, size)
     return network
 
 
@@ -61,7 +59,6 @@ def probe_network(
     """A network of two passes; half of 40 images take the second one."""
     network = make_dynamic(model, DynamicConfig(bits=bits, gate="probe", mirror=mirror), size)
     spread_gate(network, 4.0)
-    round_biases(network, size)
     controller = controller_of(network)
     assert isinstance(controller, ProbeController)
     controller.policy.copy_(torch.arange(len(network.blocks)) % len(bits))
@@ -100,9 +97,7 @@ def static_network(
         if layer.block is not None:
             chosen[layer.name] = choose(layer.block, seen[layer.block])
             seen[layer.block] += 1
-    network = make_dynamic(model, config, size, table=table.with_layer_bits(chosen))
-    round_biases(network, size)
-    return network
+    return make_dynamic(model, config, size, table=table.with_layer_bits(chosen))
 
 
 def mixed_bits(block: int, layer: int) -> int:

@@ -18,7 +18,6 @@ from dfs_cli.data.images import Batch, UnreadableLog
 from dfs_cli.data.loading import choose_workers, load_all
 from dfs_cli.data.splits import open_validation
 from dfs_cli.errors import ConfigError
-from dfs_cli.freeze.biases import round_biases
 from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.quantization import BYTE_BITS
@@ -111,7 +110,6 @@ def workload_of_model(
     controller_of(network).force(policies)
     fit_steps(network, images[:_STEP_IMAGES])
     freeze_weights(network)
-    round_biases(network, input_size)
     return _forced(model, network, table, dynamic.gate, images, mix, seed)
 
 

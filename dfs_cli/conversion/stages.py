@@ -26,7 +26,6 @@ from dfs_cli.data.loading import EpochSampler, eval_loader, load_all, train_load
 from dfs_cli.data.preprocessing import train_transform
 from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
-from dfs_cli.freeze.biases import round_biases
 from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import TuningTarget
@@ -149,7 +148,6 @@ def tune_network(setup: Setup, planned: Planned, observer: Observer) -> None:
         _with_estimate(observer),
     )
     freeze_weights(planned.network)
-    round_biases(planned.network, setup.preprocessing.input_size)
 
 
 def _with_estimate(observer: Observer) -> Callable[[StepRecord], None]:

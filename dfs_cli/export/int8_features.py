@@ -32,6 +32,7 @@ class Int8Lowering(Lowering):
         self.planar: str | None = None
         if given is not None:
             del self.names[self.source]
+            self.restored.add(self.source)
 
     def run(self) -> str:
         y = super().run()

@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-import torch
 from onnx import numpy_helper
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.space_to_depth import merge_pixels, on_merged_pixels
 from dfs_cli.export.trace import DOMAIN, ROUNDED, QuantizedLayer, RoundedFeatures, Traced, key_of
-from dfs_cli.nn.integers import Folded, fold
 from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution
 
 MIDDLE = LARGEST_BYTE + 1
@@ -62,6 +60,7 @@ class Lowering:
                 self.readers[name].append(node)
         self.done: set[int] = set()
         self.codes: dict[tuple[str, float, int, int], str] = {}
+        self.restored: set[str] = set()  # traced values that come from codes
 
     def run(self) -> str:
         """Add the nodes; returns the name of the output."""
@@ -74,6 +73,8 @@ class Lowering:
                 self._layer(node)
             elif node.op_type == "Relu" and self._needs_no_relu(node):
                 self.names[node.output[0]] = self.name(node.input[0])
+                if node.input[0] in self.restored:
+                    self.restored.add(node.output[0])
             else:
                 self._copy(node)
         return self.name(self.result)
@@ -108,6 +109,7 @@ class Lowering:
         features, output = self._reader(node), node.output[0]
         codes = self._codes(node.input[0], features)
         self.codes[_key(output, features)] = codes
+        self.restored.add(output)
         self.names[output] = self._restored(codes, features)
 
     def _restored(self, codes: str, features: QuantizedLayer | RoundedFeatures) -> str:
@@ -140,7 +142,7 @@ class Lowering:
             shift = (shift - mean) * factor + bias
             output = norm.output[0]
         build = self._on_floats if layer.bits > BYTE_BITS else self._to_floats
-        if layer.bits <= BYTE_BITS and self._feeds_codes(output) and layer.geometry:
+        if layer.folded is not None and self._feeds_codes(output):
             build = self._on_codes
         self.names[output] = build(Affine(layer, node.input[0], factor, shift, output))
 
@@ -174,7 +176,8 @@ class Lowering:
     def _on_codes(self, affine: Affine) -> str:
         """From codes to codes: runtimes fuse it with the quantizer that reads the result into one integer kernel."""
         layer, x = affine.layer, affine.x
-        given, folded = self._codes(x, layer), fold_layer(affine)
+        given, folded = self._codes(x, layer), layer.folded
+        assert folded is not None
         scale = folded.scale.numpy()
         layer = replace(layer, codes=folded.integer_weight.numpy())
         if x == self.source and (merged := on_merged_pixels(layer, *self.shape[2:])):
@@ -216,8 +219,12 @@ class Lowering:
         low, high = layer.low + zero, layer.high + zero
         key = _key(x, layer)
         if key not in self.codes:
+            given = self.name(x)
+            if x in self.restored and layer.low == 0:
+                # From codes to codes: one look-up. ONNX Runtime would make one rounding of two that follow each other.
+                given = graph.add("LeakyRelu", [given], alpha=0.0)
             codes = graph.add(
-                "QuantizeLinear", [self.name(x), graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
+                "QuantizeLinear", [given, graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
             )
             if (low, high) != (0, 255):
                 codes = graph.add("Clip", [codes, graph.constant(low, np.uint8), graph.constant(high, np.uint8)])
@@ -256,12 +263,3 @@ def _zero(layer: QuantizedLayer | RoundedFeatures) -> int:
 def _key(x: str, layer: QuantizedLayer | RoundedFeatures) -> tuple[str, float, int, int]:
     """Names the codes of a traced value as a layer reads them."""
     return x, layer.step, layer.low, layer.high
-
-
-def fold_layer(affine: Affine) -> Folded:
-    """A quantized layer and the batch-norm behind it as integers, as the network computes them, if it does."""
-    layer, factor, shift = affine.layer, torch.from_numpy(affine.factor), torch.from_numpy(affine.shift)
-    if layer.folded is not None:
-        return layer.folded
-    codes, scale = torch.from_numpy(layer.codes), torch.from_numpy(layer.scale)
-    return fold(codes, scale, layer.step, layer.bits, factor, shift)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import torch
 
-from dfs_cli.export.lower import MIDDLE, Affine, Lowering, fold_layer, pads_of
+from dfs_cli.export.lower import MIDDLE, Affine, Lowering, pads_of
 from dfs_cli.export.trace import QuantizedLayer, RoundedFeatures
+from dfs_cli.nn.integers import Folded, fold
 from dfs_cli.nn.quantization import LARGEST_BYTE
 
 
@@ -24,10 +26,11 @@ class TensorRTLowering(Lowering):
         return self._to_floats(affine)
 
     def _to_floats(self, affine: Affine) -> str:
-        layer, x, shift, graph = affine.layer, affine.x, affine.shift, self.graph
+        layer, x, graph = affine.layer, affine.x, self.graph
         # Some runtimes round the bias to an integer all the same: these codes give it finer units.
-        folded = fold_layer(affine)
+        folded = _folded(affine)
         codes, scale = folded.integer_weight.numpy(), folded.scale.numpy()
+        shift = affine.shift if layer.folded is None else folded.bias.numpy() * layer.step * scale
         if _is_lowered(layer):
             shift = shift + MIDDLE * layer.step * scale * codes.reshape(len(codes), -1).sum(axis=1)
         inputs = [self._codes(x, layer), self._dequantized(codes, scale, np.int8), graph.constant(shift, np.float32)]
@@ -56,3 +59,12 @@ class TensorRTLowering(Lowering):
 
 def _is_lowered(layer: QuantizedLayer | RoundedFeatures) -> bool:
     return layer.high > LARGEST_BYTE
+
+
+def _folded(affine: Affine) -> Folded:
+    """A quantized layer and the batch-norm behind it as integers, as the network computes them, if it does."""
+    layer, factor, shift = affine.layer, torch.from_numpy(affine.factor), torch.from_numpy(affine.shift)
+    if layer.folded is not None:
+        return layer.folded
+    codes, scale = torch.from_numpy(layer.codes), torch.from_numpy(layer.scale)
+    return fold(codes, scale, layer.step, layer.bits, factor, shift)

@@ -95,11 +95,11 @@ class IntegerResult(_Layer):
     gives_codes = True
     """Whether it may; see :func:`dfs_cli.surgery.initialise.fit_steps`."""
 
-    _folded: tuple[Any, Folded] | None = None
+    _folded: dict[int, tuple[Any, Folded]]
 
     def fold_in(self, norm: FractionalBatchNorm | None, target: FractionalLayer | ByteFeatures | None) -> None:
         """Set ``norm`` and ``target``."""
-        self.__dict__.update(norm=norm, target=target)
+        self.__dict__.update(norm=norm, target=target, _folded={})
         if norm is not None:
             norm.is_done = self.is_normalised
 
@@ -127,16 +127,13 @@ class IntegerResult(_Layer):
 
     def folded(self) -> Folded:
         """The layer and its batch-norm as integers at the current bitwidth, cached until something of it changes."""
-        bits, norm, gain, weight = (
-            self.precision.bits,
-            self.norm,
-            self._target_gain(),
-            self.quantized_weight(self.precision.bits),
-        )
+        bits, norm, gain = self.precision.bits, self.norm, self._target_gain()
+        weight = self.quantized_weight(bits)
         tensors = [] if norm is None else [t for t in norm_tensors(norm, bits) if t is not None]
         parts = [self.input_step_logarithm(bits), *tensors, self.bias, gain]
-        key = (bits, weight.key, *(identity(t) for t in parts if t is not None))
-        if self._folded is None or self._folded[0] != key:
+        key = (weight.key, *(identity(t) for t in parts if t is not None))
+        cached = self._folded.get(bits)
+        if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 factor, shift = torch.ones_like(weight.scale, dtype=torch.float64), weight.scale.new_zeros(()).double()
                 if norm is not None:
@@ -147,9 +144,8 @@ class IntegerResult(_Layer):
                     factor, shift = factor * gain.double(), shift * gain.double()
                 step = float(self.input_step(bits))
                 shift = shift.expand_as(factor)
-                self.__dict__["_folded"] = key, fold(weight.codes, weight.scale, step, bits, factor, shift)
-        assert self._folded is not None
-        return self._folded[1]
+                cached = self._folded[bits] = key, fold(weight.codes, weight.scale, step, bits, factor, shift)
+        return cached[1]
 
     def _forward_inference(self, x: Tensor, bits: int) -> Tensor:
         if not self.is_normalised():

@@ -1,4 +1,4 @@
-"""Convolution and linear layers that run at the bitwidth their block is set to.
+"""Layers that run at the bitwidth their block is set to.
 
 They keep the parameter names of the layers they replace (``weight``, ``bias``) and add step sizes. Weights have a step
 size per output channel and bitwidth, inputs one per layer and bitwidth. Training runs quantized values; evaluation runs
@@ -44,7 +44,7 @@ class QuantizedWeight(NamedTuple):
 
 
 class FractionalLayer(GainedInput):
-    """Shared by :class:`FractionalConv2d` and :class:`FractionalLinear`: a layer of C_out outputs and Q quantized bitwidths.
+    """Shared by convolution and linear layer: a layer of C_out outputs and Q quantized bitwidths.
 
     ``source`` rounds what comes in to bytes, where that is known: at 8 bits such codes are read as they are. ``output`` rounds
     what goes out.
@@ -71,7 +71,7 @@ class FractionalLayer(GainedInput):
         self._cache: dict[int, QuantizedWeight] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": {}}
+        return self.__dict__ | {"_cache": {}} | ({"_folded": {}} if "_folded" in self.__dict__ else {})
 
     def read_from(self, source: ByteFeatures | None) -> None:
         """Set ``source``, which is no part of the layer."""
@@ -294,6 +294,7 @@ class FractionalConv2d(IntegerResult, FractionalLayer, nn.Conv2d):
         if isinstance(conv, StdConv2d):
             new.standardise_eps = conv.eps
         new._set_up(precision)
+        new.fold_in(None, None)
         return new
 
     def effective_weight(self) -> Tensor:
@@ -325,22 +326,3 @@ class FractionalConv2d(IntegerResult, FractionalLayer, nn.Conv2d):
         if x.shape[0] == 1 and not self.training and x.device.type == "cpu" and x.numel() <= _SMALL_INPUT:
             return cast(Tensor, self._conv_forward(x.expand(2, -1, -1, -1), weight, bias)[:1])
         return cast(Tensor, self._conv_forward(x, weight, bias))
-
-
-class FractionalLinear(FractionalLayer, nn.Linear):  # type: ignore[misc]
-    """A linear layer that runs at ``precision.bits``."""
-
-    @classmethod
-    def from_module(cls, linear: nn.Linear, precision: Precision) -> FractionalLinear:
-        """Adopt the parameters of ``linear`` (they are shared, not copied)."""
-        new = cls(linear.in_features, linear.out_features, bias=False, device="meta")
-        new.weight, new.bias = linear.weight, linear.bias
-        new.training = linear.training
-        new._set_up(precision)
-        return new
-
-    def channel_shape(self) -> tuple[int, ...]:
-        return (1, -1)
-
-    def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, weight, bias)

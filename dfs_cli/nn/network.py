@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.features import ByteFeatures, Stream
-from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
+from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.passes import Output, TuningTarget, View
 from dfs_cli.nn.pooling import pools_after_one_convolution
@@ -203,19 +203,6 @@ class DynamicResNet(nn.Module):
         else:
             x = self.layout.stem(self.backbone, images.contiguous(memory_format=torch.channels_last)).contiguous()
         return x if self.features is None else self.features.at(0)(x)
-
-    def hand_on_floats(self) -> None:
-        """Take back that blocks hand on bytes."""
-        self.features = None
-        for block in self.blocks:
-            block.output = None
-        for module in self.backbone.modules():
-            if isinstance(module, FractionalLayer):
-                module.read_from(None)
-            if isinstance(module, FractionalConv2d) and isinstance(module.target, ByteFeatures):
-                module.fold_in(module.norm, None)
-            if isinstance(module, (FractionalLayer, FractionalBatchNorm)):
-                module.output = None
 
     @torch.no_grad()
     def run_in_full(

@@ -13,8 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.nn.layers import FractionalLayer
+from dfs_cli.nn.features import ByteFeatures
+from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.surgery.initialise import hooked
 
 _LARGEST_EXPONENT = 40.0
@@ -67,8 +69,22 @@ def equalise(network: DynamicResNet, gains: Mapping[str, Tensor | None]) -> None
     for name, gain in gains.items():
         layer = cast(FractionalLayer, network.backbone.get_submodule(name))
         if gain is not None and layer.source is not None:  # one step size does not do for what blocks hand on
-            network.hand_on_floats()
+            hand_on_floats(network)
         layer.set_input_gain(gain)
+
+
+def hand_on_floats(network: DynamicResNet) -> None:
+    """Take back, in place, that blocks hand on bytes."""
+    network.features = None
+    for block in network.blocks:
+        block.output = None
+    for module in network.backbone.modules():
+        if isinstance(module, FractionalLayer):
+            module.read_from(None)
+        if isinstance(module, (FractionalLayer, FractionalBatchNorm)):
+            module.output = None
+        if isinstance(module, FractionalConv2d) and isinstance(module.target, ByteFeatures):
+            module.fold_in(module.norm, None)
 
 
 def reserve_gains(network: DynamicResNet, names: Collection[str]) -> None:
@@ -83,5 +99,5 @@ def reserve_gains(network: DynamicResNet, names: Collection[str]) -> None:
         if not isinstance(layer, FractionalLayer):
             raise ValueError(f"{name[:80]!r} is no layer whose input could have a gain, or is named twice")
         if layer.source is not None:
-            network.hand_on_floats()
+            hand_on_floats(network)
         layer.reserve_input_gain()

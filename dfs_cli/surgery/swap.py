@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,14 @@ from dfs_cli.control.factory import create_controller
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import UnsupportedModelError
 from dfs_cli.nn.features import ByteFeatures, Stream
-from dfs_cli.nn.layers import FractionalConv2d, FractionalLinear
+from dfs_cli.nn.layers import FractionalConv2d
+from dfs_cli.nn.linear import FractionalLinear
 from dfs_cli.nn.network import Block, DynamicResNet
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm
 from dfs_cli.nn.pooling import MaxPool2d
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import BYTE_BITS
+from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.dataflow import Dataflow
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import SurgeryPlan, plan_surgery
@@ -81,12 +83,10 @@ def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan
     features = None
     if max(config.fixed_bits, *(table.layer_bits.values() or config.bits)) <= BYTE_BITS:
         features = _make_stream(blocks, device)
-        flows = [(plan.stem, None, features.at(0))]
-        flows += [(flow, features.at(i), features.at(i + 1)) for i, flow in enumerate(plan.flows)]
-        for flow, given, wanted in flows:
-            _compute_on_integers(backbone, flow, given, wanted, replaced)
-        for i, block in enumerate(blocks):
-            block.output = features.at(i + 1)
+    _compute_on_integers(backbone, plan.stem, None, features and features.at(0), replaced)
+    for i, (block, flow) in enumerate(zip(blocks, plan.flows, strict=True)):
+        given, block.output = (features.at(i), features.at(i + 1)) if features else (None, None)
+        _compute_on_integers(backbone, flow, given, block.output, replaced)
     controller = create_controller(config, table, plan.channels, plan.features)
     network = DynamicResNet(backbone, LAYOUTS[type(backbone)], blocks, fixed, config.bits, controller, features)
     return Surgery(network.to(device).eval(), replaced)
@@ -117,28 +117,32 @@ def _make_stream(blocks: Sequence[Block], device: torch.device) -> Stream:
 
 
 def _compute_on_integers(
-    backbone: nn.Module, flow: Dataflow, given: ByteFeatures | None, wanted: ByteFeatures, replaced: Replaced
+    backbone: nn.Module, flow: Dataflow, given: ByteFeatures | None, wanted: ByteFeatures | None, replaced: Replaced
 ) -> None:
-    """Let the convolutions of a block, or of the stem, read and give bytes where they can, in place.
+    """Let the convolutions of a block, or of the stem, read and give codes where they can, in place.
 
     Args:
-        given, wanted: what rounds the block's input and its output.
+        given, wanted: what rounds the block's input and its output; None: nothing does.
     """
-    names = {*flow.readers, *flow.norms, *flow.targets, *flow.targets.values(), *flow.results} - {""}
-    convs = {name: cast(FractionalConv2d, backbone.get_submodule(name)) for name in sorted(names)}
-    for name, norm in flow.norms.items():
-        layer = backbone.get_submodule(norm)
-        if type(layer) in FRACTIONAL_NORMS:  # of stem and shortcut
-            _put(backbone, norm, FRACTIONAL_NORMS[type(layer)].adopt(layer, convs[name].precision), replaced)
-    for name in flow.readers:
-        convs[name].read_from(given)
+    names = {*flow.norms, *flow.targets, *flow.targets.values(), *flow.readers, *flow.results} - {""}
+    layers = {name: backbone.get_submodule(name) for name in sorted(names)}
+    convs = {name: layer for name, layer in layers.items() if isinstance(layer, FractionalConv2d)}
     for name, conv in convs.items():
+        if name in flow.readers:
+            conv.read_from(given)
+        is_result, next_layer = wanted is not None and name in flow.results, flow.targets.get(name)
+        target = wanted if next_layer == "" else convs.get(next_layer or "")
+        if min(conv.bitwidths, default=FULL_BITS) > BYTE_BITS or (not is_result and target is None):
+            continue
         norm = backbone.get_submodule(flow.norms[name]) if name in flow.norms else None
-        last = conv if norm is None else norm
-        if name in flow.results and isinstance(last, (FractionalConv2d, FractionalBatchNorm)):
-            last.output = ByteFeatures(conv.precision, conv.weight.device, unit=wanted)
-        target = flow.targets.get(name)
-        conv.fold_in(norm, convs[target] if target else wanted if target == "" else None)
+        if type(norm) in FRACTIONAL_NORMS and wanted is not None:  # of stem and shortcut
+            norm = FRACTIONAL_NORMS[type(norm)].adopt(norm, conv.precision)
+            _put(backbone, flow.norms[name], norm, replaced)
+        if norm is not None and not isinstance(norm, FractionalBatchNorm):
+            continue
+        if is_result:
+            (norm or conv).output = ByteFeatures(conv.precision, conv.weight.device, unit=wanted)
+        conv.fold_in(norm, target)
 
 
 def _keeps_input(block: nn.Module) -> bool:

@@ -7,17 +7,18 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from dfs_cli.export.graph import Graph
-from dfs_cli.export.lower import fold
 from dfs_cli.export.runtime import open_session
 from dfs_cli.export.space_to_depth import merge_pixels, on_merged_pixels
 from dfs_cli.export.trace import QuantizedLayer
+from dfs_cli.nn.integers import fold
 from dfs_cli.nn.quantization import Convolution
 
 
 def test_batch_norm_is_folded_on_integers() -> None:
-    codes = np.array([[[[3.0]]], [[[-7.0]]], [[[5.0]]]])
-    layer = QuantizedLayer(codes, np.array([0.5, 0.25, 1e-30]), 0.125, 0, 15, 4, None, None)
-    weight, scale, bias = fold(layer, np.array([2.0, -1.0, 1.0]), np.array([0.3125, -0.0625, 1.0]))
+    codes, steps = torch.tensor([3.0, -7.0, 5.0]).reshape(3, 1, 1, 1), torch.tensor([0.5, 0.25, 1e-30])
+    gain, shift = torch.tensor([[2.0, -1.0, 1.0], [0.3125, -0.0625, 1.0]], dtype=torch.float64)
+    folded = fold(codes, steps, 0.125, 4, gain, shift)
+    weight, scale, bias = (t.numpy() for t in (folded.integer_weight, folded.scale, folded.bias))
     # What the integers stand for: factor * scale * codes, and the shift.
     units = scale * 0.125
     np.testing.assert_allclose((weight[:2].reshape(2) * scale[:2]), [3.0, 1.75])

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dfs_cli.nn.layers import FractionalConv2d, FractionalLinear
+from dfs_cli.nn.layers import FractionalConv2d
+from dfs_cli.nn.linear import FractionalLinear
 from dfs_cli.nn.precision import Precision
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,8 @@ Examples:
   dfs bench model.safetensors --mix 0:0.5,8:0.5
 
   dfs bench resnet50 --no-pretrained --mix 0:0.25,8:0.75 --threads 4
+
+  dfs bench resnet50 --cost-table costs.json
 """
 
 _MEASUREMENT = "Measurement"
@@ -43,6 +46,8 @@ _REFUSED = {
     "MODEL": (options.DATA,),
 }
 """The panels whose options have no meaning for what is measured."""
+_GATES: tuple[GateKind, ...] = ("probe", "rnn", "ff")
+"""Those that decide, of which a cost table says what that takes."""
 _NEED_DATA = ("val_split", "num_samples", "checkpoint", "against", "plot")
 """Of a converted network, the options that are for real images."""
 
@@ -110,6 +115,16 @@ def bench(
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
+    cost_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--cost-table",
+            metavar="FILE",
+            help="Of MODEL: measure what each part takes in ONNX Runtime, for dfs convert --objective FILE, and nothing else "
+            "(default --bits: lowbit; --gate: all).",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     force: options.Force = False,
 ) -> None:
     """Measure time and memory of inference, dense and dynamic, in turns.
@@ -132,6 +147,14 @@ def bench(
         from dfs_cli.report.plot import check_plot_path
 
         check_plot_path(plot)
+    if cost_table is not None:
+        if is_file:
+            raise ConfigError("--cost-table has no meaning for a converted network: pass its architecture")
+        chosen = context.get_parameter_source("gate")
+        gates = (gate,) if chosen is not None and chosen.name != "DEFAULT" else _GATES
+        dynamic = _dynamic_config(shares, bits or "lowbit", fixed_bits, gate)
+        _write_costs(cost_table, model, weights, dynamic, gates, img_size, threads, seed, force, sink)
+        return
     files = [Path(model), *(against or [])] if is_file else []
     with reserve([plot] if plot else [], force, files) as outputs:
         rivals: dict[str, Workload] = {}
@@ -158,6 +181,38 @@ def bench(
             from dfs_cli.report.plot import plot_file, plot_times
 
             outputs.write([plot_file(plot_times(record), plot)])
+
+
+def _write_costs(
+    path: Path,
+    model: str,
+    weights: options.ModelOptions,
+    dynamic: DynamicConfig,
+    gates: Sequence[GateKind],
+    img_size: int | None,
+    threads: int,
+    seed: int,
+    force: bool,
+    sink: Output,
+) -> None:
+    """Measure the cost table of a model, and write it."""
+    from dfs_cli.atomic import File
+    from dfs_cli.bench.cost_table import measure_costs
+    from dfs_cli.data.preprocessing import resolve_preprocessing
+    from dfs_cli.models.zoo import check_convertible
+    from dfs_cli.outputs import reserve
+    from dfs_cli.report.bench import print_costs
+
+    check_convertible(model)
+    with reserve([path], force, [weights.checkpoint]) as outputs:
+        module = weights.load(model, seed).model
+        input_size = resolve_preprocessing(module, img_size).input_size
+        with sink.observer() as observer:
+            costs = measure_costs(module, dynamic, input_size, gates, threads, model, seed, observer)
+        record = costs.to_dict()
+        outputs.write([File(path, json.dumps(record, indent=1) + "\n")])
+        sink.result(record, lambda console: print_costs(console, record))
+        sink.say(f"wrote {path}")
 
 
 def _free_name(file: Path, taken: Collection[str]) -> str:

@@ -103,6 +103,26 @@ def _pairing(name: str, pairing: dict[str, Any]) -> str:
     return f"{text}: {kinds[pairing['winner']]}"
 
 
+def print_costs(console: Console, record: dict[str, Any]) -> None:
+    """A cost table (:class:`dfs_cli.cost.device.DeviceCosts` as a dictionary): a row per block, then what always runs."""
+    unit, dense = record["unit"], record["dense"]
+    lines = [
+        f"{record['model']}, {_joined(record['image_size'], 'x')}, in {unit}: dense float32 {dense:.4g}, "
+        f"static int8 {record['static_int8']:.4g} ({record['static_int8'] / dense:.4f} of it)",
+        "machine: " + ", ".join(f"{name} {text}" for name, text in record["machine"].items()),
+        f"{'block':16}" + "".join(f"{'skip' if bits == 0 else f'{bits} bit':>10}" for bits in record["options"]),
+    ]
+    lines += [f"{name:16}" + "".join(f"{cost:10.4f}" for cost in row) for name, row in record["blocks"].items()]
+    lines.append(f"{'always':16}{record['fixed']:10.4f}")
+    for gate, passes in record["deciding"].items():
+        text = "; ".join(f"{always:.4f} and {block:.4f} for each block that runs" for always, block in passes)
+        lines.append(f"deciding by {gate}, in each pass: {text}")
+    lines.append(
+        f"predicted times of graphs that were not in the fit differ from measured ones by {record['error']:.1%} at most"
+    )
+    _print(console, lines)
+
+
 def print_tuning(console: Console, record: dict[str, Any]) -> None:
     """How it was measured, both kinds of steps, and their ratios."""
     lines = [

@@ -1,0 +1,278 @@
+"""What a network's parts cost on the target runtime: fitted to whole graphs of different policies, measured in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.bench.clock import in_turns, on_threads
+from dfs_cli.bench.cost_fit import BlockCosts, fit_deciding, largest_error, predict_deciding
+from dfs_cli.bench.machine import describe_machine
+from dfs_cli.bench.process import interruptions
+from dfs_cli.config import DynamicConfig, GateKind
+from dfs_cli.control.base import controller_of
+from dfs_cli.cost.decisions import NOT_RUN, Decisions
+from dfs_cli.cost.device import DeviceCosts
+from dfs_cli.export.runtime import require_onnx
+from dfs_cli.freeze.biases import round_biases
+from dfs_cli.freeze.weights import freeze_weights
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.observer import Observer
+from dfs_cli.surgery.initialise import fit_steps
+from dfs_cli.surgery.plan import plan_costs, plan_surgery
+from dfs_cli.surgery.swap import make_dynamic
+
+_IMAGES = 8  # random: times do not depend on what they show, once decisions are forced
+_PER_UNKNOWN, _CHECKED = 2.5, 12  # policies for each unknown of the fit, and policies that are not in it
+_DECIDING = 8  # policies from which the time of deciding is found; half as many are not in that fit
+_GROUP = 6  # graphs in memory at a time, besides the dense one
+_ROUNDS, _RUNS, _SECONDS = 5, 3, 0.03  # in each round a graph runs so many times, and so long, at least
+_UNTIMED = 0.01
+_REFINE = (1e9, -1e9)  # operating points at which no image, and every image, takes the second pass
+
+
+class Measured(NamedTuple):
+    """Decisions, for one image each, and the seconds that graphs with them took, (N,)."""
+
+    decisions: Decisions
+    seconds: list[float]
+
+
+class Job(NamedTuple):
+    """A graph to be timed.
+
+    Args:
+        build: gives it, serialised.
+        points: operating points to run it at; None: its own.
+    """
+
+    build: Callable[[], bytes]
+    points: tuple[float | None, ...] = (None,)
+
+
+@torch.inference_mode()
+def measure_costs(
+    model: nn.Module,
+    dynamic: DynamicConfig,
+    input_size: tuple[int, int, int],
+    gates: Sequence[GateKind] = (),
+    threads: int = 1,
+    name: str = "",
+    seed: int = 0,
+    observer: Observer | None = None,
+) -> DeviceCosts:
+    """Measure what the parts of ``model`` take in ONNX Runtime, one image at a time.
+
+    Args:
+        dynamic: options whose costs are measured; skipping is always one.
+        input_size: (C, H, W).
+        gates: the time of deciding is measured for these.
+        threads: of ONNX Runtime.
+        name: of the model, for people.
+        seed: of the policies.
+        observer: told about progress.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        UnsupportedModelError: the model cannot be converted.
+
+    Example:
+        >>> import dfs_cli
+        >>> model = dfs_cli.load_model("resnet20_digits")
+        >>> costs = dfs_cli.measure_costs(model, dfs_cli.DynamicConfig(bits=(0, 8), gate="static"), (1, 8, 8))
+        >>> costs.unit, costs.options, len(costs.blocks)
+        ('ms', (0, 8), 9)
+    """
+    require_onnx()
+    from dfs_cli.export.baselines import export_dense, quantize_dense
+    from dfs_cli.export.write import graph_writer
+
+    observer = observer or Observer()
+    options = tuple(sorted({0, *dynamic.bits}))
+    images = torch.randn(_IMAGES, *input_size, generator=torch.Generator().manual_seed(seed))
+    with on_threads(threads):
+        observer.stage("graphs for the cost table", None)
+        network = _network(model, dynamic.replace(bits=options, gate="ff", mirror=False), images)
+        write = graph_writer(network, input_size, images)
+        costs = BlockCosts(_kinds(network, images), options)
+        count = round(_PER_UNKNOWN * costs.unknowns)
+        policies = costs.draw(count + _CHECKED, seed)
+        dense = export_dense(model, input_size)
+        clock = Clock(dense, images[:1], threads)
+        jobs = [Job(lambda p=p: write(Decisions.of_pass(p[None]))) for p in policies]  # type: ignore[misc]
+        jobs.append(Job(lambda: quantize_dense(dense, images)))
+        *seconds, int8 = (times[0][1] for times in clock.measure(jobs, observer))
+        costs.fit(policies[:count], seconds[:count])
+        predicted = costs.predict(Decisions.of_pass(policies[count:])).sum(axis=1).tolist()
+        errors, deciding = [largest_error(predicted, seconds[count:])], {}
+        for gate in gates:
+            if gate != "static":
+                deciding[gate], error = _deciding(
+                    model, dynamic.replace(bits=options, gate=gate), images, costs, clock, observer
+                )
+                errors.append(error)
+    return DeviceCosts(
+        model=name or type(model).__name__,
+        image_size=input_size,
+        unit="ms",
+        measured=True,
+        machine=describe_machine() | {"runtime": "ONNX Runtime, single images", "threads": str(threads)},
+        options=options,
+        blocks={
+            block.name: tuple(1000 * cost for cost in row)
+            for block, row in zip(network.blocks, costs.of_blocks(), strict=True)
+        },
+        fixed=1000 * costs.fixed,
+        dense=1000 * clock.dense,
+        static_int8=1000 * int8,
+        deciding={gate: tuple((1000 * a, 1000 * b) for a, b in passes) for gate, passes in deciding.items()},
+        error=max(errors),
+    )
+
+
+def _network(model: nn.Module, dynamic: DynamicConfig, images: Tensor) -> DynamicResNet:
+    """``model`` made dynamic, without tuning, as it would be exported."""
+    input_size = cast(tuple[int, int, int], tuple(images.shape[1:]))
+    plan = plan_surgery(model)
+    network = make_dynamic(model, dynamic, plan_costs(model, dynamic, input_size, plan), plan).network
+    fit_steps(network, images)
+    freeze_weights(network)
+    round_biases(network, input_size)
+    return network
+
+
+def _kinds(network: DynamicResNet, images: Tensor) -> list[str]:
+    """What tells blocks apart that differ in their work: their layers, and the shape of their input."""
+    kinds: list[str] = []
+    x = network.layout.stem(network.backbone, images[:1])
+    for block in network.blocks:
+        kinds.append(f"{tuple(x.shape)} {block.module!r}")
+        x = block.skip(block.module, x)
+    return kinds
+
+
+def _deciding(
+    model: nn.Module,
+    dynamic: DynamicConfig,
+    images: Tensor,
+    costs: BlockCosts,
+    clock: Clock,
+    observer: Observer,
+) -> tuple[tuple[tuple[float, float], ...], float]:
+    """Seconds of deciding with a gate, as :func:`dfs_cli.bench.cost_fit.fit_deciding` gives them, and the largest error of
+    predictions for graphs that were not in the fit."""
+    from dfs_cli.export.write import graph_writer
+
+    network = _network(model, dynamic, images)
+    controller = controller_of(network)
+    write = graph_writer(network, cast(tuple[int, int, int], tuple(images.shape[1:])), images)
+    graphs = _DECIDING + _DECIDING // 2
+    # For one pass each, and another one where there are two.
+    policies = costs.draw(len(dynamic.bits) + 2 * graphs, seed=1)[len(dynamic.bits) :].split(2)
+
+    def forced(policies: Tensor) -> bytes:
+        controller.force(policies)
+        return write(None)
+
+    points = _REFINE if len(controller.views) > 1 else (None,)
+    jobs = [Job(lambda p=p: forced(p), points) for p in policies]  # type: ignore[misc]
+    times = clock.measure(jobs, observer)
+    # Each graph was timed at every operating point: whole graphs are in the fit, or not.
+    fitted, others = (
+        _measured(part, dynamic.bits, len(controller.views)) for part in (times[:_DECIDING], times[_DECIDING:])
+    )
+    found = fit_deciding(costs, *fitted)
+    predicted = costs.predict(others.decisions).sum(axis=1) + predict_deciding(found, others.decisions)
+    return found, largest_error(predicted.tolist(), others.seconds)
+
+
+def _measured(times: Sequence[Sequence[tuple[Tensor, float]]], bits: tuple[int, ...], passes: int) -> Measured:
+    """What graphs decided, from the bitwidths (1, P * L) that they gave, and how long they took."""
+    options = torch.tensor(
+        [[NOT_RUN if b < 0 else bits.index(b) for b in chosen[0].tolist()] for graph in times for chosen, _ in graph]
+    )
+    return Measured(
+        Decisions(options.reshape(len(options), passes, -1)), [seconds for graph in times for _, seconds in graph]
+    )
+
+
+class Clock:
+    """Times graphs in turns with the dense network's, which tells how fast the machine was meanwhile.
+
+    Args:
+        dense: its graph, serialised.
+        image: (1, C, H, W).
+        threads: of ONNX Runtime.
+    """
+
+    def __init__(self, dense: bytes, image: Tensor, threads: int) -> None:
+        self._image, self._threads = image, threads
+        self._dense = self._open(dense, None)
+        self._dense_seconds: list[float] = []
+
+    @property
+    def dense(self) -> float:
+        """Seconds of the dense network."""
+        return statistics.median(self._dense_seconds)
+
+    def measure(self, jobs: Sequence[Job], observer: Observer) -> list[list[tuple[Tensor, float]]]:
+        """For each graph and each of its operating points, the bitwidths that it gave (empty where it decides nothing), and its
+        seconds."""
+        observer.stage("timing graphs", len(jobs))
+        ratios: list[list[tuple[Tensor, float]]] = []
+        for start in range(0, len(jobs), _GROUP):
+            group = jobs[start : start + _GROUP]
+            opened = [
+                [self._open(content, point) for point in job.points] for job in group for content in [job.build()]
+            ]
+            bits = [[run() for run in runs] for runs in opened]
+            flat = [self._dense, *(run for runs in opened for run in runs)]
+            dense, *others = in_turns([lambda turn, run=run: _seconds(run) for run in flat], _ROUNDS, 1)  # type: ignore[misc]
+            self._dense_seconds += dense
+            found = iter(statistics.median(o / d for o, d in zip(other, dense, strict=True)) for other in others)
+            ratios += [[(b, next(found)) for b in chosen] for chosen in bits]
+            observer.advance(len(group))
+        return [[(chosen, ratio * self.dense) for chosen, ratio in graph] for graph in ratios]
+
+    def _open(self, content: bytes, point: float | None) -> Callable[[], Tensor]:
+        """A function that runs a graph, and returns the bitwidths that it chose."""
+        import numpy as np
+
+        from dfs_cli.export.network import BITS, IMAGES, LOGITS, OPERATING_POINT
+        from dfs_cli.export.runtime import open_session
+
+        session = open_session(content, self._threads)
+        names = [output.name for output in session.get_outputs()]
+        inputs = {IMAGES: self._image.numpy()}
+        if point is not None:
+            inputs[OPERATING_POINT] = np.array(point)
+        wanted = [LOGITS, BITS] if BITS in names else [LOGITS]
+
+        def run() -> Tensor:
+            results = session.run(wanted, inputs)
+            return torch.from_numpy(results[1]) if len(results) > 1 else torch.empty(0)
+
+        return run
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Seconds of a run: the median of several that nothing interrupted, or else of all."""
+    began = time.perf_counter()
+    run()
+    while time.perf_counter() - began < _UNTIMED:
+        run()
+    quiet: list[float] = []
+    every: list[float] = []
+    began = time.perf_counter()
+    while len(every) < _RUNS or time.perf_counter() - began < _SECONDS:
+        count, first = interruptions(), time.perf_counter()
+        run()
+        every.append(time.perf_counter() - first)
+        if interruptions() == count:
+            quiet.append(every[-1])
+    return statistics.median(quiet or every)

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
+from dfs_cli.bench.process import interruptions
 from dfs_cli.config import check_range
 
 T = TypeVar("T")
@@ -76,6 +77,26 @@ def in_turns(
 def check_repeats(repeats: int) -> None:
     """Raises ConfigError where ``repeats`` is out of range."""
     check_range("repeats", repeats, 1, 10**6)
+
+
+class Lap(Generic[T]):
+    """A run of ``step``, timed: its ``result``, the ``seconds`` that it took, and whether another program had the core
+    meanwhile (``interrupted``).
+
+    An interrupted run of one thread counts with the time that the thread had a core: what it takes on a machine that does
+    nothing else. Of several threads that wait for one another, that cannot be told.
+
+    Args:
+        threads: on which ``step`` runs.
+    """
+
+    def __init__(self, step: Callable[[], T], threads: int) -> None:
+        count, had_core, began = interruptions(), time.thread_time(), time.perf_counter()
+        self.result = step()
+        self.seconds, had_core = time.perf_counter() - began, time.thread_time() - had_core
+        self.interrupted = interruptions() > count
+        if self.interrupted and threads == 1:
+            self.seconds = min(self.seconds, had_core)
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:

@@ -26,6 +26,7 @@ class BlockCosts:
     def __init__(self, kinds: Sequence[Hashable], options: Sequence[int]) -> None:
         order = list(dict.fromkeys(kinds))
         self.kinds, self.options = [order.index(kind) for kind in kinds], len(options)
+        self.bits = tuple(options)
         self.unknowns = 1 + len(order) * (self.options - 1)
         self.costs = np.zeros(self.unknowns)
 
@@ -48,6 +49,14 @@ class BlockCosts:
             seconds: (N,).
         """
         self.costs = fit_non_negative(self._rows(policies), np.asarray(seconds))
+
+    def narrowed(self, options: Sequence[int]) -> BlockCosts:
+        """The costs of some of the options, the first one among them."""
+        columns = [self.bits.index(bits) - 1 for bits in options[1:]]
+        made = BlockCosts(self.kinds, options)
+        per_kind = self.costs[1:].reshape(-1, self.options - 1)
+        made.costs = np.concatenate([self.costs[:1], per_kind[:, columns].ravel()])
+        return made
 
     @property
     def fixed(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
@@ -10,10 +10,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.bench.clock import in_turns, on_threads
+from dfs_cli.bench.clock import Lap, in_turns, on_threads
 from dfs_cli.bench.cost_fit import BlockCosts, fit_deciding, largest_error, predict_deciding
 from dfs_cli.bench.machine import describe_machine
-from dfs_cli.bench.process import interruptions
 from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
@@ -31,8 +30,8 @@ _IMAGES = 8  # random: times do not depend on what they show, once decisions are
 _PER_UNKNOWN, _CHECKED = 2.5, 12  # policies for each unknown of the fit, and policies that are not in it
 _DECIDING = 8  # policies from which the time of deciding is found; half as many are not in that fit
 _GROUP = 6  # graphs in memory at a time, besides the dense one
-_ROUNDS, _RUNS, _SECONDS = 5, 3, 0.03  # in each round a graph runs so many times, and so long, at least
-_UNTIMED = 0.01
+_ROUNDS, _RUNS, _SECONDS = 8, 3, 0.02  # in each round a graph runs so many times, and so long, at least
+_UNTIMED = 0.005
 _REFINE = (1e9, -1e9)  # operating points at which no image, and every image, takes the second pass
 
 
@@ -109,30 +108,32 @@ def measure_costs(
         *seconds, int8 = (times[0][1] for times in clock.measure(jobs, observer))
         costs.fit(policies[:count], seconds[:count])
         predicted = costs.predict(Decisions.of_pass(policies[count:])).sum(axis=1).tolist()
-        errors, deciding = [largest_error(predicted, seconds[count:])], {}
+        table = DeviceCosts(
+            model=name or type(model).__name__,
+            image_size=input_size,
+            unit="ms",
+            measured=True,
+            machine=describe_machine() | {"runtime": "ONNX Runtime, single images", "threads": str(threads)},
+            options=options,
+            blocks={
+                block.name: tuple(1000 * cost for cost in row)
+                for block, row in zip(network.blocks, costs.of_blocks(), strict=True)
+            },
+            fixed=1000 * costs.fixed,
+            dense=1000 * clock.dense,
+            static_int8=1000 * int8,
+            error=largest_error(predicted, seconds[count:]),
+        )
+        # The fewer options there are, the less is decided: those that the planner leaves out do not count.
+        kept = table.useful(options)
         for gate in gates:
-            if gate != "static":
-                deciding[gate], error = _deciding(
-                    model, dynamic.replace(bits=options, gate=gate), images, costs, clock, observer
-                )
-                errors.append(error)
-    return DeviceCosts(
-        model=name or type(model).__name__,
-        image_size=input_size,
-        unit="ms",
-        measured=True,
-        machine=describe_machine() | {"runtime": "ONNX Runtime, single images", "threads": str(threads)},
-        options=options,
-        blocks={
-            block.name: tuple(1000 * cost for cost in row)
-            for block, row in zip(network.blocks, costs.of_blocks(), strict=True)
-        },
-        fixed=1000 * costs.fixed,
-        dense=1000 * clock.dense,
-        static_int8=1000 * int8,
-        deciding={gate: tuple((1000 * a, 1000 * b) for a, b in passes) for gate, passes in deciding.items()},
-        error=max(errors),
-    )
+            if gate == "static":
+                continue
+            settings = dynamic.replace(bits=kept, gate=gate)
+            found, error = _deciding(model, settings, images, costs.narrowed(kept), clock, observer)
+            passes = tuple((1000 * always, 1000 * per_block) for always, per_block in found)
+            table = table.replace(deciding=table.deciding | {gate: passes}, error=max(table.error or 0.0, error))
+    return table
 
 
 def _network(model: nn.Module, dynamic: DynamicConfig, images: Tensor) -> DynamicResNet:
@@ -202,10 +203,11 @@ def _measured(times: Sequence[Sequence[tuple[Tensor, float]]], bits: tuple[int, 
 
 
 class Clock:
-    """Times graphs in turns with the dense network's, which tells how fast the machine was meanwhile.
+    """Times graphs in turns, the dense network's among them. A graph's time is its least: whatever another program does to caches
+    and cores makes it longer, never shorter.
 
     Args:
-        dense: its graph, serialised.
+        dense: the dense network's graph, serialised.
         image: (1, C, H, W).
         threads: of ONNX Runtime.
     """
@@ -213,31 +215,27 @@ class Clock:
     def __init__(self, dense: bytes, image: Tensor, threads: int) -> None:
         self._image, self._threads = image, threads
         self._dense = self._open(dense, None)
-        self._dense_seconds: list[float] = []
-
-    @property
-    def dense(self) -> float:
+        self.dense = math.inf
         """Seconds of the dense network."""
-        return statistics.median(self._dense_seconds)
 
     def measure(self, jobs: Sequence[Job], observer: Observer) -> list[list[tuple[Tensor, float]]]:
         """For each graph and each of its operating points, the bitwidths that it gave (empty where it decides nothing), and its
         seconds."""
         observer.stage("timing graphs", len(jobs))
-        ratios: list[list[tuple[Tensor, float]]] = []
+        results: list[list[tuple[Tensor, float]]] = []
         for start in range(0, len(jobs), _GROUP):
             group = jobs[start : start + _GROUP]
             opened = [
                 [self._open(content, point) for point in job.points] for job in group for content in [job.build()]
             ]
-            bits = [[run() for run in runs] for runs in opened]
             flat = [self._dense, *(run for runs in opened for run in runs)]
-            dense, *others = in_turns([lambda turn, run=run: _seconds(run) for run in flat], _ROUNDS, 1)  # type: ignore[misc]
-            self._dense_seconds += dense
-            found = iter(statistics.median(o / d for o, d in zip(other, dense, strict=True)) for other in others)
-            ratios += [[(b, next(found)) for b in chosen] for chosen in bits]
+            measures = [lambda turn, run=run: least_seconds(run, self._threads) for run in flat]
+            dense, *others = map(min, in_turns(measures, _ROUNDS, 1))  # type: ignore[misc]
+            self.dense = min(self.dense, dense)
+            seconds = iter(others)
+            results += [[(run(), next(seconds)) for run in runs] for runs in opened]
             observer.advance(len(group))
-        return [[(chosen, ratio * self.dense) for chosen, ratio in graph] for graph in ratios]
+        return results
 
     def _open(self, content: bytes, point: float | None) -> Callable[[], Tensor]:
         """A function that runs a graph, and returns the bitwidths that it chose."""
@@ -260,19 +258,14 @@ class Clock:
         return run
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    """Seconds of a run: the median of several that nothing interrupted, or else of all."""
+def least_seconds(run: Callable[[], object], threads: int) -> float:
+    """The least seconds of several runs, once the caches hold what they need."""
     began = time.perf_counter()
     run()
     while time.perf_counter() - began < _UNTIMED:
         run()
-    quiet: list[float] = []
-    every: list[float] = []
+    laps: list[float] = []
     began = time.perf_counter()
-    while len(every) < _RUNS or time.perf_counter() - began < _SECONDS:
-        count, first = interruptions(), time.perf_counter()
-        run()
-        every.append(time.perf_counter() - first)
-        if interruptions() == count:
-            quiet.append(every[-1])
-    return statistics.median(quiet or every)
+    while len(laps) < _RUNS or time.perf_counter() - began < _SECONDS:
+        laps.append(Lap(run, threads).seconds)
+    return min(laps)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.bench.candidates import INT8, OWN, Candidate, Step, deciding_seconds, list_candidates
-from dfs_cli.bench.clock import check_repeats, in_turns, on_threads, percentiles
+from dfs_cli.bench.clock import Lap, check_repeats, in_turns, on_threads, percentiles
 from dfs_cli.bench.machine import describe_machine
-from dfs_cli.bench.process import added_memory, interruptions, peak_bytes, size_of
+from dfs_cli.bench.process import added_memory, peak_bytes, size_of
 from dfs_cli.bench.verdict import Measured, Verdict, judge
 from dfs_cli.bench.workload import Workload
 from dfs_cli.config import LARGE_BATCH
@@ -26,9 +26,6 @@ _WARM_UP = 1
 # Seconds for which a candidate runs untimed before each of its turns, like a server at work: cores are awake, threads of the
 # previous candidate have come to rest, and the caches hold the candidate's weights.
 _UNTIMED = 0.03
-# A run during which another program had the core is done again, for so many seconds: what takes longer than the system's time
-# slice is interrupted at every try.
-_PATIENCE = 0.02
 
 
 class Run(NamedTuple):
@@ -58,7 +55,7 @@ class Row(Json):
         low_ms, high_ms: the least and the largest mean of a pass over all images: how steady the machine was.
         controller_ms: mean time of deciding in a run; None where it is not observed.
         runs: how many were timed.
-        interrupted: share of them during which another program had the core: these took longer than they need.
+        interrupted: share of them during which another program had the core, see :class:`dfs_cli.bench.clock.Lap`.
         images_per_second: from the mean.
         peak_bytes: peak memory, as PyTorch counts it, or the growth of the process with ONNX Runtime; None: unknown.
         file_bytes: size of its file.
@@ -148,7 +145,7 @@ def bench_inference(
         blocks = -(-len(workload.images) // LARGE_BATCH)
         observer.stage("blocks of images", _WARM_UP + repeats * blocks)
         turns = in_turns(
-            [_measure(c, step, blocks) for c, (step, _) in zip(candidates, prepared, strict=True)],
+            [_measure(c, step, blocks, threads) for c, (step, _) in zip(candidates, prepared, strict=True)],
             repeats * blocks,
             _WARM_UP,
             observer.advance,
@@ -185,7 +182,7 @@ def _prepare(candidate: Candidate) -> tuple[Step, int | None]:
     return step, size_of(cast(nn.Module, step)) + peak_bytes(lambda: step(images), torch.device("cpu"))
 
 
-def _measure(candidate: Candidate, step: Step, blocks: int) -> Callable[[int], list[Run]]:
+def _measure(candidate: Candidate, step: Step, blocks: int, threads: int) -> Callable[[int], list[Run]]:
     """A function that measures the candidate's runs of a turn."""
     images = candidate.workload.images
 
@@ -198,22 +195,15 @@ def _measure(candidate: Candidate, step: Step, blocks: int) -> Callable[[int], l
         began, untimed = time.perf_counter(), itertools.cycle(inputs)
         while time.perf_counter() - began < _UNTIMED:
             step(next(untimed))
-        return [_timed(step, batch) for batch in inputs]
+        return [_timed(step, batch, threads) for batch in inputs]
 
     return measure
 
 
-def _timed(step: Step, images: Tensor) -> Run:
-    """A run, if possible one that nothing interrupts."""
-    first = time.perf_counter()
-    while True:
-        count, before, began = interruptions(), deciding_seconds(step), time.perf_counter()
-        logits = step(images)
-        ended = time.perf_counter()
-        interrupted = interruptions() > count
-        if not interrupted or ended - first > _PATIENCE:
-            deciding = deciding_seconds(step) - before
-            return Run(ended - began, deciding, tuple(logits.argmax(dim=1).tolist()), interrupted)
+def _timed(step: Step, images: Tensor, threads: int) -> Run:
+    before = deciding_seconds(step)
+    lap = Lap(lambda: step(images), threads)
+    return Run(lap.seconds, deciding_seconds(step) - before, tuple(lap.result.argmax(dim=1).tolist()), lap.interrupted)
 
 
 def make_rows(

@@ -41,7 +41,8 @@ class DeviceCosts(Json):
         fixed: what a pass costs in any case: stem, shortcuts and head.
         dense: of the whole dense network in float32: budgets are fractions of it.
         static_int8: of the whole network, quantized to 8 bits by other means; None: not known.
-        deciding: by gate, what deciding costs in each of P passes: in any case, and for each block that runs.
+        deciding: by gate, what deciding costs in each of P passes: in any case, and for each block that runs. Measured between
+            the options that :meth:`useful` keeps.
         error: the largest relative difference between predicted and measured costs, on policies that the costs were not
             fitted to; None: not measured.
 

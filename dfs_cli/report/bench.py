@@ -35,9 +35,12 @@ def print_inference(console: Console, record: dict[str, Any]) -> None:
         lines.append("no CPU library convolves with fewer than 8 bits: options of 2 to 7 bits take as long as 8")
     lines += [_HEADER, *map(_row, record["rows"])]
     if (interrupted := max(row["interrupted"] for row in record["rows"])) > _INTERRUPTED:
-        lines.append(
-            f"other programs ran: of some candidates {interrupted:.0%} of the runs were interrupted, which makes them slower"
+        counted = (
+            "; these count with the time that they had a core"
+            if record["threads"] == 1
+            else ", which makes them slower"
         )
+        lines.append(f"other programs ran: of some candidates {interrupted:.0%} of the runs were interrupted{counted}")
     for row in record["rows"]:
         lines += _comparison(row)
     _print(console, lines + _verdict(record))

@@ -1,7 +1,10 @@
+import time
+
 import pytest
 import torch
 
-from dfs_cli.bench.clock import Timing, in_turns, on_threads, percentiles, quartiles, seconds_of
+from dfs_cli.bench import clock
+from dfs_cli.bench.clock import Lap, Timing, in_turns, on_threads, percentiles, quartiles, seconds_of
 from dfs_cli.errors import ConfigError
 
 
@@ -30,6 +33,17 @@ def test_percentiles_by_hand() -> None:
     assert quartiles([0.5]) == Timing(0.5, 0.5, 0.5)
     found = percentiles([float(i) for i in range(101)])
     assert found[49] == pytest.approx(50) and found[94] == pytest.approx(95) and len(found) == 99
+
+
+def test_an_interrupted_run_of_one_thread_counts_with_the_time_that_it_had_a_core(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts, waiting = iter([0, 1, 1, 2, 2, 2]), 0.02
+    monkeypatch.setattr(clock, "interruptions", lambda: next(counts))
+    alone, several, quiet = (Lap(lambda: time.sleep(waiting), threads) for threads in (1, 2, 1))
+    assert (alone.interrupted, several.interrupted, quiet.interrupted) == (True, True, False)
+    # While it sleeps, the thread has no core.
+    assert alone.seconds < waiting / 2 and several.seconds >= waiting and quiet.seconds >= waiting
 
 
 def test_a_step_is_run_once_for_its_time() -> None:

@@ -1,7 +1,6 @@
 import itertools
 import time
 from dataclasses import replace
-from typing import cast
 
 import pytest
 import torch
@@ -134,5 +133,5 @@ def test_without_onnxruntime_pytorch_alone_is_compared(monkeypatch: pytest.Monke
     found, graph = list_candidates(workload, threads=1)
     assert graph is None and {candidate.name for candidate in found} == {"pytorch-dense", "pytorch-dfs"}
     step = found[2].build()
-    logits = cast(torch.Tensor, step(workload.images[:1]))
+    logits = step(workload.images[:1])
     assert torch.allclose(logits, workload.network(workload.images[:1]), atol=1e-5)

@@ -76,10 +76,10 @@ def test_a_verdict_in_words() -> None:
 
 
 def test_a_busy_machine_is_named() -> None:
-    lines = lines_of(RECORD | {"rows": [ROW | {"interrupted": 0.25}]})
-    assert (
-        lines[6] == "other programs ran: of some candidates 25% of the runs were interrupted, which makes them slower"
-    )
+    record = RECORD | {"rows": [ROW | {"interrupted": 0.25}]}
+    told = "other programs ran: of some candidates 25% of the runs were interrupted"
+    assert lines_of(record)[6] == f"{told}, which makes them slower"
+    assert lines_of(record | {"threads": 1})[6] == f"{told}; these count with the time that they had a core"
 
 
 def test_a_graph_that_differs_is_named() -> None:
@@ -96,7 +96,7 @@ def test_a_plot_has_a_point_for_each_candidate_with_a_top1() -> None:
     pytest.importorskip("matplotlib")
     figure = plot_times(RECORD | {"verdict": VERDICT, "rows": [ROW, DYNAMIC | {"top1": 90.0}]})
     (axes,) = figure.axes
-    points = {tuple(container.lines[0].get_xydata()[0]) for container in axes.containers}  # type: ignore[union-attr]
+    points = {tuple(container.lines[0].get_xydata()[0]) for container in axes.containers}  # type: ignore[attr-defined]
     assert points == {(20.0, 88.0), (10.0, 90.0)}
     assert {text.get_text() for text in axes.texts} == {"resnet18", "ort-int8-static"}
     with pytest.raises(ConfigError, match="nothing to draw"):

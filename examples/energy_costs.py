@@ -9,12 +9,14 @@ multiplication of integers scales with the square of the bitwidth; sums are 32-b
 import json
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import dfs_cli
 
 MULTIPLY_8, ADD_32 = 0.2, 0.1  # pJ, integers
 FLOAT_32 = 3.7 + 0.9  # pJ, a multiplication and an addition
 OPTIONS = (0, 2, 3, 4, 5, 6, 8)
+GATES: tuple[Literal["probe", "rnn", "ff"], ...] = ("probe", "rnn", "ff")
 
 
 def picojoules(bits: int) -> float:
@@ -26,8 +28,8 @@ def picojoules(bits: int) -> float:
 
 def energy_costs(model: str) -> dfs_cli.DeviceCosts:
     """The costs of a timm model, in millijoules per image."""
-    module = dfs_cli.load_model(model, pretrained=False)
-    tables = {gate: dfs_cli.plan(module, dfs_cli.DynamicConfig(OPTIONS, gate=gate)) for gate in ("probe", "rnn", "ff")}
+    module: Any = dfs_cli.load_model(model, pretrained=False)
+    tables = {gate: dfs_cli.plan(module, dfs_cli.DynamicConfig(OPTIONS, gate=gate)) for gate in GATES}
     table = tables["probe"]
     always = sum(layer.macs * picojoules(layer.bits or 32) for layer in table.layers if layer.block is None)
     return dfs_cli.DeviceCosts(

@@ -29,8 +29,10 @@ from dfs_cli.surgery.swap import make_dynamic
 _IMAGES = 8  # random: times do not depend on what they show, once decisions are forced
 _PER_UNKNOWN, _CHECKED = 2.5, 12  # policies for each unknown of the fit, and policies that are not in it
 _DECIDING = 8  # policies from which the time of deciding is found; half as many are not in that fit
-_GROUP = 6  # graphs in memory at a time, besides the dense one
-_ROUNDS, _RUNS, _SECONDS = 8, 3, 0.02  # in each round a graph runs so many times, and so long, at least
+_LARGEST = (
+    1 << 29
+)  # bytes of graphs in memory at a time: the more there are, the longer the time over which each is measured
+_ROUNDS, _RUNS, _SECONDS = 12, 3, 0.015  # in each round a graph runs so many times, and so long, at least
 _UNTIMED = 0.005
 _REFINE = (1e9, -1e9)  # operating points at which no image, and every image, takes the second pass
 
@@ -203,8 +205,8 @@ def _measured(times: Sequence[Sequence[tuple[Tensor, float]]], bits: tuple[int, 
 
 
 class Clock:
-    """Times graphs in turns, the dense network's among them. A graph's time is its least: whatever another program does to caches
-    and cores makes it longer, never shorter.
+    """Times graphs in turns, the dense network's among them. A graph's time is its least: whatever another program does to
+    caches and cores makes it longer, never shorter.
 
     Args:
         dense: the dense network's graph, serialised.
@@ -223,19 +225,25 @@ class Clock:
         seconds."""
         observer.stage("timing graphs", len(jobs))
         results: list[list[tuple[Tensor, float]]] = []
-        for start in range(0, len(jobs), _GROUP):
-            group = jobs[start : start + _GROUP]
-            opened = [
-                [self._open(content, point) for point in job.points] for job in group for content in [job.build()]
-            ]
-            flat = [self._dense, *(run for runs in opened for run in runs)]
-            measures = [lambda turn, run=run: least_seconds(run, self._threads) for run in flat]
-            dense, *others = map(min, in_turns(measures, _ROUNDS, 1))  # type: ignore[misc]
-            self.dense = min(self.dense, dense)
-            seconds = iter(others)
-            results += [[(run(), next(seconds)) for run in runs] for runs in opened]
-            observer.advance(len(group))
+        opened: list[list[Callable[[], Tensor]]] = []
+        size = 0
+        for index, job in enumerate(jobs):
+            content = job.build()
+            opened.append([self._open(content, point) for point in job.points])
+            size += len(content) * len(job.points)
+            if size > _LARGEST or index == len(jobs) - 1:
+                results += self._in_turns(opened)
+                observer.advance(len(opened))
+                opened, size = [], 0
         return results
+
+    def _in_turns(self, opened: Sequence[Sequence[Callable[[], Tensor]]]) -> list[list[tuple[Tensor, float]]]:
+        flat = [self._dense, *(run for runs in opened for run in runs)]
+        measures = [lambda turn, run=run: least_seconds(run, self._threads) for run in flat]
+        dense, *others = map(min, in_turns(measures, _ROUNDS, 1))
+        self.dense = min(self.dense, dense)
+        seconds = iter(others)
+        return [[(run(), next(seconds)) for run in runs] for runs in opened]
 
     def _open(self, content: bytes, point: float | None) -> Callable[[], Tensor]:
         """A function that runs a graph, and returns the bitwidths that it chose."""

@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 BENCH = ["bench", "resnet20_digits", "--cost-table"]
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_network_are_measured() -> None:
     model, dynamic = tiny_resnet(), DynamicConfig(bits=(4, 8), gate="probe")
     costs = measure_costs(model, dynamic, SIZE, ("static", "probe"))
@@ -53,6 +54,7 @@ def test_a_cost_table_is_written_and_a_conversion_keeps_to_it(tmp_path: Path) ->
     assert result.exit_code == 2 and "nothing about --gate probe" in result.stderr
 
 
+@pytest.mark.slow
 def test_costs_are_told_in_words(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*BENCH, str(tmp_path / "costs.json"), "--bits", "0,8", "--gate", "ff"])
     assert result.exit_code == 0, result.stderr

@@ -52,7 +52,7 @@ class Row(Json):
         name, batch: of the candidate; images per run.
         mean_ms, p50_ms, p95_ms, p99_ms: mean and percentiles over the images (or batches); each counts with the median of its
             runs, so that the network's own spread is seen, not that of a machine that serves other programs, too.
-        low_ms, high_ms: the least and the largest mean of a pass over all images: how steady the machine was.
+        low_ms, high_ms: the least and the largest mean, of this one and of single passes: how steady the machine was.
         controller_ms: mean time of deciding in a run; None where it is not observed.
         runs: how many were timed.
         interrupted: share of them during which another program had the core, see :class:`dfs_cli.bench.clock.Lap`.
@@ -228,8 +228,8 @@ def _row(candidate: Candidate, passes: Sequence[Sequence[Run]], peak: int | None
         p50_ms=values[49],
         p95_ms=values[94],
         p99_ms=values[98],
-        low_ms=min(means),
-        high_ms=max(means),
+        low_ms=min(mean, *means),
+        high_ms=max(mean, *means),
         controller_ms=statistics.fmean(deciding) if any(deciding) else None,
         runs=seconds.numel(),
         interrupted=statistics.fmean(run.interrupted for runs in passes for run in runs),

@@ -34,7 +34,7 @@ class Pairing(Json):
     Args:
         name: of the other one.
         time: mean time of an image over that of the other.
-        time_low, time_high: the least and the largest such ratio of a pass over all images.
+        time_low, time_high: the least and the largest such ratio, of it and of single passes over all images.
         top1: points of top-1 above the other; None: not known.
         top1_error: standard error of that, for images that both have seen.
         winner: ``first``: the network is better in one of the two and no worse in the other; ``other``: the other one is;
@@ -90,7 +90,8 @@ def judge(name: str, measured: Mapping[str, Measured], reference: str = "") -> V
 def _pair(own: Measured, other: Measured, name: str) -> Pairing:
     typical, other_typical = (measured.seconds.median(dim=0).values.mean() for measured in (own, other))
     ratios = own.seconds.mean(dim=1) / other.seconds.mean(dim=1)
-    time, low, high = (float(ratio) for ratio in (typical / other_typical, ratios.min(), ratios.max()))
+    time = float(typical / other_typical)
+    low, high = min(time, float(ratios.min())), max(time, float(ratios.max()))
     top1 = error = None
     # 1: the network is better, -1: the other one is, 0: no difference.
     in_time = 0 if low <= 1 <= high else (1 if time < 1 else -1)

@@ -99,8 +99,7 @@ def plot_times(record: dict[str, Any]) -> Figure:
         share = row["top1"] / 100
         error = 100 * math.sqrt(share * (1 - share) / record["images"])
         mean, low, high = row["mean_ms"], row["low_ms"], row["high_ms"]
-        # The mean is that of each image's median: it may lie below the mean of every pass.
-        times = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+        times = [[mean - low], [high - mean]]
         is_own = row["name"] == own
         axes.errorbar(
             [mean],

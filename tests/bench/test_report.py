@@ -19,6 +19,8 @@ DYNAMIC = ROW | {
     "time": 0.5,
     "controller_ms": 2.0,
     "mean_ms": 10.0,
+    "low_ms": 9.0,
+    "high_ms": 11.0,
     "top1": None,
 }
 PAIRING = {
@@ -51,7 +53,7 @@ def test_a_record_of_inference_in_words() -> None:
     assert lines[3].startswith("ort-dfs: features between blocks are int8; not compared")
     expected = "ort-int8-static 1 4 20.000 19.000 - 21.500 18.000 30.000 31.000 50.0 - 3.00 1.0000 1.00 88.00"
     assert " ".join(lines[5].split()) == expected
-    expected = "ort-dfs 1 4 10.000 19.000 - 21.500 18.000 30.000 31.000 50.0 2.0 3.00 0.0300 0.50 -"
+    expected = "ort-dfs 1 4 10.000 9.000 - 11.000 18.000 30.000 31.000 50.0 2.0 3.00 0.0300 0.50 -"
     assert " ".join(lines[6].split()) == expected
     # 2 of its 10 ms, which are half of the dense network's.
     assert lines[7] == "ort-dfs, batch 1: deciding takes 2.00 ms, 10.0% of pytorch-dense"

@@ -11,6 +11,9 @@ from .api import (
     Decisions as Decisions,
 )
 from .api import (
+    DeviceCosts as DeviceCosts,
+)
+from .api import (
     DfsError as DfsError,
 )
 from .api import (
@@ -69,6 +72,9 @@ from .api import (
 )
 from .api import (
     load_model as load_model,
+)
+from .api import (
+    measure_costs as measure_costs,
 )
 from .api import (
     plan as plan,

@@ -12,6 +12,7 @@ from torch import nn
 
 from dfs_cli.artifact.artifact import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.bench.cost_table import measure_costs
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.sweep import sweep
 from dfs_cli.config import (
@@ -28,6 +29,7 @@ from dfs_cli.conversion.defaults import default_data, default_tuning, resolve_de
 from dfs_cli.conversion.recalibrate import recalibrate
 from dfs_cli.conversion.setup import EVAL_BATCH
 from dfs_cli.cost.decisions import Decisions
+from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import choose_workers, eval_loader
@@ -55,6 +57,7 @@ __all__ = [
     "CostTable",
     "DataConfig",
     "Decisions",
+    "DeviceCosts",
     "DfsError",
     "DynamicConfig",
     "DynamicResNet",
@@ -75,6 +78,7 @@ __all__ = [
     "export_onnx",
     "load",
     "load_model",
+    "measure_costs",
     "plan",
     "profile",
     "recalibrate",

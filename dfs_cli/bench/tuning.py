@@ -115,9 +115,7 @@ def bench_tuning(
     observer.stage("steps in turns", _WARM_UP + repeats)
     dense_seconds, tuning_seconds = map(
         quartiles,
-        in_turns(
-            [_timed(step, device) for step in (dense_step, dynamic_step)], repeats, _WARM_UP, None, observer.advance
-        ),
+        in_turns([_timed(step, device) for step in (dense_step, dynamic_step)], repeats, _WARM_UP, observer.advance),
     )
     dense_bytes = size_of(dense, optimizer, images) + peak_bytes(dense_step, device)
     tuning_bytes = size_of(network, state.optimizer, images) + size_of(teacher) + peak_bytes(dynamic_step, device)

@@ -14,11 +14,12 @@ from dfs_cli.cli import options
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.cli.synthetic import SyntheticOptions
-from dfs_cli.config import SynthesisConfig, check_budget
+from dfs_cli.config import SynthesisConfig, check_budget, check_range
 from dfs_cli.errors import BudgetMissedError, ConfigError
 
 if TYPE_CHECKING:
     from dfs_cli.conversion.converted import Converted
+    from dfs_cli.cost.device import DeviceCosts
 
 EXAMPLES = """
 Examples:
@@ -27,8 +28,13 @@ Examples:
 
   dfs convert resnet50 --budget 0.03 --data imagenet/
 
+  dfs convert resnet50 --objective latency --budget 0.3 --data imagenet/
+
   dfs convert resnet18 --gate static --budget 0.02 --data photos/ --num-classes 50 --checkpoint mine.safetensors
 """
+
+
+_OBJECTIVE = "Objective"
 
 
 def convert(
@@ -48,6 +54,19 @@ def convert(
     network: options.NetworkOptions,
     tuning: options.TuningOptions,
     sink: Output,
+    objective: Annotated[
+        str,
+        typer.Option(
+            "--objective",
+            metavar="macs|latency|FILE",
+            help="What costs count: bit-weighted MACs; time in ONNX Runtime, one image at a time, measured here first; or the "
+            "costs in FILE, as dfs bench --cost-table writes them.",
+            rich_help_panel=_OBJECTIVE,
+        ),
+    ] = "macs",
+    threads: Annotated[
+        int, typer.Option("--threads", metavar="N", help="With latency, of ONNX Runtime.", rich_help_panel=_OBJECTIVE)
+    ] = 1,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write.", rich_help_panel=options.OUTPUT),
@@ -62,6 +81,7 @@ def convert(
 ) -> None:
     """Convert a pretrained ResNet to a budget, tune it, and write it with a cost report. Without images, they are made."""
     check_budget(budget)
+    check_range("threads", threads, 1, 1024)
     data = images.config()
     if not output.name:
         raise ConfigError(f"--output {str(output)!r} is not a file name")
@@ -81,8 +101,13 @@ def convert(
     chosen = synthetic.choose(model, data)
     settings = tuning.config(api.default_tuning(chosen))
     dynamic = network.config(budget, settings)
+    costs = _read_costs(objective)
     if dry_run:
-        _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, sink)
+        if objective == "latency":
+            raise ConfigError(
+                "--dry-run measures nothing: write a table with dfs bench --cost-table, and pass --objective FILE"
+            )
+        _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, costs, sink)
         return
     is_synthetic = isinstance(chosen, SynthesisConfig)
     names = (output, *reports, sheet) if is_synthetic else (output, *reports)
@@ -93,16 +118,22 @@ def convert(
         if weights.checkpoint and origin != str(weights.checkpoint):
             sink.say(f"weights: {origin}")
         with sink.observer(logs=True, settings=True) as observer:
+            resolved = preprocessing.resolve(module)
+            if objective == "latency":
+                costs = api.measure_costs(
+                    module, dynamic, resolved.input_size, (dynamic.gate,), threads, model, settings.seed, observer
+                )
             setup = prepare(
                 module,
                 budget,
                 chosen,
                 dynamic,
                 settings,
-                preprocessing.resolve(module),
+                resolved,
                 describe_source(module, origin),
                 network.spend,
                 observer,
+                costs,
             )
             made = setup.splits.train.source if is_synthetic else None
             if made is not None:
@@ -147,6 +178,17 @@ def _promise(budget: float, spend: bool) -> str:
     return f"{least}{HIGHEST_SHARE * budget:.4f} is promised"
 
 
+def _read_costs(objective: str) -> DeviceCosts | None:
+    """The costs in the file that ``objective`` names; None where it names none."""
+    if objective in ("macs", "latency"):
+        return None
+    from dfs_cli.cost.device import read_costs
+
+    if not Path(objective).is_file():
+        raise ConfigError(f"--objective {objective}: expected macs, latency, or a file of costs")
+    return read_costs(Path(objective))
+
+
 def _print_plan(
     model: str,
     budget: float,
@@ -154,6 +196,7 @@ def _print_plan(
     preprocessing: options.PreprocessingOptions,
     dynamic: Any,
     spend: bool,
+    costs: DeviceCosts | None,
     sink: Output,
 ) -> None:
     """Costs of the options, and what can be reached, without training."""
@@ -162,6 +205,10 @@ def _print_plan(
     from dfs_cli.report.terminal import print_plan
 
     module = weights.outline(model)
+    if costs is not None:
+        dynamic = dynamic.replace(bits=costs.useful(dynamic.bits))
     table = api.plan(module, dynamic, preprocessing.resolve(module))
+    if costs is not None:
+        table = table.on_device(costs, dynamic.gate)
     sink.result(plan_record(model, table, budget), lambda console: print_plan(console, model, table, budget))
     table.check_budget(budget, spend)

@@ -197,7 +197,7 @@ def print_configuration(console: Console, configuration: Configuration, table: C
         source = f"synthetic images ({configuration.synthesis.kind}), all of them in each split"
     lines = {
         "model": f"{configuration.model}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4g} GMACs",
-        "budget": f"{'' if configuration.spend else 'at most '}{configuration.budget:g} of dense 32-bit (all at 8 bits: "
+        "budget": f"{'' if configuration.spend else 'at most '}{configuration.budget:g} of {table.scale} (all at 8 bits: "
         f"{table.uniform_cost(8):.4f}; reachable: {table.cheapest:.4f} to {table.dearest:.4f})",
         "options": f"{','.join(map(str, dynamic.bits))} bits, fixed layers {dynamic.fixed_bits} bits, gate {dynamic.gate}"
         f"{' (second pass mirrored)' if dynamic.mirror else ''}",

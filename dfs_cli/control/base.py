@@ -241,7 +241,8 @@ class Ceiling(nn.Module):
 
     def cost(self, table: CostTable, index: int) -> float:
         """The cost of a pass with every block at its dearest."""
-        return float(table.pass_cost(self.highest[None].cpu(), index))
+        costs = table.option_costs[index].masked_fill(self.forbidden().cpu(), 0.0)
+        return table.fixed_cost(index) + float(costs.max(dim=1).values.sum())
 
     def check(self) -> None:
         """Raises ValueError where an option is none of those there are."""

@@ -25,6 +25,7 @@ from dfs_cli.cost.operating_point import (
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
+from dfs_cli.nn.quantization import BYTE_BITS
 
 ALWAYS_REFINE, NEVER_REFINE = -1e9, 1e9
 """Thresholds below and above every uncertainty; finite, so that they can be written as JSON."""
@@ -35,10 +36,10 @@ LEAST_MULTIPLIER = 1e-3
 _TRAINED_SHARE = 0.2  # of a batch, at most, takes the second pass in tuning: a step stays cheap
 # Of the budget, what the first pass costs, unless the cheapest mix costs more.
 _FIRST_SHARE = 0.65
-# More than this for all images is wasted on the first pass: six bits lose next to nothing.
-_FIRST_LIMIT = 0.04
+# Of what all costs at 8 bits, more than this for all images is wasted on the first pass: six bits lose next to nothing.
+_FIRST_LIMIT = 0.64
 # The share of images planned for the second pass; more where each would cost more than eight bits do.
-_SECOND_SHARE, _SECOND_LIMIT = 0.2, 0.0625
+_SECOND_SHARE = 0.2
 # A second pass costs at least this share of the first: a much poorer look has nothing to add.
 _SECOND_LEAST = 0.6
 # Left for the second pass at least, where the first can cost no less than the budget.
@@ -181,20 +182,21 @@ class ProbeController(Controller):
         shift_preference(self.gate.preference, sensitivity.blocks)
         if request.is_bound:
             return self._start_within(network, table, sensitivity.blocks, request.budget, sample)
-        dearest, budget = table.dearest_pass(1), request.budget
+        dearest, budget, all_8_bit = table.dearest_pass(1), request.budget, table.uniform_cost(BYTE_BITS)
+        limit = _FIRST_LIMIT * all_8_bit
         if not request.spend:
             # More bits in the first pass gain nothing.
             enough = sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)
-            budget = min(budget, max(min(enough, _FIRST_LIMIT), table.cheapest) / _FIRST_SHARE)
+            budget = min(budget, max(min(enough, limit), table.cheapest) / _FIRST_SHARE)
         # No more than what the budget's part allows, no less than what the second pass cannot spend.
-        first = max(min(_FIRST_SHARE * budget, _FIRST_LIMIT), min(table.cheapest, budget), budget - dearest)
-        self.policy.copy_(best_block_mix(table, sensitivity.blocks, first))
+        first = max(min(_FIRST_SHARE * budget, limit), min(table.cheapest, budget), budget - dearest)
+        self.policy.copy_(best_block_mix(table, sensitivity.blocks, first - table.controller_costs[0]))
         rest = max(budget - self._first_cost(table), _LEAST_REST * budget)
         share = _SECOND_SHARE
         # The deviation of the cost between images is rest * sqrt((1 - share) / share).
         allowed = _PLANNED_ERROR * budget / (rest * sampling_error(1.0, request.held_out, request.images))
         share = max(share, 1 / (1 + allowed**2))
-        share = min(1.0, max(share, rest / min(dearest, _SECOND_LIMIT)))
+        share = min(1.0, max(share, rest / min(dearest, all_8_bit)))
         second = max(rest / share, _SECOND_LEAST * (budget - rest))
         self.cost_multiplier = self._multiplier_for(table, second)
         self._normalise_input(network, sample)
@@ -306,7 +308,11 @@ class ProbeController(Controller):
         self.tuned_multiplier.copy_(self.multiplier)
         super().freeze()
 
+    @torch.no_grad()
     def force(self, policies: Tensor) -> None:
-        """The first pass alone."""
-        self.policy.copy_(torch.atleast_2d(policies)[0])
-        self.operating_point = NEVER_REFINE
+        """The first pass alone; a second one, at another operating point, has the last of the policies."""
+        rows = torch.atleast_2d(policies)
+        self.policy.copy_(rows[0])
+        nn.init.zeros_(self.gate.head.weight)
+        self.gate.preference.copy_(nn.functional.one_hot(rows[-1], self.gate.options))
+        self.cost_multiplier, self.operating_point = 0.0, NEVER_REFINE

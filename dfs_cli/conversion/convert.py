@@ -9,6 +9,7 @@ from dfs_cli.control.base import controller_of
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.setup import Setup, prepare
+from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.data.splits import Splits
 from dfs_cli.observer import Observer
 from dfs_cli.records import Source
@@ -24,6 +25,7 @@ def convert(
     preprocessing: Preprocessing | None = None,
     source: Source | None = None,
     spend: bool = False,
+    costs: DeviceCosts | None = None,
     observer: Observer | None = None,
 ) -> Converted:
     """Make a timm ResNet input-adaptive, tune it towards ``budget`` and evaluate it.
@@ -39,6 +41,8 @@ def convert(
         preprocessing: None: the model's own.
         source: what to record about the original weights; None: what timm says where ``model`` is a name, else unknown.
         spend: reach for the budget itself, 0.9 of it at least, even where less does as well on held-out images.
+        costs: of the network's parts on a device, in place of bit-weighted MACs: see :func:`dfs_cli.measure_costs`. Options
+            that a wider one is as cheap as are left out.
         observer: told about progress.
 
     Returns:
@@ -59,7 +63,7 @@ def convert(
         True
     """
     observer = observer or Observer()
-    return run(prepare(model, budget, data, dynamic, tuning, preprocessing, source, spend, observer), observer)
+    return run(prepare(model, budget, data, dynamic, tuning, preprocessing, source, spend, observer, costs), observer)
 
 
 def run(setup: Setup, observer: Observer, original: tuple[float, float] | None = None) -> Converted:

@@ -28,6 +28,7 @@ from dfs_cli.conversion.defaults import (
     describe_source,
     resolve_device,
 )
+from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.cost.table import CostTable
 from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.data.classes import check_class_count
@@ -129,6 +130,7 @@ def prepare(
     source: Source | None = None,
     spend: bool = False,
     observer: Observer | None = None,
+    costs: DeviceCosts | None = None,
 ) -> Setup:
     """Resolve and check everything; nothing is tuned yet. Where there are no images, they are made last. See
     :func:`dfs_cli.conversion.convert.convert` for arguments and errors."""
@@ -145,7 +147,11 @@ def prepare(
     device = resolve_device(tuning.device)
     preprocessing = preprocessing or resolve_preprocessing(module)
     plan = plan_surgery(module)
+    if costs is not None:
+        dynamic = _without_dominated(dynamic, costs, observer)
     table = plan_costs(module, dynamic, preprocessing.input_size, plan)
+    if costs is not None:
+        table = table.on_device(costs, dynamic.gate)
     table.check_budget(budget, spend)
     synthesis = None
     if isinstance(data, SynthesisConfig):
@@ -184,6 +190,16 @@ def prepare(
     )
 
 
+def _without_dominated(dynamic: DynamicConfig, costs: DeviceCosts, observer: Observer) -> DynamicConfig:
+    """The settings without options that a wider one is as cheap as."""
+    useful = costs.useful(dynamic.bits)
+    if left_out := [bits for bits in dynamic.bits if bits not in useful]:
+        observer.note(
+            f"options of {','.join(map(str, left_out))} bits are left out: {','.join(map(str, useful))} bits cost no more there"
+        )
+    return dynamic.replace(bits=useful)
+
+
 def _make_splits(
     model: nn.Module,
     preprocessing: Preprocessing,
@@ -198,7 +214,10 @@ def _make_splits(
     """Splits of images made from ``model``, how many were made and how, and how to tune on them: without labels."""
     if config.kind == "distilled":
         check_remembers(model, len(table.blocks))
-    few_bits = budget < table.passes * mac_cost(BYTE_BITS)
+    if table.device is None:
+        few_bits = budget < table.passes * mac_cost(BYTE_BITS)
+    else:
+        few_bits = any(0 < bits < BYTE_BITS for bits in table.options)
     observer.stage("timing this machine", None)
     work = plan_work(model, preprocessing, table.dense_macs, config, few_bits, device)
     if tuning.steps is None and tuning.epochs is None:

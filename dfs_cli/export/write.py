@@ -117,6 +117,15 @@ def make_unchecked_graph(network: DynamicResNet, input_size: tuple[int, int, int
     return serialise(writer, None), writer.features
 
 
+def graph_writer(
+    network: DynamicResNet, input_size: tuple[int, int, int], images: Tensor
+) -> Callable[[Decisions | None], bytes]:
+    """A function that writes one graph after the other, of different decisions for every image, or the controller's (None), and
+    compares none of them; arguments as for :func:`make_unchecked_graph`."""
+    writer = _fastest(Parts(network, input_size), images, None)
+    return lambda decisions: serialise(writer, decisions)
+
+
 def _fastest(parts: Parts, images: Tensor, decisions: Decisions | None) -> PartWriter:
     """A writer of int8 features where that is possible, otherwise of floating point."""
     options = options_of(parts.network, decisions)

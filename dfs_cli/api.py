@@ -12,6 +12,7 @@ from torch import nn
 
 from dfs_cli.artifact.artifact import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.sweep import sweep
 from dfs_cli.config import (
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 _RANDOM_IMAGES = 256
 
 __all__ = [
+    "Checkpoint",
     "Converted",
     "CostTable",
     "DataConfig",

@@ -28,6 +28,8 @@ SYNTHESIS_STEPS = 150
 LONGEST_EPOCH = 1.5
 """An epoch of more than so many times the recipe's steps is not run to its end unless that is asked for."""
 
+CHECKPOINT_MINUTES = 5.0
+"""A run that can be interrupted is saved as often, at least."""
 COMPARED_IMAGES = 1000
 """Real images on which a graph is compared with its network, by default."""
 LARGE_BATCH = 64

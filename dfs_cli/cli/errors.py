@@ -14,25 +14,13 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from dfs_cli.errors import DfsError, is_out_of_memory, printable
+from dfs_cli.errors import DfsError, Stopped, is_out_of_memory, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """What the machine does; any other error of the operating system is of a name that was given."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked the program to end.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int = signal.SIGINT) -> None:
-        super().__init__()
-        self.number = number
 
 
 def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dfs_cli.cli.progress import PlainObserver, TerminalObserver
+    from dfs_cli.cli.step_log import StepLog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +48,19 @@ class Output:
         """The console for everything that is not a result."""
         return _plain_console(stderr=True, quiet=self.quiet)
 
-    def observer(self, logs: bool = False, settings: bool = False) -> TerminalObserver | PlainObserver:
+    def observer(
+        self, logs: bool = False, settings: bool = False, log: StepLog | None = None
+    ) -> TerminalObserver | PlainObserver:
         """Shows a run: bars where stderr is a terminal, lines elsewhere.
 
         Args:
             logs: lines where stderr is no terminal, too.
             settings: the resolved settings first.
+            log: where steps are written, too.
         """
         from dfs_cli.cli.progress import create_observer
 
-        return create_observer(self.stderr(), logs and not self.quiet, settings)
+        return create_observer(self.stderr(), logs and not self.quiet, settings, log)
 
 
 def _plain_console(**settings: Any) -> Console:

@@ -104,10 +104,17 @@ class Results:
             )
         return record
 
+    def checkpoint_path(self, job: Job) -> Path:
+        """The file from which a network that is being tuned can be gone on with."""
+        return self.path.with_name(f"{self.path.stem}.{_slug(job)}.checkpoint")
+
     def answers_path(self, job: Job) -> Path:
         """The file of a static network's answers."""
-        name = job.name.replace(", ", "-").replace(" ", "-")
-        return answers_folder(self.path) / f"{name}.safetensors"
+        return answers_folder(self.path) / f"{_slug(job)}.safetensors"
+
+
+def _slug(job: Job) -> str:
+    return job.name.replace(", ", "-").replace(" ", "-")
 
 
 def answers_folder(path: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfs_cli.checkpoint import Checkpoint, Checkpoints
 from dfs_cli.comparison.cascade import StaticNetwork, best_cascade, confident_answers, load_answers, save_answers
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.jobs import Job, jobs, settings
@@ -39,6 +40,7 @@ def sweep(
     preprocessing: Preprocessing | None = None,
     observer: Observer | None = None,
     restart: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
     """Tune and evaluate every network of a sweep, and write what was measured to ``path`` after each.
 
@@ -51,6 +53,7 @@ def sweep(
             ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` lists jobs that failed, and why;
             ``summary`` and ``verdicts`` as :mod:`dfs_cli.comparison.summary` makes them.
         restart: delete the results of an earlier sweep, once the settings have been checked.
+        checkpoints: how the network that is being tuned is saved, beside the results, and whether it is gone on with.
 
     Returns:
         The results.
@@ -77,7 +80,7 @@ def sweep(
     for budget, dynamic in config.dynamic.items():
         plan_costs(module, dynamic, preprocessing.input_size).check_budget(budget, config.spend)
     results = open_results(path, module, config, tuning, data, preprocessing, restart)
-    observer = observer or Observer()
+    observer, checkpoints = observer or Observer(), checkpoints or Checkpoints()
     told = observer
     for seed in range(tuning.seed, tuning.seed + config.seeds):
         planned = jobs(config, seed)
@@ -88,9 +91,10 @@ def sweep(
             budget, dynamic, spend = settings(job, config)
             try:
                 seeded = tuning.replace(seed=seed)
-                setup = prepare(module, budget, data, dynamic, seeded, preprocessing, spend=spend, observer=told)
-                told = Observer()  # the images are those of the first network
-                _measure(job, setup, results, observer)
+                with checkpoints.at(results.checkpoint_path(job), restart) as checkpoint:
+                    setup = prepare(module, budget, data, dynamic, seeded, preprocessing, None, spend, told, checkpoint)
+                    told = Observer()  # the images are those of the first network
+                    _measure(job, setup, results, observer, checkpoint)
             except (ConfigError, DivergedError) as error:
                 # A budget that a baseline cannot reach is a result, not a failure; so is any run that diverged.
                 if job.method == "dfs" and isinstance(error, ConfigError):
@@ -101,7 +105,7 @@ def sweep(
     return results.record
 
 
-def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> None:
+def _measure(job: Job, setup: Setup, results: Results, observer: Observer, checkpoint: Checkpoint) -> None:
     """Tune a job's network, and record what it achieves."""
     if results.record["original"] is None:
         with stages.own_generators(setup.tuning.seed):
@@ -109,7 +113,7 @@ def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> No
         with results.update() as record:
             record["original"] = {"top1": top1, "top5": top5}
     original = results.record["original"]
-    converted = run(setup, observer, (original["top1"], original["top5"]))
+    converted = run(setup, observer, (original["top1"], original["top5"]), checkpoint)
     manifest = converted.manifest
     evaluation = manifest.validation
     assert evaluation is not None, "a conversion ends with an evaluation"

@@ -37,7 +37,7 @@ from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.swap import make_dynamic, verify_conversion
 from dfs_cli.tuning.loop import seed_everything, tune
 from dfs_cli.tuning.sensitivity import divergence, measure
-from dfs_cli.tuning.state import start_state
+from dfs_cli.tuning.state import TuningState, start_state
 
 _TIMED_STEPS = 8
 
@@ -74,11 +74,16 @@ def own_generators(seed: int) -> Iterator[None]:
             random.setstate(python)
 
 
+def unreadable_log(setup: Setup) -> UnreadableLog:
+    """Of the training images, held-out ones among them."""
+    return UnreadableLog("training", len(setup.splits.train) + len(setup.splits.calibration))
+
+
 def make_network(setup: Setup, observer: Observer) -> Planned:
     """Surgery, step sizes, agreement with the original, sensitivities, and the controller's start."""
     teacher = copy.deepcopy(setup.model).to(setup.device).eval()
     splits = setup.splits
-    unreadable = UnreadableLog("training", len(splits.train) + len(splits.calibration))
+    unreadable = unreadable_log(setup)
     network = make_dynamic(teacher, setup.dynamic, setup.table, setup.plan).network
     held_out = len(splits.calibration)
     count = min(EVAL_BATCH, held_out)
@@ -126,15 +131,27 @@ def validation_loader(setup: Setup) -> DataLoader[Batch]:
     return eval_loader(setup.splits.validation, EVAL_BATCH, setup.workers, setup.pin)
 
 
-def tune_network(setup: Setup, planned: Planned, observer: Observer) -> None:
-    """Tune the network, in place, and freeze it."""
+def start_tuning(setup: Setup, planned: Planned) -> TuningState:
+    """The state of tuning before the first step."""
+    return start_state(planned.network, setup.tuning, setup.steps_per_epoch)
+
+
+def tune_network(
+    setup: Setup, planned: Planned, state: TuningState, observer: Observer, after_step: Callable[[], None]
+) -> None:
+    """Tune the network, in place, from ``state`` on."""
     tuning, train = setup.tuning, setup.splits.train
     if train.transform is not None:
         train = train.with_transform(train_transform(setup.preprocessing, tuning.hflip, tuning.min_crop))
     sampler = EpochSampler(len(train), tuning.seed)
     loader = train_loader(train, sampler, tuning.batch_size, setup.workers, setup.pin)
-    state = start_state(planned.network, tuning, setup.steps_per_epoch)
     observer.stage("tuning", state.total_steps)
+    tell = _with_estimate(observer)
+
+    def on_step(record: StepRecord) -> None:
+        tell(record)
+        after_step()
+
     tune(
         state,
         planned.teacher,
@@ -144,8 +161,12 @@ def tune_network(setup: Setup, planned: Planned, observer: Observer) -> None:
         tuning,
         setup.device,
         planned.unreadable,
-        _with_estimate(observer),
+        on_step,
     )
+
+
+def freeze(setup: Setup, planned: Planned) -> None:
+    """Give the tuned network, in place, the numbers that it will have."""
     freeze_weights(planned.network)
     round_biases(planned.network, setup.preprocessing.input_size)
 

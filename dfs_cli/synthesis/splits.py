@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import Preprocessing
 from dfs_cli.data.images import Images, InMemory
 from dfs_cli.data.loading import eval_loader
@@ -26,6 +27,7 @@ from dfs_cli.synthesis.work import Work
 
 _SHOWN, _COLUMNS = 64, 16
 _BATCH = 32
+_MADE = "images"  # in the checkpoint
 
 
 class SyntheticImages(InMemory):
@@ -61,8 +63,26 @@ def make_images(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoint: Checkpoint | None = None,
 ) -> Tensor:
     """Make images (N, C, H, W), as bytes, or take those that were made before with the same weights and settings."""
+    made: Tensor
+    checkpoint = checkpoint or Checkpoint()
+    if (made := checkpoint.get(_MADE)) is None:
+        made = _make(model, preprocessing, work, seed, device, observer, checkpoint)
+        checkpoint.keep(_MADE, made)
+    return made
+
+
+def _make(
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    work: Work,
+    seed: int,
+    device: torch.device,
+    observer: Observer,
+    checkpoint: Checkpoint,
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if not work.stages:
         return noise(work.images, preprocessing, generator)
@@ -70,7 +90,9 @@ def make_images(
         observer.note(f"{len(known)} synthetic images were made before with these weights and settings")
         return known
     observer.stage("making images", work.images * sum(stage.steps for stage in work.stages))
-    made = distil(model, preprocessing, work.images, work.stages, generator, device, work.amp, observer.advance)
+    made = distil(
+        model, preprocessing, work.images, work.stages, generator, device, work.amp, observer.advance, checkpoint
+    )
     store(made, model, preprocessing, work, seed)
     return made
 

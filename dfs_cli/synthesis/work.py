@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -46,6 +46,15 @@ class Work(NamedTuple):
     tuning_steps: int
     seconds: float
     amp: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self._asdict(), "stages": [tuple(stage) for stage in self.stages]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Work:
+        """What :meth:`to_dict` described."""
+        return cls(**{**values, "stages": tuple(Stage(*stage) for stage in values["stages"])})
 
 
 def stages_for(size: tuple[int, int], steps: int, macs: int) -> tuple[Stage, ...]:

@@ -56,6 +56,7 @@ class TuningState:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "operating_point": self.network.controller.operating_point,
+            "sizes": self.sizes.state() if self.sizes else None,
             "step": self.step,
             "plan": (self.steps_per_epoch, self.total_steps),
             "generators": {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda},
@@ -73,6 +74,10 @@ class TuningState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.network.controller.operating_point, self.step = state["operating_point"], state["step"]
+        # They are those of the network before it was tuned.
+        self.sizes = None if state["sizes"] is None else ParameterSizes(self.network.backbone)
+        if self.sizes is not None:
+            self.sizes.load(state["sizes"])
         random.setstate(state["generators"]["python"])
         torch.set_rng_state(state["generators"]["torch"])
         if state["generators"]["cuda"]:

@@ -34,6 +34,7 @@ from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import choose_workers, eval_loader
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import Splits, open_validation
+from dfs_cli.distributed import share
 from dfs_cli.errors import ConfigError, DataError, DfsError
 from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_network
@@ -184,8 +185,9 @@ def evaluate(
         data = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.classes)
     device = network.device
     workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
-    observer.stage("evaluating", len(data))
-    loader = eval_loader(data, batch_size, workers, device.type == "cuda")
+    own = data.subset(share(len(data)))
+    observer.stage("evaluating", len(own))
+    loader = eval_loader(own, batch_size, workers, device.type == "cuda")
     log = UnreadableLog("validation", len(data))
     layout = torch.contiguous_format
     if channels_last:

@@ -17,6 +17,7 @@ import torch
 
 from dfs_cli.atomic import File, write_files
 from dfs_cli.config import CHECKPOINT_MINUTES
+from dfs_cli.distributed import is_first, largest, of_first
 from dfs_cli.errors import ConfigError, DivergedError, OutputError, Stopped, WriteError
 from dfs_cli.locks import locked
 
@@ -60,6 +61,8 @@ class StopRequest:
 class Checkpoint:
     """What a run needs to go on, in parts that are saved together. Loading it executes nothing.
 
+    Of several processes the first one reads and writes; all of them call what is called here at the same time.
+
     A part is what has been found out (kept in every file from then on), or the state of what is being done.
 
     Args:
@@ -94,8 +97,9 @@ class Checkpoint:
         self._parts: dict[str, Any] = {}
         self._identity: str | None = None
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
-        if resume and path is not None and path.exists():
-            self._identity, self._parts = _read(path)
+        if resume and path is not None:
+            found = _read(path) if is_first() and path.exists() else None
+            self._identity, self._parts = of_first(found) or (None, {})
 
     def identify(self, identity: dict[str, Any]) -> None:
         """Say which run this is, in plain values.
@@ -131,7 +135,7 @@ class Checkpoint:
 
     def save(self, part: str, state: Any) -> None:
         """Save a state, and all that was found out."""
-        if self.path is None:
+        if self.path is None or not is_first():
             return
         began = time.monotonic()
         try:
@@ -152,13 +156,15 @@ class Checkpoint:
         """
         since = time.monotonic() - self._saved_at
         is_due = since >= 60 * self._minutes or (milestone and since >= _SPARING * self._save_seconds)
-        if is_due or self.stop.number is not None:
+        is_saved, number = largest(int(is_due and is_first()), self.stop.number or 0)
+        self.stop.number = number or None
+        if self.path is not None and (is_saved or number):
             self.save(part, state())
         self.stop.obey()
 
     def about_to_write(self, files: Sequence[File]) -> None:
         """The run is done, and its results are written now: from now on they are known (see :meth:`wrote`)."""
-        if self.path is None or not self.path.exists():
+        if self.path is None or not is_first() or not self.path.exists():
             return
         identity, parts = _read(self.path)
         digests = {file.path.name: hashlib.sha256(file.data).hexdigest() for file in files}
@@ -174,7 +180,7 @@ class Checkpoint:
 
     def remove(self) -> None:
         """Remove the file, of which there is no more need."""
-        if self.path is not None:
+        if self.path is not None and is_first():
             self.path.unlink(missing_ok=True)
 
 
@@ -201,13 +207,16 @@ class Checkpoints:
             restart: whatever is there is of no use.
         """
         with contextlib.ExitStack() as stack:
+            is_held = True
             try:
-                stack.enter_context(locked(path))
+                stack.enter_context(locked(path) if is_first() else contextlib.nullcontext())
             except OSError:
+                is_held = False
+            if not of_first(is_held):
                 yield Checkpoint(stop=self.stop)
                 return
             if restart or not self.resume:
-                path.unlink(missing_ok=True)
+                Checkpoint(path).remove()
             checkpoint = Checkpoint(path, True, self.minutes, self.stop, self.say)
             try:
                 yield checkpoint

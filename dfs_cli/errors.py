@@ -98,6 +98,12 @@ class DivergedError(DfsError, ArithmeticError):
     """The tuning loss became NaN or infinite."""
 
 
+class LostProcessError(DfsError):
+    """Another process of the same run ended, or does not answer."""
+
+    exit_code = 1
+
+
 class BudgetMissedError(DfsError):
     """Tuning ended outside the promised interval of the budget."""
 

@@ -18,7 +18,8 @@ from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.cli.synthetic import SyntheticOptions
 from dfs_cli.config import SynthesisConfig, check_budget
-from dfs_cli.errors import BudgetMissedError, ConfigError, DivergedError, OutputError
+from dfs_cli.distributed import is_first, join
+from dfs_cli.errors import BudgetMissedError, ConfigError, DivergedError, LostProcessError, OutputError
 
 if TYPE_CHECKING:
     from dfs_cli.checkpoint import Checkpoint
@@ -101,25 +102,27 @@ def convert(
         return
     is_synthetic = isinstance(chosen, SynthesisConfig)
     names = (output, *reports, sheet) if is_synthetic else (output, *reports)
+    join(settings.device)
     synthetic.check_folder(force or resume)
     saved, inputs = output.with_name(f"{output.name}.checkpoint"), [weights.checkpoint, images.class_map]
     stop = StopRequest()
     with contextlib.ExitStack() as stack:
-        own = [saved] if long_run.log is None else [saved, long_run.log]
-        check_writable([*names, *own], True, inputs)  # of different names
-        stack.enter_context(reserve(own, True, inputs))
-        _check_free(saved, long_run.log, resume, force)
+        if is_first():
+            own = [saved] if long_run.log is None else [saved, long_run.log]
+            check_writable([*names, *own], True, inputs)  # of different names
+            stack.enter_context(reserve(own, True, inputs))
+            _check_free(saved, long_run.log, resume, force)
         checkpoint = Checkpoint(saved, resume, long_run.checkpoint_minutes, stop, sink.say)
         if not resume:
             checkpoint.remove()
-        outputs = stack.enter_context(reserve(names, force or checkpoint.wrote(names), inputs))
+        outputs = stack.enter_context(reserve(names if is_first() else (), force or checkpoint.wrote(names), inputs))
         stack.enter_context(_explained(checkpoint, sink))
         stack.enter_context(signals_wait_for(stop))
         resolve_device(settings.device)
         module, origin = weights.load(model, settings.seed)
         if weights.checkpoint and origin != str(weights.checkpoint):
             sink.say(f"weights: {origin}")
-        log = None if long_run.log is None else StepLog(long_run.log)
+        log = None if long_run.log is None or not is_first() else StepLog(long_run.log)
         with sink.observer(logs=True, settings=True, log=log) as observer:
             setup = prepare(
                 module,
@@ -134,12 +137,12 @@ def convert(
                 checkpoint,
             )
             made = setup.splits.train.source if is_synthetic else None
-            if made is not None:
+            if made is not None and is_first():
                 synthetic.save(made)
             converted = run(setup, observer, checkpoint=checkpoint)
         files, report = _files(converted, output, reports, None if made is None else File(sheet, made.sheet()))
         checkpoint.about_to_write(files)
-        written, failure = outputs.keep(files)
+        written, failure = outputs.keep(files) if is_first() else ((), None)
         if written:
             checkpoint.remove()
     sink.result(report, lambda console: print_conversion(console, report))
@@ -173,7 +176,7 @@ def _explained(checkpoint: Checkpoint, sink: Output) -> Iterator[None]:
     except DivergedError:
         checkpoint.remove()
         raise
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LostProcessError):
         if checkpoint.path is not None and checkpoint.path.exists():
             sink.say(f"saved in {checkpoint.path}; to go on: {how_to_resume()}")
         raise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dfs_cli.cli.options import JsonOutput, Quiet
+from dfs_cli.distributed import is_first
 from dfs_cli.errors import printable
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Output:
 
     def result(self, record: Any, render: Callable[[Console], None]) -> None:
         """The result of the command: ``record`` as JSON, or what ``render`` prints."""
+        if not is_first():
+            return
         if self.as_json:
             typer.echo(json.dumps(record))
         elif not self.quiet:
@@ -40,13 +43,18 @@ class Output:
 
     def say(self, *lines: str) -> None:
         """Lines on stderr."""
-        if not self.quiet:
+        if not self.is_silent:
             for line in lines:
                 self.stderr().print(line, highlight=False, soft_wrap=True, markup=False)
 
     def stderr(self) -> Console:
         """The console for everything that is not a result."""
-        return _plain_console(stderr=True, quiet=self.quiet)
+        return _plain_console(stderr=True, quiet=self.is_silent)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether there is no text but results: of several processes the first one alone prints."""
+        return self.quiet or not is_first()
 
     def observer(
         self, logs: bool = False, settings: bool = False, log: StepLog | None = None
@@ -60,7 +68,7 @@ class Output:
         """
         from dfs_cli.cli.progress import create_observer
 
-        return create_observer(self.stderr(), logs and not self.quiet, settings, log)
+        return create_observer(self.stderr(), logs and not self.is_silent, settings, log)
 
 
 def _plain_console(**settings: Any) -> Console:

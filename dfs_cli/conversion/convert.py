@@ -110,6 +110,7 @@ def run(
             observer,
         )
         point = stages.set_operating_point(planned.network, planned.table, held_out, setup.request, observer)
+        planned.unreadable.join()
         return stages.finish(setup, planned, point, original, observer)
 
 

@@ -69,4 +69,5 @@ class Progress:
         self.checkpoint.reached(_TUNING, lambda: self._state(planned, state), ends_epoch)
 
     def _state(self, planned: Planned, state: TuningState) -> dict[str, Any]:
+        planned.unreadable.join()
         return {"state": state.state_dict(), "unreadable": dict(planned.unreadable.reasons)}

@@ -36,6 +36,7 @@ from dfs_cli.data.images import Images
 from dfs_cli.data.loading import choose_workers
 from dfs_cli.data.preprocessing import hard_crop_transform, resolve_preprocessing
 from dfs_cli.data.splits import Splits, open_splits
+from dfs_cli.distributed import of_first, size
 from dfs_cli.errors import ConfigError, DataError
 from dfs_cli.models.zoo import load_model
 from dfs_cli.nn.quantization import BYTE_BITS
@@ -165,6 +166,8 @@ def prepare(
             raise DataError(f"the {name} split has no images")
     check_class_count(splits.class_names, model_args.num_classes)
     batch_size = min(tuning.batch_size, len(splits.train))
+    if batch_size < size():
+        raise ConfigError(f"batch-size {batch_size} is less than one image for each of {size()} processes")
     workers = choose_workers(tuning.workers, splits.train, preprocessing, max(batch_size, EVAL_BATCH), observer.note)
     for images in (splits.train, splits.validation):  # now that nothing can be refused any more
         if images.note:
@@ -208,7 +211,7 @@ def _make_splits(
         work = Work.from_dict(known)
     else:
         observer.stage("timing this machine", None)
-        work = plan_work(model, preprocessing, table.dense_macs, config, few_bits, device)
+        work = of_first(plan_work(model, preprocessing, table.dense_macs, config, few_bits, device))
         checkpoint.keep(_WORK, work.to_dict())
     if tuning.steps is None and tuning.epochs is None:
         tuning = tuning.replace(steps=work.tuning_steps)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from common import RNN, SIZE, make_dynamic, tiny_resnet
+from dfs_cli.tuning.step import taught_images, teacher_logits
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -16,7 +17,7 @@ from dfs_cli.errors import ConfigError, DivergedError
 from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.records import StepRecord
 from dfs_cli.surgery.plan import plan_costs
-from dfs_cli.tuning.loop import seed_everything, target_at, taught_images, teacher_logits, tune
+from dfs_cli.tuning.loop import seed_everything, target_at, tune
 from dfs_cli.tuning.state import start_state
 
 pytestmark = pytest.mark.medium

@@ -109,5 +109,6 @@ def _quieten_libraries() -> None:
     os.environ["MPLBACKEND"] = "agg"  # a notebook leaves the name of its own, which may not be installed here
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # those of 1x1 convolutions, by DDP
     for name in ("timm", "fvcore", "huggingface_hub", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)

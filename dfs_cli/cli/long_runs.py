@@ -35,7 +35,13 @@ CheckpointMinutes = Annotated[
 ]
 Log = Annotated[
     Path | None,
-    typer.Option("--log", metavar="FILE", help="Write a row for each step: CSV.", rich_help_panel=OUTPUT),
+    typer.Option(
+        "--log",
+        "--log-file",
+        metavar="FILE",
+        help="Write a row for each step: CSV (--log is not for torchrun).",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 

@@ -16,7 +16,8 @@ from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.comparison.config import BASELINES, SweepConfig
 from dfs_cli.config import check_budget
-from dfs_cli.errors import ConfigError, OutputError
+from dfs_cli.distributed import is_first, join
+from dfs_cli.errors import ConfigError, LostProcessError, OutputError
 
 EXAMPLES = """
 Examples:
@@ -85,10 +86,12 @@ def sweep(
 
     keep_freed_memory()
     check_convertible(model)
+    join(tuning.device)
     # What lies beside the results of a sweep belongs to it.
     inputs = [weights.checkpoint, images.class_map]
     log_path = [] if long_run.log is None else [long_run.log]
-    check_writable([output, *beside, *log_path], force or output.exists(), inputs)
+    if is_first():
+        check_writable([output, *beside, *log_path], force or output.exists(), inputs)
     if not answers_folder(output).is_dir() and os.path.lexists(answers_folder(output)):
         raise OutputError(f"{answers_folder(output)}, which is for answers, is not a folder: pass another --output")
     data = default_data(model.partition(".")[0], images.config())
@@ -105,7 +108,7 @@ def sweep(
     stop = StopRequest()
     with contextlib.ExitStack() as stack:
         log = None
-        if long_run.log is not None:
+        if long_run.log is not None and is_first():
             stack.enter_context(reserve([long_run.log], True, inputs))
             log = StepLog(long_run.log, has_jobs=True)
         stack.enter_context(signals_wait_for(stop))
@@ -122,9 +125,11 @@ def sweep(
                 restart=force,
                 checkpoints=Checkpoints(resume, long_run.checkpoint_minutes, stop, sink.say),
             )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, LostProcessError):
             sink.say(f"to go on: {how_to_resume()}")
             raise
+    if not is_first():
+        return
     with held(output):  # other sweeps may have added to it
         results = json.loads(output.read_text())
         files = [File(beside[0], points_csv(results))]

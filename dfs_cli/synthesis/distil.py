@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import Preprocessing
+from dfs_cli.distributed import of_all, rank, size
 from dfs_cli.synthesis.moments import Moments
 
 _RATE = 0.1  # of Adam, in units of the pixels' standard deviation
@@ -75,12 +76,14 @@ def distil(
         generator: of all random numbers, on the CPU.
         amp: compute in bfloat16, but for statistics.
         advance: called after each step, with the number of its images.
-        checkpoint: where the images are saved now and then, and what it goes on from.
+        checkpoint: where the images are saved now and then, and what it goes on from. Of several processes, all have as many
+            images to make, and their states are saved together.
     """
     checkpoint = checkpoint or Checkpoint()
     model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).eval()
     model.requires_grad_(False)
-    state = _State.restored(checkpoint.take(_MAKING), generator)
+    saved = checkpoint.take(_MAKING) or []
+    state = _State.restored(saved[rank()], generator) if len(saved) == size() else None
     if state is None:
         _, wanted = draw_targets(images, int(model.num_classes), generator)  # type: ignore[arg-type]
         x = torch.randn(images, preprocessing.input_size[0], *stages[0].size, generator=generator)
@@ -121,10 +124,8 @@ class _State:
         return values | {"generator": self.generator.get_state()}
 
     @classmethod
-    def restored(cls, saved: dict[str, Any] | None, generator: torch.Generator) -> _State | None:
-        """What :meth:`saved` gave, if anything."""
-        if saved is None:
-            return None
+    def restored(cls, saved: dict[str, Any], generator: torch.Generator) -> _State:
+        """What :meth:`saved` gave."""
         generator.set_state(saved["generator"])
         return cls(**{**saved, "generator": generator})
 
@@ -196,7 +197,7 @@ def _optimise(
             x.clamp_(low, high)
         advance(len(x))
         state.step, state.present = state.step + 1, (x.detach(), optimizer.state_dict())
-        checkpoint.reached(_MAKING, state.saved, milestone=state.step == steps)
+        checkpoint.reached(_MAKING, lambda: of_all(state.saved()), milestone=state.step == steps)
     return x.detach()
 
 

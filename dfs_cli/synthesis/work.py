@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dfs_cli.config import RECIPE_STEPS, SYNTHESIS_STEPS, Preprocessing, SynthesisConfig
+from dfs_cli.distributed import size as processes
 from dfs_cli.synthesis.distil import Stage
 from dfs_cli.synthesis.moments import Moments
 
@@ -86,7 +87,7 @@ def plan_work(
     few_bits: bool,
     device: torch.device,
 ) -> Work:
-    """What can be done on this machine in minutes, measured on a step; what is given in ``config`` is done.
+    """What can be done on this machine, by all processes, in minutes, measured on a step; what is given in ``config`` is done.
 
     Args:
         macs: multiply-accumulates of an image.
@@ -100,6 +101,7 @@ def plan_work(
     seconds, tuning = (
         step_seconds(model, preprocessing.input_size, timed, low, device) / timed for low in (amp, False)
     )
+    seconds, tuning = seconds / processes(), tuning / processes()
     per_image = sum(seconds * stage.steps * math.prod(stage.size) / math.prod(size) for stage in stages)
     available = _SECONDS * (_FEW_BITS if few_bits else 1.0)
     fitting = available / per_image if per_image else _MOST_IMAGES

@@ -134,19 +134,21 @@ def share(items: int) -> range:
 
 
 def of_first(value: T) -> T:
-    """The first process's value."""
+    """The first process's value. A tensor comes to the device of this one's; in other values tensors must be on the CPU."""
     if size() == 1:
         return value
+    import torch
     from torch import distributed
 
-    values = [value]
+    values: list[Any] = [value.cpu() if isinstance(value, torch.Tensor) else value]
     with together():
         distributed.broadcast_object_list(values, src=0)
-    return values[0]
+    result: T = values[0].to(value.device) if isinstance(value, torch.Tensor) else values[0]
+    return result
 
 
 def of_all(value: T) -> list[T]:
-    """All processes' values, in order."""
+    """All processes' values, in order; tensors in them must be on the CPU."""
     if size() == 1:
         return [value]
     from torch import distributed

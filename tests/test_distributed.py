@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -195,10 +196,13 @@ def test_a_conversion_gives_what_one_process_gives(gate: str, tmp_path: Path) ->
     assert found["cost"] == pytest.approx(expected["cost"], rel=0.05)
     steps, wanted = rows(tmp_path / "two.csv"), rows(tmp_path / "one.csv")
     assert [row["step"] for row in steps] == [row["step"] for row in wanted]
-    tolerance = 1e-3 if gate == "static" else 0.1  # gates are explored by chance
-    for row, other in zip(steps, wanted, strict=True):
-        assert float(row["train_loss"]) == pytest.approx(float(other["train_loss"]), rel=tolerance)
-        assert float(row["cost"]) == pytest.approx(float(other["cost"]), rel=tolerance)
+    losses, other_losses = ([float(row["train_loss"]) for row in some] for some in (steps, wanted))
+    costs, other_costs = ([float(row["cost"]) for row in some] for some in (steps, wanted))
+    if gate == "static":
+        assert losses == pytest.approx(other_losses, rel=1e-4) and costs == pytest.approx(other_costs)
+    else:  # each process explores by its own draws, between which the teacher's images are drawn
+        assert statistics.fmean(losses) == pytest.approx(statistics.fmean(other_losses), rel=0.05)
+        assert costs == pytest.approx(other_costs, rel=0.1)
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json", ".md", ".csv"}
 
 

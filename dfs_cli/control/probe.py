@@ -162,7 +162,7 @@ class ProbeController(Controller):
         chosen = uncertain.topk(wanted).indices
         limit = max(1, round(_TRAINED_SHARE * images))
         if self.training and len(chosen) > limit:
-            chosen = chosen[of_first(torch.randperm(len(chosen), device=chosen.device))[:limit].to(chosen.device)]
+            chosen = chosen[of_first(torch.randperm(len(chosen), device=chosen.device))[:limit]]
         unsure = torch.zeros(images, dtype=torch.bool, device=first.device)
         unsure[chosen] = True
         return unsure[own]

@@ -67,7 +67,9 @@ class Planned(NamedTuple):
 def own_generators(seed: int) -> Iterator[None]:
     """Seed everything random, and leave the caller's generators as they were."""
     python = random.getstate()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # Of several processes, each leaves the others' devices alone.
+    devices = [torch.cuda.current_device()] if size() > 1 and torch.cuda.is_available() else None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if devices is None else devices):
         seed_everything(seed)
         try:
             yield

@@ -119,9 +119,9 @@ class _State:
     present: tuple[Tensor, dict[str, Any]] | None = None
 
     def saved(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+        """Plain values, and tensors on the CPU."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"generator": self.generator.get_state()}
+        return _on_cpu(values | {"generator": self.generator.get_state()})  # type: ignore[no-any-return]
 
     @classmethod
     def restored(cls, saved: dict[str, Any], generator: torch.Generator) -> _State:
@@ -157,6 +157,15 @@ def _run_stage(
         state.step, state.present = 0, None
     state.x, state.done = torch.cat(state.done), []
     state.stage += 1
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested values, with tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(inner) for key, inner in value.items()}
+    return type(value)(map(_on_cpu, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import dfs_cli
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.cli.app import app
 from dfs_cli.cli.step_log import StepLog
 from dfs_cli.conversion import stages
@@ -143,6 +144,26 @@ def test_what_comes_after_tuning_is_done_again(tmp_path: Path, monkeypatch: pyte
     assert resumed.exit_code == 0 and "going on after step 6 of 6" in resumed.stderr
     assert len(rows(Path("s.csv"))) == 6
     assert dfs_cli.load("model.safetensors").keeps_budget
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_while_it_wrote_its_results_writes_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "remove", lambda _: None)
+        assert convert("--resume").exit_code == 0
+    Path("model.safetensors").rename("whole.safetensors")
+    Path("model.safetensors").write_bytes(Path("whole.safetensors").read_bytes())
+    Path("model.report.md").unlink()  # the network was there before it
+    assert Path("model.safetensors.checkpoint").exists()
+    resumed = convert("--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert_same(Path("model.safetensors"), Path("whole.safetensors"))
+    assert Path("model.report.md").exists() and not Path("model.safetensors.checkpoint").exists()
+    again = convert("--resume")
+    assert again.exit_code == 2 and "exists already" in again.stderr, "there is nothing to go on with"
 
 
 def test_resuming_starts_where_there_is_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

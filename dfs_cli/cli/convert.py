@@ -122,7 +122,7 @@ def convert(
         module, origin = weights.load(model, settings.seed)
         if weights.checkpoint and origin != str(weights.checkpoint):
             sink.say(f"weights: {origin}")
-        log = None if long_run.log is None or not is_first() else StepLog(long_run.log)
+        log = None if long_run.log is None or not is_first() else StepLog(long_run.log, restart=not resume)
         with sink.observer(logs=True, settings=True, log=log) as observer:
             setup = prepare(
                 module,

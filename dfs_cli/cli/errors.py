@@ -106,6 +106,7 @@ def _print(line: str) -> None:
 def _quieten_libraries() -> None:
     """Keep what libraries say to their developers out of the user's terminal, and matplotlib from looking for a display."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by torch's profiler
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of DDP, on parameters that are unused, or are not
     os.environ["MPLBACKEND"] = "agg"  # a notebook leaves the name of its own, which may not be installed here
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

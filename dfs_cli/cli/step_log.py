@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dfs_cli.atomic import File, write_files
+from dfs_cli.errors import OutputError
 from dfs_cli.records import StepRecord
 
 _NAMES = {"loss": "train_loss", "accuracy": "train_top1"}  # timm's
@@ -21,12 +22,21 @@ class StepLog:
     Args:
         path: of the file; its name is held.
         has_jobs: the steps are of several networks, which have a column of their own.
+        restart: whatever the file holds is of no use.
+
+    Raises:
+        OutputError: the file holds something else.
     """
 
-    def __init__(self, path: Path, has_jobs: bool = False) -> None:
+    def __init__(self, path: Path, has_jobs: bool = False, restart: bool = False) -> None:
         self.path, self.has_jobs = path, has_jobs
+        self._header = ["job", *_COLUMNS] if has_jobs else list(_COLUMNS)
         self._job = ""
         self._file: TextIO | None = None
+        if restart:
+            path.unlink(missing_ok=True)
+        if (before := self._read()) and not before.startswith(_line(self._header)):
+            raise OutputError(f"--log {path} exists and is not a log of this kind: pass another name")
 
     def job(self, name: str) -> None:
         """The steps that follow are those of another network."""
@@ -49,8 +59,7 @@ class StepLog:
 
     def _drop_from(self, step: int) -> None:
         """Drop the job's rows from a step on, and a row that was not written to its end; write the header if there is none."""
-        header = ["job", *_COLUMNS] if self.has_jobs else list(_COLUMNS)
-        before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        header, before = self._header, self._read()
         kept = [_line(header)]
         for line in before.splitlines(keepends=True)[1:]:
             row = dict(zip(header, next(csv.reader([line])), strict=False))
@@ -59,6 +68,10 @@ class StepLog:
                 kept.append(line)
         if (text := "".join(kept)) != before:
             write_files([File(self.path, text)], replace=True)
+
+    def _read(self) -> str:
+        """What the file holds."""
+        return self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
 
 
 def _line(values: Sequence[object]) -> str:

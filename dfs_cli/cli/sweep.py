@@ -110,7 +110,7 @@ def sweep(
         log = None
         if long_run.log is not None and is_first():
             stack.enter_context(reserve([long_run.log], True, inputs))
-            log = StepLog(long_run.log, has_jobs=True)
+            log = StepLog(long_run.log, has_jobs=True, restart=force)
         stack.enter_context(signals_wait_for(stop))
         observer = stack.enter_context(sink.observer(logs=True, log=log))
         try:

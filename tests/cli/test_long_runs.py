@@ -17,6 +17,7 @@ from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.cli.app import app
 from dfs_cli.cli.step_log import StepLog
 from dfs_cli.conversion import stages
+from dfs_cli.errors import OutputError
 from dfs_cli.records import StepRecord
 
 pytestmark = pytest.mark.medium
@@ -91,6 +92,17 @@ def test_a_log_has_one_row_for_each_step(tmp_path: Path) -> None:
     assert [row["step"] for row in found] == ["1", "2", "3", "4", "5"]
     assert [row["train_loss"] for row in found] == ["1.0", "1.0", "2.0", "2.0", "2.0"]
     assert found[0]["train_top1"] == "50.0"
+
+
+def test_a_log_is_not_written_over_something_else(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("name,age\n")
+    with pytest.raises(OutputError, match="not a log of this kind"):
+        StepLog(tmp_path / "s.csv")
+    assert (tmp_path / "s.csv").read_text() == "name,age\n"
+    log = StepLog(tmp_path / "s.csv", restart=True)
+    log.step(record(1))
+    log.close()
+    assert len(rows(tmp_path / "s.csv")) == 1
 
 
 def test_a_log_of_several_networks_keeps_the_steps_of_the_others(tmp_path: Path) -> None:

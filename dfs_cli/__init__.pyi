@@ -1,4 +1,7 @@
 from .api import (
+    Checkpoint as Checkpoint,
+)
+from .api import (
     Converted as Converted,
 )
 from .api import (

@@ -13,6 +13,7 @@ from torch import nn
 from dfs_cli.artifact.artifact import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.bench.cost_table import measure_costs
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.sweep import sweep
 from dfs_cli.config import (
@@ -35,6 +36,7 @@ from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import choose_workers, eval_loader
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import Splits, open_validation
+from dfs_cli.distributed import share
 from dfs_cli.errors import ConfigError, DataError, DfsError
 from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_network
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 _RANDOM_IMAGES = 256
 
 __all__ = [
+    "Checkpoint",
     "Converted",
     "CostTable",
     "DataConfig",
@@ -186,8 +189,9 @@ def evaluate(
         data = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.classes)
     device = network.device
     workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
-    observer.stage("evaluating", len(data))
-    loader = eval_loader(data, batch_size, workers, device.type == "cuda")
+    own = data.subset(share(len(data)))
+    observer.stage("evaluating", len(own))
+    loader = eval_loader(own, batch_size, workers, device.type == "cuda")
     log = UnreadableLog("validation", len(data))
     layout = torch.contiguous_format
     if channels_last:

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dfs_cli.cli.step_log import StepLog
 from dfs_cli.config import Configuration
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import printable
@@ -54,7 +55,25 @@ class _Optional(ProgressColumn):
         return Text("") if task.total is None else self.column(task)
 
 
-class TerminalObserver(Observer):
+class _Logged(Observer):
+    """Writes steps to a file, if there is one."""
+
+    log: StepLog | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def job(self, name: str) -> None:
+        if self.log is not None:
+            self.log.job(name)
+
+    def step(self, record: StepRecord) -> None:
+        if self.log is not None:
+            self.log.step(record)
+
+
+class TerminalObserver(_Logged):
     """A bar per stage, with loss, accuracy, cost and the time left.
 
     Args:
@@ -85,8 +104,10 @@ class TerminalObserver(Observer):
         if kind is None:
             self._finish()
         self.progress.stop()
+        super().__exit__(kind)
 
     def job(self, name: str) -> None:
+        super().job(name)
         self.averages = _Averages()
         self.console.print(name, highlight=False)
 
@@ -104,6 +125,7 @@ class TerminalObserver(Observer):
         self.progress.advance(self.task, units)
 
     def step(self, record: StepRecord) -> None:
+        super().step(record)
         phase = "gate warm-up" if record.phase == "controller" else "tuning"
         self.progress.update(self.task, completed=record.step, description=phase, figures=self.averages.update(record))
 
@@ -123,7 +145,7 @@ class TerminalObserver(Observer):
             self.progress.stop_task(self.task)
 
 
-class PlainObserver(Observer):
+class PlainObserver(_Logged):
     """A line now and then, for logs.
 
     Args:
@@ -140,9 +162,8 @@ class PlainObserver(Observer):
     def __enter__(self) -> PlainObserver:
         return self
 
-    def __exit__(self, *_: object) -> None: ...
-
     def job(self, name: str) -> None:
+        super().job(name)
         self.averages = _Averages()
         self._print(name)
 
@@ -156,6 +177,7 @@ class PlainObserver(Observer):
             self._print(name if total is None else f"{name}: {total}")
 
     def step(self, record: StepRecord) -> None:
+        super().step(record)
         figures = self.averages.update(record)
         if record.step % max(1, record.total_steps // _PLAIN_LINES) == 0:
             left = (time.monotonic() - self.began) * (record.total_steps / record.step - 1)
@@ -172,11 +194,14 @@ class PlainObserver(Observer):
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def create_observer(console: Console, logs: bool = True, settings: bool = False) -> TerminalObserver | PlainObserver:
-    """Bars where ``console`` is a terminal, lines elsewhere."""
-    if console.is_terminal and not console.quiet:
-        return TerminalObserver(console, settings)
-    return PlainObserver(console, logs, settings)
+def create_observer(
+    console: Console, logs: bool = True, settings: bool = False, log: StepLog | None = None
+) -> TerminalObserver | PlainObserver:
+    """Bars where ``console`` is a terminal, lines elsewhere; steps are written to ``log``, too."""
+    is_shown = console.is_terminal and not console.quiet
+    observer = TerminalObserver(console, settings) if is_shown else PlainObserver(console, logs, settings)
+    observer.log = log
+    return observer
 
 
 def estimate_text(seconds: float) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TextIO
 
-from dfs_cli.cli.errors import Stopped
+from dfs_cli.errors import Stopped
 
 
 class _Stream(io.FileIO):

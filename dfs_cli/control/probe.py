@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell
+from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell, join_batches
 from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
 from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, mix_within, sufficient_cost
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
@@ -23,6 +23,7 @@ from dfs_cli.cost.operating_point import (
     sampling_error,
 )
 from dfs_cli.cost.table import CostTable
+from dfs_cli.distributed import joined_rows, of_first
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 from dfs_cli.nn.quantization import BYTE_BITS
@@ -148,20 +149,24 @@ class ProbeController(Controller):
         )
 
     def _unsure(self, first: Tensor, decisions: Decisions | None, target: TuningTarget | None) -> Tensor:
-        """(N,), whether an image takes the second pass, from the first one's logits (N, classes)."""
+        """(N,), whether an image takes the second pass, from the first one's logits (N, classes).
+
+        In tuning, of several processes, they are the least sure ones of all of them.
+        """
         if decisions is not None:
             return decisions.ran[:, 1]
         if target is None:
             return uncertainty(first) > self.operating_point
-        images = len(first)
+        uncertain, own = joined_rows(uncertainty(first.detach()))
+        images = len(uncertain)
         wanted = min(images, max(round(target.share * images), 1 if target.share > 0 else 0))
-        chosen = uncertainty(first.detach()).topk(wanted).indices
+        chosen = uncertain.topk(wanted).indices
         limit = max(1, round(_TRAINED_SHARE * images))
         if self.training and len(chosen) > limit:
-            chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[:limit]]
+            chosen = chosen[of_first(torch.randperm(len(chosen), device=chosen.device))[:limit]]
         unsure = torch.zeros(images, dtype=torch.bool, device=first.device)
         unsure[chosen] = True
-        return unsure
+        return unsure[own]
 
     @torch.no_grad()
     def start(
@@ -253,7 +258,7 @@ class ProbeController(Controller):
             """Outputs and costs (N,) of the held-out images, all of them in both passes."""
             self.cost_multiplier, self.operating_point = multiplier, ALWAYS_REFINE
             outputs = [network.run(images) for images in held_out.batches]
-            costs = torch.cat([table.cost(output.decisions) for output in outputs]).cpu()
+            costs = join_batches([table.cost(output.decisions) for output in outputs])
             tell(multiplier, float(costs.mean()))
             return outputs, costs
 
@@ -264,9 +269,9 @@ class ProbeController(Controller):
             self.cost_multiplier, self.operating_point = point.value, ALWAYS_REFINE
             return OperatingPoint(ALWAYS_REFINE, point.cost)
         first_answers, answers = (
-            torch.cat([output.answers[i].logits.argmax(dim=1) for output in outputs]).cpu() for i in (0, 1)
+            join_batches([output.answers[i].logits.argmax(dim=1) for output in outputs]) for i in (0, 1)
         )
-        uncertain = torch.cat([uncertainty(output.answers[0].logits) for output in outputs]).cpu()
+        uncertain = join_batches([uncertainty(output.answers[0].logits) for output in outputs])
         order = uncertain.argsort(descending=True)
         first = self._first_cost(table)
         # The most uncertain images whose second passes can be paid.

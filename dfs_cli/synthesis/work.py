@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dfs_cli.config import RECIPE_STEPS, SYNTHESIS_STEPS, Preprocessing, SynthesisConfig
+from dfs_cli.distributed import size as processes
 from dfs_cli.synthesis.distil import Stage
 from dfs_cli.synthesis.moments import Moments
 
@@ -49,6 +50,15 @@ class Work(NamedTuple):
     seconds: float
     amp: bool
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self._asdict(), "stages": [tuple(stage) for stage in self.stages]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Work:
+        """What :meth:`to_dict` described."""
+        return cls(**{**values, "stages": tuple(Stage(*stage) for stage in values["stages"])})
+
 
 def stages_for(size: tuple[int, int], steps: int, macs: int) -> tuple[Stage, ...]:
     """``steps`` steps from coarse to fine, for images of ``size`` (H, W) with ``macs`` multiply-accumulates each."""
@@ -79,7 +89,7 @@ def plan_work(
     few_bits: bool,
     device: torch.device,
 ) -> Work:
-    """What can be done on this machine in minutes, measured on a step; what is given in ``config`` is done.
+    """What can be done on this machine, by all processes, in minutes, measured on a step; what is given in ``config`` is done.
 
     Args:
         macs: multiply-accumulates of an image.
@@ -93,6 +103,7 @@ def plan_work(
     seconds, tuning = (
         step_seconds(model, preprocessing.input_size, timed, low, device) / timed for low in (amp, False)
     )
+    seconds, tuning = seconds / processes(), tuning / processes()
     per_image = sum(seconds * stage.steps * math.prod(stage.size) / math.prod(size) for stage in stages)
     available = min(_MOST_SECONDS, _SECONDS * max(1.0, macs / _MACS)) * (_FEW_BITS if few_bits else 1.0)
     fitting = available / per_image if per_image else _MOST_IMAGES

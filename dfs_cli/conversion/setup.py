@@ -52,7 +52,7 @@ from dfs_cli.synthesis.work import Work, plan_work
 EVAL_BATCH = 256
 """Images per batch where nothing is trained, at most."""
 
-_MOST_PIXELS = 1 << 22  # of a batch: a few GiB of features
+_MOST_PIXELS = 1 << 21  # of a batch: a few GiB of features
 
 _WORK = "work"  # in the checkpoint: a machine takes another time when it is measured again
 

@@ -15,8 +15,9 @@ from dfs_cli.distributed import size as processes
 from dfs_cli.synthesis.distil import Stage
 from dfs_cli.synthesis.moments import Moments
 
-# For the images, and as many for tuning: two minutes for a ResNet-18 at 224 pixels and all that is smaller, more for others.
-_SECONDS, _MOST_SECONDS = 120.0, 270.0
+# Seconds for the images, and as many for tuning: those of a ResNet-18 at 224 pixels and whatever is smaller, and more for each
+# multiply-accumulate above that, up to those of a ResNet-50.
+_SECONDS, _SECONDS_PER_MAC, _MOST_SECONDS = 100.0, 75e-9, 270.0
 _MACS = 1.82e9
 _LEAST_IMAGES, _MOST_IMAGES = 32, 1024
 _LEAST_STEPS = 32
@@ -105,7 +106,8 @@ def plan_work(
     )
     seconds, tuning = seconds / processes(), tuning / processes()
     per_image = sum(seconds * stage.steps * math.prod(stage.size) / math.prod(size) for stage in stages)
-    available = min(_MOST_SECONDS, _SECONDS * max(1.0, macs / _MACS)) * (_FEW_BITS if few_bits else 1.0)
+    available = min(_MOST_SECONDS, _SECONDS + _SECONDS_PER_MAC * max(0.0, macs - _MACS))
+    available *= _FEW_BITS if few_bits else 1.0
     fitting = available / per_image if per_image else _MOST_IMAGES
     images = config.images or min(_MOST_IMAGES, max(_LEAST_IMAGES, 1 << int(math.log2(max(1, fitting)))))
     tuning *= _TUNING_TIME * min(batch_size, images)

@@ -124,10 +124,10 @@ def test_one_name_is_for_one_run_and_a_signal_ends_it_cleanly(tmp_path: Path, mo
             assert second.exit_code == 2
             one_line(second.stderr, "another run of dfs")
         first.send_signal(signal.SIGTERM)
-        *_, last = first.stderr
-        assert last == "dfs: stopped by SIGTERM\n"
+        *_, hint, last = first.stderr
+        assert "--resume" in hint and last == "dfs: stopped by SIGTERM\n"
     assert first.returncode == 128 + signal.SIGTERM
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors.checkpoint"]
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def test_one_name_is_for_one_run_and_a_signal_ends_it_cleanly(tmp_path: Path, mo
     with subprocess.Popen([*DFS, *CONVERT, "100000"], stderr=subprocess.PIPE, text=True) as first:
         assert first.stderr is not None
         for line in first.stderr:
-            if line.startswith("tuning"):
+            if line.startswith("tuning:"):
                 break
         for more in ([], ["--force"], ["--output", "model.bin"]):  # this has the same reports
             second = CliRunner().invoke(app, [*CONVERT, "1", *more])

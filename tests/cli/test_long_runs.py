@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ CONVERT = [
     "s.csv",
 ]
 SYNTHETIC = ["--synthetic", "distilled", "--synthetic-images", "16", "--synthetic-steps", "6"]
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """In a job in the background, shells have SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def record(step: int, loss: float = 1.0) -> StepRecord:

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dfs_cli.cli.memory import return_freed_memory
 from dfs_cli.cli.step_log import StepLog
 from dfs_cli.config import Configuration
 from dfs_cli.cost.table import CostTable
@@ -63,6 +64,9 @@ class _Logged(Observer):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.log is not None:
             self.log.close()
+
+    def stage(self, name: str, total: int | None) -> None:  # noqa: ARG002
+        return_freed_memory()
 
     def job(self, name: str) -> None:
         if self.log is not None:
@@ -116,6 +120,7 @@ class TerminalObserver(_Logged):
             print_configuration(self.console, configuration, table)
 
     def stage(self, name: str, total: int | None) -> None:
+        super().stage(name, total)
         self._finish()
         if not self.settings and self.task is not None:
             self.progress.remove_task(self.task)
@@ -172,6 +177,7 @@ class PlainObserver(_Logged):
             print_configuration(self.console, configuration, table)
 
     def stage(self, name: str, total: int | None) -> None:
+        super().stage(name, total)
         self.began = time.monotonic()
         if self.settings:
             self._print(name if total is None else f"{name}: {total}")

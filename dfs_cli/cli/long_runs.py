@@ -9,15 +9,14 @@ import os
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dfs_cli.cli.options import OUTPUT
+from dfs_cli.cli.streams import on_signals
 from dfs_cli.config import CHECKPOINT_MINUTES
 from dfs_cli.errors import ConfigError, Stopped
 
@@ -61,28 +60,14 @@ class LongRunOptions:
 def signals_wait_for(stop: StopRequest) -> Iterator[None]:
     """Within the context a signal that ends programs is told to ``stop`` first, so that the run may come to a point from which
     it can go on; the next one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    owner = os.getpid()
 
-    def ask(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a process that was forked off, to load images
-            if number != signal.SIGINT:
-                os._exit(128 + number)
-            return  # a terminal sends it to all processes; the owner ends them
+    def ask(number: int) -> None:
         if not stop.ask(number):
             raise Stopped(number)
 
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-            before[number] = signal.signal(number, ask)
-    try:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with on_signals([n for n in numbers if signal.getsignal(n) != signal.SIG_IGN], ask):  # nohup ignores one of them
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def how_to_resume() -> str:

@@ -48,34 +48,26 @@ def explain(error: BaseException) -> int | None:
 
     Of several processes, the first one that finds out says it.
     """
-    code = _code(error)
+    code, line = _code_and_line(error)
     if code is not None and says_what_failed():
-        _print(_text(error))
+        _print(line)
     return code
 
 
-def _code(error: BaseException) -> int | None:
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + (error.number if isinstance(error, Stopped) else signal.SIGINT)
-    if isinstance(error, DfsError):
-        return error.exit_code
-    if is_out_of_memory(error):
-        return 1
-    if isinstance(error, OSError):
-        return 1 if error.errno in _FAILURES else 2
-    return None
-
-
-def _text(error: BaseException) -> str:
+def _code_and_line(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, KeyboardInterrupt):
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
-        return "dfs: interrupted" if number == signal.SIGINT else f"dfs: stopped by {signal.Signals(number).name}"
-    if isinstance(error, OSError) and not is_out_of_memory(error):
+        what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        return 128 + number, f"dfs: {what}"
+    if isinstance(error, DfsError):
+        return error.exit_code, _error_line(str(error))
+    if is_out_of_memory(error):
+        advice = "try a smaller --batch-size, a smaller model or fewer --workers"
+        return 1, _error_line(f"there is not enough memory: {advice}")
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return _error_line(f"{where}{error.strerror or error}")
-    if not isinstance(error, DfsError):
-        return _error_line("there is not enough memory: try a smaller --batch-size, a smaller model or fewer --workers")
-    return _error_line(str(error))
+        return 1 if error.errno in _FAILURES else 2, _error_line(f"{where}{error.strerror or error}")
+    return None, ""
 
 
 def explain_usage(error: Exception) -> int | None:

@@ -68,37 +68,24 @@ def make_images(
     checkpoint: Checkpoint | None = None,
 ) -> Tensor:
     """Make images (N, C, H, W), as bytes, or take those that were made before with the same weights and settings."""
-    made: Tensor
     checkpoint = checkpoint or Checkpoint()
-    if (made := checkpoint.get(_MADE)) is None:
-        made = _make(model, preprocessing, work, seed, device, observer, checkpoint)
-        checkpoint.keep(_MADE, made)
-    return made
-
-
-def _make(
-    model: nn.Module,
-    preprocessing: Preprocessing,
-    work: Work,
-    seed: int,
-    device: torch.device,
-    observer: Observer,
-    checkpoint: Checkpoint,
-) -> Tensor:
+    made: Tensor | None = checkpoint.get(_MADE)
+    if made is not None:
+        return made
     generator = torch.Generator().manual_seed(seed)
     if not work.stages:
-        return noise(work.images, preprocessing, generator)
-    if (known := of_first(cached(model, preprocessing, work, seed) if is_first() else None)) is not None:
-        observer.note(f"{len(known)} synthetic images were made before with these weights and settings")
-        return known
-    observer.stage("making images", -(-work.images // size()) * sum(stage.steps for stage in work.stages))
-    # All processes make as many, step by step with each other.
-    own = -(-work.images // size())
-    generator.manual_seed(seed + rank() * _APART)
-    made = distil(model, preprocessing, own, work.stages, generator, device, work.amp, observer.advance, checkpoint)
-    made = joined_rows(made)[0][: work.images]
-    if is_first():
-        store(made, model, preprocessing, work, seed)
+        made = noise(work.images, preprocessing, generator)
+    elif (made := of_first(cached(model, preprocessing, work, seed) if is_first() else None)) is not None:
+        observer.note(f"{len(made)} synthetic images were made before with these weights and settings")
+    else:
+        own = -(-work.images // size())  # all processes make as many, step by step with each other
+        observer.stage("making images", own * sum(stage.steps for stage in work.stages))
+        generator.manual_seed(seed + rank() * _APART)
+        made = distil(model, preprocessing, own, work.stages, generator, device, work.amp, observer.advance, checkpoint)
+        made = joined_rows(made)[0][: work.images]
+        if is_first():
+            store(made, model, preprocessing, work, seed)
+    checkpoint.keep(_MADE, made)
     return made
 
 

@@ -13,18 +13,15 @@ from torch import Tensor, nn
 from dfs_cli.bench.clock import Lap, in_turns, on_threads
 from dfs_cli.bench.cost_fit import BlockCosts, fit_deciding, largest_error, predict_deciding
 from dfs_cli.bench.machine import describe_machine
+from dfs_cli.bench.workload import untuned_network
 from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.export.runtime import require_onnx
-from dfs_cli.freeze.biases import round_biases
-from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.observer import Observer
-from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs, plan_surgery
-from dfs_cli.surgery.swap import make_dynamic
 
 _IMAGES = 8  # random: times do not depend on what they show, once decisions are forced
 _PER_UNKNOWN, _CHECKED = 2.5, 12  # policies for each unknown of the fit, and policies that are not in it
@@ -142,11 +139,7 @@ def _network(model: nn.Module, dynamic: DynamicConfig, images: Tensor) -> Dynami
     """``model`` made dynamic, without tuning, as it would be exported."""
     input_size = cast(tuple[int, int, int], tuple(images.shape[1:]))
     plan = plan_surgery(model)
-    network = make_dynamic(model, dynamic, plan_costs(model, dynamic, input_size, plan), plan).network
-    fit_steps(network, images)
-    freeze_weights(network)
-    round_biases(network, input_size)
-    return network
+    return untuned_network(model, dynamic, plan_costs(model, dynamic, input_size, plan), plan, images)
 
 
 def _kinds(network: DynamicResNet, images: Tensor) -> list[str]:

@@ -26,7 +26,7 @@ from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.surgery.initialise import fit_steps
-from dfs_cli.surgery.plan import plan_costs, plan_surgery
+from dfs_cli.surgery.plan import SurgeryPlan, plan_costs, plan_surgery
 from dfs_cli.surgery.swap import make_dynamic
 
 _STEP_IMAGES = 4  # number of images from which step sizes are set
@@ -122,12 +122,32 @@ def workload_of_model(
     mix = mix or default_mix(table.options)
     policies = draw_policies(mix, table.options, len(table.blocks), seed, LARGE_BATCH)
     images = _random_images(input_size, seed)
-    network = make_dynamic(model, dynamic, table, plan).network
-    controller_of(network).force(policies)
-    fit_steps(network, images[:_STEP_IMAGES])
-    freeze_weights(network)
-    round_biases(network, input_size)
+    network = untuned_network(model, dynamic, table, plan, images[:_STEP_IMAGES], policies)
     return _forced(model, network, table, dynamic.gate, images, mix, seed)
+
+
+def untuned_network(
+    model: nn.Module,
+    dynamic: DynamicConfig,
+    table: CostTable,
+    plan: SurgeryPlan,
+    images: Tensor,
+    policies: Tensor | None = None,
+) -> DynamicResNet:
+    """``model`` made dynamic, without tuning, as it would be exported.
+
+    Args:
+        images: (N, C, H, W), from which step sizes are set.
+        policies: (M, L), to which decisions are forced; None: they are the controller's.
+    """
+    network = make_dynamic(model, dynamic, table, plan).network
+    if policies is not None:
+        controller_of(network).force(policies)
+    fit_steps(network, images)
+    freeze_weights(network)
+    _, channels, height, width = images.shape
+    round_biases(network, (channels, height, width))
+    return network
 
 
 def workload_of_file(
@@ -206,11 +226,8 @@ def _real_images(manifest: Manifest, data: DataConfig, say: Callable[[str], None
         batches, targets = load_all(images, LARGE_BATCH, workers, torch.device("cpu"), log)
         return torch.cat(batches), targets
 
-    count = min(_CALIBRATION_IMAGES, len(splits.train))
-    # From all over: in a folder the images of a class stand side by side.
-    some = splits.train.subset([i * len(splits.train) // count for i in range(count)])
     images, targets = load("validation", splits.validation)
-    calibration, _ = load("training", some)
+    calibration, _ = load("training", splits.train.spread(_CALIBRATION_IMAGES))
     for note in (splits.train.note, splits.validation.note):
         if note:
             say(note)

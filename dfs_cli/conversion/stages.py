@@ -68,8 +68,8 @@ def own_generators(seed: int) -> Iterator[None]:
     """Seed everything random, and leave the caller's generators as they were."""
     python = random.getstate()
     # Of several processes, each leaves the others' devices alone.
-    devices = [torch.cuda.current_device()] if size() > 1 and torch.cuda.is_available() else None
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if devices is None else devices):
+    there = torch.cuda.device_count()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if size() > 1 and there else range(there)):
         seed_everything(seed)
         try:
             yield
@@ -88,14 +88,9 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     splits = setup.splits
     unreadable = unreadable_log(setup)
     network = make_dynamic(teacher, setup.dynamic, setup.table, setup.plan).network
-    held_out = len(splits.calibration)
-    count = min(eval_batch(setup.preprocessing), held_out)
-    # From all over: in a folder the images of a class stand side by side.
-    some = splits.calibration.subset([i * held_out // count for i in range(count)])
+    some = splits.calibration.spread(eval_batch(setup.preprocessing))
     observer.stage("loading held-out images", len(some))
-    (sample, *_), _ = load_all(
-        some, eval_batch(setup.preprocessing), setup.workers, setup.device, unreadable, observer.advance
-    )
+    (sample, *_), _ = load_all(some, len(some), setup.workers, setup.device, unreadable, observer.advance)
     observer.stage("measuring", None)
     fit_steps(network, sample)
     verify_conversion(teacher, network, sample[:8])

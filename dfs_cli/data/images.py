@@ -111,6 +111,11 @@ class Images(Dataset[Sample]):
         part.draw = self.draw
         return part
 
+    def spread(self, count: int) -> Images:
+        """At most ``count`` of the images, from all over: in a folder those of a class stand side by side."""
+        count = min(count, len(self))
+        return self.subset([i * len(self) // count for i in range(count)])
+
     def with_transform(self, transform: Callable[[Any], Tensor]) -> Images:
         """The same images under another transform."""
         return Images(self.source, transform, self.indices, self.mode)

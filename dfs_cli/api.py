@@ -28,7 +28,7 @@ from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.defaults import default_data, default_tuning, resolve_device
 from dfs_cli.conversion.recalibrate import recalibrate
-from dfs_cli.conversion.setup import EVAL_BATCH
+from dfs_cli.conversion.setup import EVAL_BATCH, eval_batch
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.cost.table import CostTable
@@ -259,8 +259,9 @@ def export_onnx(
             source = default_data(manifest.architecture, data)
             data = open_validation(source, manifest.preprocessing, manifest.classes)
         labelled, log = True, UnreadableLog("validation", len(data))
-        workers = choose_workers(workers, data, manifest.preprocessing, EVAL_BATCH, observer.note)
-        batches = eval_loader(data, EVAL_BATCH, workers)
+        batch_size = eval_batch(manifest.preprocessing)
+        workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
+        batches = eval_loader(data, batch_size, workers)
     observer.stage("comparing", None)  # once with 8-bit features, and once more where they do not do
 
     def on_batch(batch: Batch) -> None:

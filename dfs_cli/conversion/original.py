@@ -11,7 +11,7 @@ from torch import nn
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import DataConfig
 from dfs_cli.conversion.defaults import default_data
-from dfs_cli.conversion.setup import EVAL_BATCH, eval_batch
+from dfs_cli.conversion.setup import eval_batch
 from dfs_cli.data.images import UnreadableLog
 from dfs_cli.data.loading import choose_workers, eval_loader
 from dfs_cli.data.splits import open_validation
@@ -33,10 +33,11 @@ def original_top1(
     if model is None:
         return None
     images = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.classes)
-    workers = choose_workers(workers, images, manifest.preprocessing, EVAL_BATCH)
+    batch_size = eval_batch(manifest.preprocessing)
+    workers = choose_workers(workers, images, manifest.preprocessing, batch_size)
     observer.stage("original", len(images))
     log = UnreadableLog("validation", len(images))
-    loader = eval_loader(images, eval_batch(manifest.preprocessing), workers, device.type == "cuda")
+    loader = eval_loader(images, batch_size, workers, device.type == "cuda")
     top1, _ = evaluate_accuracy(model.to(device), loader, device, log, observer.advance)
     return top1
 

@@ -177,7 +177,8 @@ def prepare(
     batch_size = min(tuning.batch_size, len(splits.train))
     if batch_size < size():
         raise ConfigError(f"batch-size {batch_size} is less than one image for each of {size()} processes")
-    workers = choose_workers(tuning.workers, splits.train, preprocessing, max(batch_size, EVAL_BATCH), observer.note)
+    largest = max(batch_size, eval_batch(preprocessing))
+    workers = choose_workers(tuning.workers, splits.train, preprocessing, largest, observer.note)
     for images in (splits.train, splits.validation):  # now that nothing can be refused any more
         if images.note:
             observer.note(images.note)

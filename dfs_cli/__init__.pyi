@@ -1,4 +1,7 @@
 from .api import (
+    Checkpoint as Checkpoint,
+)
+from .api import (
     Converted as Converted,
 )
 from .api import (
@@ -9,6 +12,9 @@ from .api import (
 )
 from .api import (
     Decisions as Decisions,
+)
+from .api import (
+    DeviceCosts as DeviceCosts,
 )
 from .api import (
     DfsError as DfsError,
@@ -69,6 +75,9 @@ from .api import (
 )
 from .api import (
     load_model as load_model,
+)
+from .api import (
+    measure_costs as measure_costs,
 )
 from .api import (
     plan as plan,

@@ -12,6 +12,8 @@ from torch import nn
 
 from dfs_cli.artifact.artifact import load_artifact, save_artifact
 from dfs_cli.artifact.manifest import Manifest
+from dfs_cli.bench.cost_table import measure_costs
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.sweep import sweep
 from dfs_cli.config import (
@@ -26,13 +28,15 @@ from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.defaults import default_data, default_tuning, resolve_device
 from dfs_cli.conversion.recalibrate import recalibrate
-from dfs_cli.conversion.setup import EVAL_BATCH
+from dfs_cli.conversion.setup import EVAL_BATCH, eval_batch
 from dfs_cli.cost.decisions import Decisions
+from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import choose_workers, eval_loader
 from dfs_cli.data.preprocessing import resolve_preprocessing
 from dfs_cli.data.splits import Splits, open_validation
+from dfs_cli.distributed import share
 from dfs_cli.errors import ConfigError, DataError, DfsError
 from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_network
@@ -51,10 +55,12 @@ if TYPE_CHECKING:
 _RANDOM_IMAGES = 256
 
 __all__ = [
+    "Checkpoint",
     "Converted",
     "CostTable",
     "DataConfig",
     "Decisions",
+    "DeviceCosts",
     "DfsError",
     "DynamicConfig",
     "DynamicResNet",
@@ -75,6 +81,7 @@ __all__ = [
     "export_onnx",
     "load",
     "load_model",
+    "measure_costs",
     "plan",
     "profile",
     "recalibrate",
@@ -182,8 +189,9 @@ def evaluate(
         data = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.classes)
     device = network.device
     workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
-    observer.stage("evaluating", len(data))
-    loader = eval_loader(data, batch_size, workers, device.type == "cuda")
+    own = data.subset(share(len(data)))
+    observer.stage("evaluating", len(own))
+    loader = eval_loader(own, batch_size, workers, device.type == "cuda")
     log = UnreadableLog("validation", len(data))
     layout = torch.contiguous_format
     if channels_last:
@@ -251,8 +259,9 @@ def export_onnx(
             source = default_data(manifest.architecture, data)
             data = open_validation(source, manifest.preprocessing, manifest.classes)
         labelled, log = True, UnreadableLog("validation", len(data))
-        workers = choose_workers(workers, data, manifest.preprocessing, EVAL_BATCH, observer.note)
-        batches = eval_loader(data, EVAL_BATCH, workers)
+        batch_size = eval_batch(manifest.preprocessing)
+        workers = choose_workers(workers, data, manifest.preprocessing, batch_size, observer.note)
+        batches = eval_loader(data, batch_size, workers)
     observer.stage("comparing", None)  # once with 8-bit features, and once more where they do not do
 
     def on_batch(batch: Batch) -> None:

@@ -28,6 +28,8 @@ SYNTHESIS_STEPS = 150
 LONGEST_EPOCH = 1.5
 """An epoch of more than so many times the recipe's steps is not run to its end unless that is asked for."""
 
+CHECKPOINT_MINUTES = 5.0
+"""A run that can be interrupted is saved as often, at least."""
 COMPARED_IMAGES = 1000
 """Real images on which a graph is compared with its network, by default."""
 LARGE_BATCH = 64
@@ -109,10 +111,12 @@ class TuningConfig(Json):
     Args:
         epochs: passes over the training images; see :meth:`total_steps` for what happens where nothing is given.
         steps: tuning steps, in place of epochs.
-        batch_size: images per step.
+        batch_size: images per step, of all processes together.
         lr: learning rate of the quantizers' step sizes; the gate's and the backbone's follow from it.
         freeze_backbone: train gates and quantizers only.
+        grad_accum_steps: pieces into which a batch is divided, whose gradients are added up: less memory, more time.
         amp: run the forward pass under automatic mixed precision (bfloat16).
+        channels_last: tune in the channels-last memory layout.
         device: ``auto`` takes CUDA where it is available.
         workers: processes that load images; None: none for embedded data, else up to two.
         seed: random seed.
@@ -140,7 +144,9 @@ class TuningConfig(Json):
     batch_size: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = 128
     lr: Annotated[float, Field(ge=1e-12, le=1e38)] = 1e-3
     freeze_backbone: bool = False
+    grad_accum_steps: Annotated[int, Field(ge=1, le=LARGEST_BATCH)] = 1
     amp: bool = False
+    channels_last: bool = True
     device: DeviceKind = "auto"
     workers: Annotated[int, Field(ge=0, le=MOST_WORKERS)] | None = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0

@@ -1,5 +1,7 @@
 """The exceptions of dfs. Each message is one line that a person can act on."""
 
+import signal
+
 
 def printable(text: str) -> str:
     """``text`` in one line that changes nothing in a terminal: control characters and line ends as escapes."""
@@ -17,6 +19,18 @@ _NO_MEMORY = ("can't allocate memory", "cannot allocate memory", "not enough mem
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory is out: libraries say so in exceptions of many classes."""
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the program to end.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.number = number
 
 
 class DfsError(Exception):
@@ -82,6 +96,12 @@ class MissingDependencyError(DfsError, ImportError):
 
 class DivergedError(DfsError, ArithmeticError):
     """The tuning loss became NaN or infinite."""
+
+
+class LostProcessError(DfsError):
+    """Another process of the same run ended, or does not answer."""
+
+    exit_code = 1
 
 
 class BudgetMissedError(DfsError):

@@ -17,7 +17,7 @@ from dfs_cli.errors import ArtifactError, ConfigError
 from dfs_cli.records import Agreement, Cost, Evaluation, Source, Tuned
 from dfs_cli.validation import Json, first_problem, parse_json, validated
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 _LONGEST = 2**24
 """Characters of a manifest at most: those of the largest networks have a hundredth of that."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from dfs_cli.artifact.packing import packed_tensors
@@ -20,14 +21,15 @@ from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.nn.network import Choose, DynamicResNet
 from dfs_cli.nn.passes import Output, TuningTarget
 
-DENSE_OF = {"pytorch-dfs": "pytorch-dense", "ort-dfs": "ort-fp32", "ort-int8-static": "ort-fp32"}
-"""By the name of a candidate, the name of the dense network in the same runtime."""
+OWN, INT8 = "ort-dfs", "ort-int8-static"
+"""The names of the network that is measured, and of static int8, in ONNX Runtime."""
 
-Step = Callable[[Tensor], object]
+Step = Callable[[Tensor], Tensor]
+"""From images (N, C, H, W) to logits (N, classes)."""
 
 
 class Candidate(NamedTuple):
-    """One way to run the network.
+    """One way to run a network.
 
     Args:
         name: name of its row.
@@ -35,6 +37,8 @@ class Candidate(NamedTuple):
         build: returns the function that runs it; called once.
         size: size of its file, in bytes.
         cost: mean cost of an image, as a fraction of the dense network's.
+        workload: whose images it runs on.
+        has_answers: whether its weights are meaningful, so that its answers are.
         in_pytorch: whether it is a module, whose memory PyTorch counts.
     """
 
@@ -43,6 +47,8 @@ class Candidate(NamedTuple):
     build: Callable[[], Step]
     size: int
     cost: float
+    workload: Workload
+    has_answers: bool = True
     in_pytorch: bool = True
 
 
@@ -80,12 +86,18 @@ class ObservedNetwork(DynamicResNet):
         return result
 
 
-def list_candidates(workload: Workload, threads: int) -> tuple[list[Candidate], dict[str, Any] | None]:
-    """All candidates that can run here, and facts about the dynamic network's graph; None without ONNX Runtime."""
+def list_candidates(
+    workload: Workload, threads: int, rivals: Mapping[str, Workload] | None = None
+) -> tuple[list[Candidate], dict[str, Any] | None]:
+    """All candidates that can run here, and facts about the dynamic network's graph; None without ONNX Runtime.
+
+    Args:
+        rivals: by name, other networks that are compared in ONNX Runtime.
+    """
     candidates = _in_pytorch(workload)
     if not has_onnx():
         return candidates, None
-    others, graph = _in_onnxruntime(workload, threads)
+    others, graph = _in_onnxruntime(workload, threads, rivals or {})
     return candidates + others, graph
 
 
@@ -98,53 +110,65 @@ def _in_pytorch(workload: Workload) -> list[Candidate]:
     def build_dynamic() -> Step:
         return fold_norms(ObservedNetwork(network).eval())
 
-    build_dense = functools.partial(copy.deepcopy, dense)
+    build_dense, known = functools.partial(copy.deepcopy, dense), workload.is_original
     return [
-        *(Candidate("pytorch-dense", batch, build_dense, weights, 1.0) for batch in (1, LARGE_BATCH)),
-        Candidate("pytorch-dfs", 1, build_dynamic, size, workload.cost),
-        Candidate("pytorch-dfs", LARGE_BATCH, build_dynamic, size, workload.batch_cost),
+        *(Candidate("pytorch-dense", b, build_dense, weights, 1.0, workload, known) for b in (1, LARGE_BATCH)),
+        Candidate("pytorch-dfs", 1, build_dynamic, size, workload.cost, workload),
+        Candidate("pytorch-dfs", LARGE_BATCH, build_dynamic, size, workload.batch_cost, workload),
     ]
 
 
-def _in_onnxruntime(workload: Workload, threads: int) -> tuple[list[Candidate], dict[str, Any]]:
+def _in_onnxruntime(
+    workload: Workload, threads: int, rivals: Mapping[str, Workload]
+) -> tuple[list[Candidate], dict[str, Any]]:
     from dfs_cli.export.baselines import export_dense, quantize_dense
-    from dfs_cli.export.network import IMAGES, LOGITS
-    from dfs_cli.export.runtime import open_session
 
-    def opened(model: bytes) -> Step:
-        session = open_session(model, threads, spin=True)
-        return lambda images: session.run([LOGITS], {IMAGES: images.numpy()})
+    def candidate(name: str, model: bytes, cost: float, of: Workload = workload, known: bool = True) -> Candidate:
+        build = functools.partial(open_step, model, threads)
+        return Candidate(name, 1, build, len(model), cost, of, known, in_pytorch=False)
 
-    dense = export_dense(workload.dense, _size(workload.images))
-    dynamic, graph = _dynamic_graph(workload)
-    models = {
-        "ort-fp32": (dense, 1.0),
-        "ort-int8-static": (quantize_dense(dense, workload.images), workload.table.uniform_cost(8)),
-        "ort-dfs": (dynamic, workload.cost),
-    }
+    dense = export_dense(workload.dense, size_of_images(workload.images))
+    int8 = quantize_dense(dense, workload.calibration)
+    dynamic, graph = dynamic_graph(workload)
     candidates = [
-        Candidate(name, 1, functools.partial(opened, model), len(model), cost, in_pytorch=False)
-        for name, (model, cost) in models.items()
+        candidate("ort-fp32", dense, 1.0, known=workload.is_original),
+        candidate(INT8, int8, workload.table.uniform_cost(8), known=workload.is_original),
+        candidate(OWN, dynamic, workload.cost),
+        *(candidate(name, dynamic_graph(rival)[0], rival.cost, rival) for name, rival in rivals.items()),
     ]
     return candidates, graph
 
 
-def _dynamic_graph(workload: Workload) -> tuple[bytes, dict[str, Any]]:
+def open_step(model: bytes, threads: int) -> Step:
+    """The function that runs a serialised graph, one image at a time."""
+    from dfs_cli.export.network import IMAGES, LOGITS
+    from dfs_cli.export.runtime import open_session
+
+    session = open_session(model, threads)
+
+    def run(images: Tensor) -> Tensor:
+        (logits,) = session.run([LOGITS], {IMAGES: images.numpy()})
+        return torch.from_numpy(logits)
+
+    return run
+
+
+def dynamic_graph(workload: Workload) -> tuple[bytes, dict[str, Any]]:
     """The dynamic network's graph as ``dfs export`` writes it, and facts about it: the type of its features and, on real
     images, the comparison with the network."""
     from dfs_cli.export.part_writer import PartWriter
     from dfs_cli.export.parts import Parts
     from dfs_cli.export.write import make_graph, serialise
 
-    size = _size(workload.images)
-    if workload.known is not None:
-        content, comparison = make_graph(workload.network, size, [workload.known], labelled=True)
+    size = size_of_images(workload.images)
+    if workload.targets is not None:
+        content, comparison = make_graph(workload.network, size, workload.batches(), labelled=True)
         return content, comparison.to_dict() | {"holds": comparison.holds}
     writer = PartWriter(Parts(workload.network, size))
     return serialise(writer), {"features": writer.features}
 
 
-def _size(images: Tensor) -> tuple[int, int, int]:
+def size_of_images(images: Tensor) -> tuple[int, int, int]:
     """(C, H, W)."""
     _, channels, height, width = images.shape
     return channels, height, width

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
-from dfs_cli.bench.process import pinned_to
+from dfs_cli.bench.process import interruptions
 from dfs_cli.config import check_range
 
 T = TypeVar("T")
@@ -27,11 +27,9 @@ class Timing:
 
 
 @contextmanager
-def on_threads(threads: int) -> Iterator[int]:
-    """Run PyTorch on ``threads`` threads, and the process on as many cores, within the context.
-
-    Yields:
-        The number of cores it may use; 0: unknown.
+def on_threads(threads: int) -> Iterator[None]:
+    """Run PyTorch on ``threads`` threads within the context. The system chooses their cores: a thread that is pinned to one
+    waits there for another program while others are free.
 
     Raises:
         ConfigError: ``threads`` is out of range.
@@ -40,8 +38,7 @@ def on_threads(threads: int) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with pinned_to(threads) as cores:
-            yield cores
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -50,7 +47,6 @@ def in_turns(
     measures: Sequence[Callable[[int], T]],
     repeats: int,
     warm_up: int,
-    every: Sequence[int] | None = None,
     on_round: Callable[[int], None] = lambda rounds: None,
 ) -> list[list[T]]:
     """Call all ``measures`` in every round, one after the other: a temporary slowdown of the machine affects all of them.
@@ -58,9 +54,7 @@ def in_turns(
     Args:
         measures: each gets the number of the round, from 0, and returns what it measured.
         repeats: rounds that count.
-        warm_up: rounds before these, whose results are dropped.
-        every: for each measure, n: it takes part in every n-th of the rounds that count, from the first on, and with n above 1
-            in no warm-up. None: in all rounds.
+        warm_up: rounds before these, with negative numbers, whose results are dropped.
         on_round: called with 1 after each round.
 
     Returns:
@@ -71,13 +65,10 @@ def in_turns(
     """
     check_repeats(repeats)
     results: list[list[T]] = [[] for _ in measures]
-    for turn in range(warm_up + repeats):
-        counted = turn - warm_up
-        for measure, nth, measured in zip(measures, every or [1] * len(measures), results, strict=True):
-            if nth > 1 and (counted < 0 or counted % nth):
-                continue
+    for turn in range(-warm_up, repeats):
+        for measure, measured in zip(measures, results, strict=True):
             result = measure(turn)
-            if counted >= 0:
+            if turn >= 0:
                 measured.append(result)
         on_round(1)
     return results
@@ -86,6 +77,26 @@ def in_turns(
 def check_repeats(repeats: int) -> None:
     """Raises ConfigError where ``repeats`` is out of range."""
     check_range("repeats", repeats, 1, 10**6)
+
+
+class Lap(Generic[T]):
+    """A run of ``step``, timed: its ``result``, the ``seconds`` that it took, and whether another program had the core
+    meanwhile (``interrupted``).
+
+    An interrupted run of one thread counts with the time that the thread had a core: what it takes on a machine that does
+    nothing else. Of several threads that wait for one another, that cannot be told.
+
+    Args:
+        threads: on which ``step`` runs.
+    """
+
+    def __init__(self, step: Callable[[], T], threads: int) -> None:
+        count, had_core, began = interruptions(), time.thread_time(), time.perf_counter()
+        self.result = step()
+        self.seconds, had_core = time.perf_counter() - began, time.thread_time() - had_core
+        self.interrupted = interruptions() > count
+        if self.interrupted and threads == 1:
+            self.seconds = min(self.seconds, had_core)
 
 
 def seconds_of(step: Callable[[], object], device: torch.device) -> float:

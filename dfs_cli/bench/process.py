@@ -1,12 +1,11 @@
-"""The cores and the memory of this process."""
+"""The cores and the memory of this process, as the system counts them."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,41 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
 T = TypeVar("T")
 
-_STATUS, _RESET, _TASKS = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/task")
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-@contextlib.contextmanager
-def pinned_to(cores: int) -> Iterator[int]:
-    """Restrict the process, with all present and future threads, to ``cores`` cores within the context, where the system can.
-
-    Yields:
-        The number of cores it may use; 0: unknown.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        yield 0
-        return
-    before = {0: os.sched_getaffinity(0)}
-    kept = set(sorted(before[0])[:cores])
-    for thread in _threads():
-        with contextlib.suppress(OSError):
-            before[thread] = os.sched_getaffinity(thread)
-            os.sched_setaffinity(thread, kept)
-    try:
-        yield len(kept)
-    finally:
-        for thread in _threads():
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(thread, before.get(thread, before[0]))
-
-
-def _threads() -> list[int]:
-    """The process's threads; some may have ended by the time they are used."""
-    try:
-        return [int(task.name) for task in _TASKS.iterdir()]
-    except OSError:
-        return [0]
+def interruptions() -> int:
+    """How often the system has taken a core from this process for another program; 0 where it does not tell."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource is not None else 0
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -25,6 +25,7 @@ from dfs_cli.surgery.plan import plan_costs, plan_surgery
 from dfs_cli.surgery.swap import make_dynamic
 from dfs_cli.tuning.loop import tuning_step
 from dfs_cli.tuning.state import start_state
+from dfs_cli.tuning.step import StepLoss
 from dfs_cli.validation import Json
 
 _WARM_UP = 2
@@ -99,6 +100,7 @@ def bench_tuning(
     teacher = teacher.to(memory_format=torch.channels_last)
     network = network.to(memory_format=torch.channels_last).train()
     state = start_state(network, tuning.replace(epochs=None, steps=_TOTAL_STEPS), 1)
+    step_loss = StepLoss(network, teacher, table, tuning)
     dense = copy.deepcopy(teacher).train()
     optimizer = torch.optim.AdamW(dense.parameters(), lr=_DENSE_RATE)
 
@@ -110,14 +112,12 @@ def bench_tuning(
         optimizer.zero_grad(set_to_none=True)
 
     def dynamic_step() -> None:
-        tuning_step(state, teacher, table, images, targets, target, tuning)
+        tuning_step(state, step_loss, images, targets, target, tuning)
 
     observer.stage("steps in turns", _WARM_UP + repeats)
     dense_seconds, tuning_seconds = map(
         quartiles,
-        in_turns(
-            [_timed(step, device) for step in (dense_step, dynamic_step)], repeats, _WARM_UP, None, observer.advance
-        ),
+        in_turns([_timed(step, device) for step in (dense_step, dynamic_step)], repeats, _WARM_UP, observer.advance),
     )
     dense_bytes = size_of(dense, optimizer, images) + peak_bytes(dense_step, device)
     tuning_bytes = size_of(network, state.optimizer, images) + size_of(teacher) + peak_bytes(dynamic_step, device)

@@ -11,21 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.artifact.artifact import load_artifact
+from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import LARGE_BATCH, DataConfig, DynamicConfig
 from dfs_cli.control.base import controller_of
+from dfs_cli.conversion.original import load_original
 from dfs_cli.cost.table import CostTable
-from dfs_cli.data.images import Batch, UnreadableLog
+from dfs_cli.data.classes import check_class_count
+from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import choose_workers, load_all
-from dfs_cli.data.splits import open_validation
+from dfs_cli.data.splits import open_splits
 from dfs_cli.errors import ConfigError
 from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.surgery.initialise import fit_steps
-from dfs_cli.surgery.plan import plan_costs, plan_surgery
+from dfs_cli.surgery.plan import SurgeryPlan, plan_costs, plan_surgery
 from dfs_cli.surgery.swap import make_dynamic
 
 _STEP_IMAGES = 4  # number of images from which step sizes are set
+_CALIBRATION_IMAGES = 256  # training images from which static int8 gets its scales
+_SCALE_IMAGES = 8  # random ones: their scales mean nothing
 
 Mix = Mapping[int, float]
 """Shares of the blocks by bitwidth."""
@@ -43,8 +48,10 @@ class Workload:
         images: (N, C, H, W); runs take them in turn.
         decisions: where decisions come from, for people.
         cost, batch_cost: mean cost of an image, alone and in a batch; they differ where the decisions in a batch are forced.
+        calibration: (N, C, H, W), images that set the scales of static int8: training images where there are real ones.
         file_size: bytes of the dynamic network's file; None: there is no file.
-        known: real images and their classes, on which graph and network are compared; None: there are none.
+        targets: (N,), the classes of real images; None: the images are random.
+        is_original: whether ``dense`` has the original's weights.
     """
 
     dense: nn.Module
@@ -55,8 +62,16 @@ class Workload:
     decisions: str
     cost: float
     batch_cost: float
+    calibration: Tensor
     file_size: int | None = None
-    known: Batch | None = None
+    targets: Tensor | None = None
+    is_original: bool = False
+
+    def batches(self) -> list[Batch]:
+        """The real images in batches, with their classes."""
+        assert self.targets is not None, "asked for where there are real images"
+        parts = zip(self.images.split(LARGE_BATCH), self.targets.split(LARGE_BATCH), strict=True)
+        return [Batch(images, targets, ()) for images, targets in parts]
 
 
 def default_mix(options: Sequence[int]) -> dict[int, float]:
@@ -106,17 +121,37 @@ def workload_of_model(
     mix = mix or default_mix(table.options)
     policies = draw_policies(mix, table.options, len(table.blocks), seed, LARGE_BATCH)
     images = _random_images(input_size, seed)
-    network = make_dynamic(model, dynamic, table, plan).network
-    controller_of(network).force(policies)
-    fit_steps(network, images[:_STEP_IMAGES])
-    freeze_weights(network)
+    network = untuned_network(model, dynamic, table, plan, images[:_STEP_IMAGES], policies)
     return _forced(model, network, table, dynamic.gate, images, mix, seed)
+
+
+def untuned_network(
+    model: nn.Module,
+    dynamic: DynamicConfig,
+    table: CostTable,
+    plan: SurgeryPlan,
+    images: Tensor,
+    policies: Tensor | None = None,
+) -> DynamicResNet:
+    """``model`` made dynamic, without tuning, as it would be exported.
+
+    Args:
+        images: (N, C, H, W), from which step sizes are set.
+        policies: (M, L), to which decisions are forced; None: they are the controller's.
+    """
+    network = make_dynamic(model, dynamic, table, plan).network
+    if policies is not None:
+        controller_of(network).force(policies)
+    fit_steps(network, images)
+    freeze_weights(network)
+    return network
 
 
 def workload_of_file(
     path: Path,
     mix: Mix | None = None,
     data: DataConfig | None = None,
+    checkpoint: Path | None = None,
     seed: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Workload:
@@ -126,6 +161,8 @@ def workload_of_file(
 
     Args:
         mix: None: :func:`default_mix`.
+        checkpoint: the original's weights; None: those that the file names. Where they are not at hand, the dense network is
+            timed and has no answers.
         seed: of random images, and of which blocks get which bitwidth.
         say: told which images were opened.
 
@@ -133,10 +170,9 @@ def workload_of_file(
         ArtifactError: the file is missing, damaged, or not written by dfs.
         ConfigError: a mix is given where decisions are real, or has a bitwidth that is none of the options.
         DataError: images are missing or unreadable, or have other classes.
+        WeightsError: ``checkpoint`` cannot be read or does not fit.
     """
     network, manifest = load_artifact(path)
-    # Weights make no difference to the time.
-    dense = timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args.to_dict()).eval()
     table, gate, file_size = manifest.table, manifest.dynamic.gate, path.stat().st_size
     least, most = controller_of(network).movable(table)
     if mix is not None and data is not None:
@@ -144,23 +180,55 @@ def workload_of_file(
     if mix is not None and least == most:
         raise ConfigError(f"--mix forces decisions: those of {path} are the same for every image, leave it out")
     if data is not None:
-        split = open_validation(data, manifest.preprocessing, manifest.classes)
-        log = UnreadableLog("validation", len(split))
-        workers = choose_workers(None, split, manifest.preprocessing, LARGE_BATCH, say)
-        batches, targets = load_all(split, LARGE_BATCH, workers, torch.device("cpu"), log)
-        if split.note:
-            say(split.note)
-        known = Batch(torch.cat(batches), targets, ())
-        images = known.images[:LARGE_BATCH]
+        dense = load_original(manifest, checkpoint, say)
+        images, targets, calibration = _real_images(manifest, data, say)
         cost = _mean_cost(network, table, images)
-        return Workload(dense, network, table, gate, images, "real, on validation images", cost, cost, file_size, known)
-    images = _random_images(manifest.preprocessing.input_size, seed)
+        return Workload(
+            dense=_architecture(manifest) if dense is None else dense,
+            network=network,
+            table=table,
+            gate=gate,
+            images=images,
+            decisions="real, on validation images",
+            cost=cost,
+            batch_cost=cost,
+            calibration=calibration,
+            file_size=file_size,
+            targets=targets,
+            is_original=dense is not None,
+        )
+    dense, images = _architecture(manifest), _random_images(manifest.preprocessing.input_size, seed)
     if least == most:
         how = "the network's own, the same for every image"
-        return Workload(dense, network, table, gate, images, how, least, least, file_size)
+        return Workload(dense, network, table, gate, images, how, least, least, images[:_SCALE_IMAGES], file_size)
     mix = mix or default_mix(table.options)
     controller_of(network).force(draw_policies(mix, table.options, len(table.blocks), seed, LARGE_BATCH))
     return _forced(dense, network, table, gate, images, mix, seed, file_size)
+
+
+def _architecture(manifest: Manifest) -> nn.Module:
+    """The dense network, with weights that mean nothing."""
+    return timm.create_model(manifest.architecture, pretrained=False, **manifest.model_args.to_dict()).eval()
+
+
+def _real_images(manifest: Manifest, data: DataConfig, say: Callable[[str], None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Validation images (N, C, H, W), their classes (N,), and training images (M, C, H, W), as the network sees them."""
+    preprocessing = manifest.preprocessing
+    splits = open_splits(data, preprocessing, class_names=manifest.class_names or None)
+    check_class_count(splits.class_names, manifest.model_args.num_classes)
+    workers = choose_workers(None, splits.validation, preprocessing, LARGE_BATCH, say)
+
+    def load(name: str, images: Images) -> tuple[Tensor, Tensor]:
+        log = UnreadableLog(name, len(images))
+        batches, targets = load_all(images, LARGE_BATCH, workers, torch.device("cpu"), log)
+        return torch.cat(batches), targets
+
+    images, targets = load("validation", splits.validation)
+    calibration, _ = load("training", splits.train.spread(_CALIBRATION_IMAGES))
+    for note in (splits.train.note, splits.validation.note):
+        if note:
+            say(note)
+    return images, targets, calibration
 
 
 @torch.inference_mode()
@@ -180,13 +248,13 @@ def _forced(
     how += ", in batches anew for each image" if decisions.distinct() > 1 else ""
     how += ", the first pass alone" if len(controller_of(network).views) > 1 else ""
     cost, batch_cost = (_mean_cost(network, table, batch) for batch in (images[:1], images))
-    return Workload(dense, network, table, gate, images, how, cost, batch_cost, file_size)
+    return Workload(dense, network, table, gate, images, how, cost, batch_cost, images[:_SCALE_IMAGES], file_size)
 
 
 @torch.inference_mode()
 def _mean_cost(network: DynamicResNet, table: CostTable, images: Tensor) -> float:
     """Mean cost of ``images`` (N, C, H, W) with the network's decisions."""
-    return float(table.cost(network.run(images).decisions).mean())
+    return float(torch.cat([table.cost(network.run(part).decisions) for part in images.split(LARGE_BATCH)]).mean())
 
 
 def _random_images(input_size: tuple[int, int, int], seed: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,9 +31,13 @@ Examples:
 
   dfs bench model.safetensors --data imagenet/
 
+  dfs bench model.safetensors --data imagenet/ --against static.safetensors --plot time.png
+
   dfs bench model.safetensors --mix 0:0.5,8:0.5
 
   dfs bench resnet50 --no-pretrained --mix 0:0.25,8:0.75 --threads 4
+
+  dfs bench resnet50 --cost-table costs.json
 """
 
 _MEASUREMENT = "Measurement"
@@ -40,6 +46,10 @@ _REFUSED = {
     "MODEL": (options.DATA,),
 }
 """The panels whose options have no meaning for what is measured."""
+_GATES: tuple[GateKind, ...] = ("probe", "rnn", "ff")
+"""Those that decide, of which a cost table says what that takes."""
+_NEED_DATA = ("val_split", "num_samples", "checkpoint", "against", "plot")
+"""Of a converted network, the options that are for real images."""
 
 
 def bench(
@@ -60,15 +70,31 @@ def bench(
             rich_help_panel=_MEASUREMENT,
         ),
     ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--against",
+            metavar="FILE",
+            help="Compare with another converted network, dynamic or static, on the same images; may be given several times.",
+            rich_help_panel=_MEASUREMENT,
+        ),
+    ] = None,
     threads: Annotated[
-        int, typer.Option("--threads", metavar="N", help="Threads, on as many cores.", rich_help_panel=_MEASUREMENT)
-    ] = 2,
+        int,
+        typer.Option(
+            "--threads", metavar="N", help="Threads of PyTorch and ONNX Runtime.", rich_help_panel=_MEASUREMENT
+        ),
+    ] = 1,
     repeats: Annotated[
-        int, typer.Option("--repeats", metavar="N", help="Measure N times, in turns.", rich_help_panel=_MEASUREMENT)
-    ] = 50,
+        int,
+        typer.Option(
+            "--repeats", metavar="N", help="Time every image N times, in turns.", rich_help_panel=_MEASUREMENT
+        ),
+    ] = 3,
     seed: Annotated[int, typer.Option("--seed", help="Random seed.", rich_help_panel=_MEASUREMENT)] = 0,
     data: options.DataDir = None,
     val_split: options.ValSplit = None,
+    num_samples: options.NumSamples = COMPARED_IMAGES,
     img_size: options.ImgSize = None,
     bits: Annotated[
         str | None,
@@ -80,47 +106,131 @@ def bench(
     ] = None,
     fixed_bits: options.FixedBits = None,
     gate: options.Gate = "rnn",
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw top-1 over mean time (.png, .svg or .pdf).",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    cost_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--cost-table",
+            metavar="FILE",
+            help="Of MODEL: measure what each part takes in ONNX Runtime, for dfs convert --objective FILE, and nothing else "
+            "(default --bits: lowbit; --gate: all).",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
+    force: options.Force = False,
 ) -> None:
     """Measure time and memory of inference, dense and dynamic, in turns.
 
-    FILE: a converted network, with its own decisions on the images of --data, else with those of --mix on random images.
+    FILE: a converted network, with its own decisions on validation images of --data, beside the original and static int8,
+    calibrated on training images; else with the decisions of --mix on random images.
 
     MODEL: an architecture, converted without tuning, with the decisions of --mix on random images.
     """
     is_file = model.endswith(".safetensors") or Path(model).is_file()
-    _check_given(context, "a converted network" if is_file else "MODEL")
-    if val_split is not None and data is None:
-        raise ConfigError("--val-split names a part of --data: pass that too")
+    _check_given(context, "a converted network" if is_file else "MODEL", data is not None)
     check_range("seed", seed, 0, LARGEST_SEED)
     keep_freed_memory()
     shares = None if mix is None else parse_mix(mix)
-    if is_file:
-        from dfs_cli.bench.workload import workload_of_file
 
-        source = None
-        if data is not None:
-            source = DataConfig(data_dir=str(data), val_split=val_split, num_samples=COMPARED_IMAGES)
-        workload = workload_of_file(Path(model), shares, source, seed, sink.say)
-    else:
-        dynamic = _dynamic_config(shares, bits, fixed_bits, gate)
-        workload = _workload_of_model(model, weights, dynamic, img_size, shares, seed)
-
-    from dfs_cli.bench.inference import bench_inference
+    from dfs_cli.outputs import reserve
     from dfs_cli.report.bench import print_inference
 
-    with sink.observer() as observer:
-        measured = bench_inference(workload, threads, repeats, observer)
-    record = {"model": model} | measured.to_dict()
-    sink.result(record, lambda console: print_inference(console, record))
+    if plot is not None:
+        from dfs_cli.report.plot import check_plot_path
+
+        check_plot_path(plot)
+    if cost_table is not None:
+        if is_file:
+            raise ConfigError("--cost-table has no meaning for a converted network: pass its architecture")
+        chosen = context.get_parameter_source("gate")
+        gates = (gate,) if chosen is not None and chosen.name != "DEFAULT" else _GATES
+        dynamic = _dynamic_config(shares, bits or "lowbit", fixed_bits, gate)
+        _write_costs(cost_table, model, weights, dynamic, gates, img_size, threads, seed, force, sink)
+        return
+    files = [Path(model), *(against or [])] if is_file else []
+    with reserve([plot] if plot else [], force, files) as outputs:
+        rivals: dict[str, Workload] = {}
+        if is_file:
+            from dfs_cli.bench.workload import workload_of_file
+
+            source = None
+            if data is not None:
+                source = DataConfig(data_dir=str(data), val_split=val_split, num_samples=num_samples)
+            workload = workload_of_file(Path(model), shares, source, weights.checkpoint, seed, sink.say)
+            for file in against or []:
+                rivals[_free_name(file, rivals)] = workload_of_file(file, None, source)
+        else:
+            dynamic = _dynamic_config(shares, bits, fixed_bits, gate)
+            workload = _workload_of_model(model, weights, dynamic, img_size, shares, seed)
+
+        from dfs_cli.bench.inference import bench_inference
+
+        with sink.observer() as observer:
+            measured = bench_inference(workload, threads, repeats, rivals, observer)
+        record = {"model": model} | measured.to_dict()
+        sink.result(record, lambda console: print_inference(console, record))
+        if plot is not None:
+            from dfs_cli.report.plot import plot_file, plot_times
+
+            outputs.write([plot_file(plot_times(record), plot)])
 
 
-def _check_given(context: typer.Context, measured: str) -> None:
+def _write_costs(
+    path: Path,
+    model: str,
+    weights: options.ModelOptions,
+    dynamic: DynamicConfig,
+    gates: Sequence[GateKind],
+    img_size: int | None,
+    threads: int,
+    seed: int,
+    force: bool,
+    sink: Output,
+) -> None:
+    """Measure the cost table of a model, and write it."""
+    from dfs_cli.atomic import File
+    from dfs_cli.bench.cost_table import measure_costs
+    from dfs_cli.data.preprocessing import resolve_preprocessing
+    from dfs_cli.models.zoo import check_convertible
+    from dfs_cli.outputs import reserve
+    from dfs_cli.report.bench import print_costs
+
+    check_convertible(model)
+    with reserve([path], force, [weights.checkpoint]) as outputs:
+        module = weights.load(model, seed).model
+        input_size = resolve_preprocessing(module, img_size).input_size
+        with sink.observer() as observer:
+            costs = measure_costs(module, dynamic, input_size, gates, threads, model, seed, observer)
+        record = costs.to_dict()
+        outputs.write([File(path, json.dumps(record, indent=1) + "\n")])
+        sink.result(record, lambda console: print_costs(console, record))
+        sink.say(f"wrote {path}")
+
+
+def _free_name(file: Path, taken: Collection[str]) -> str:
+    """The name of a file's row: that of the file, or its path where that is taken."""
+    return str(file) if file.stem in taken else file.stem
+
+
+def _check_given(context: typer.Context, measured: str, has_data: bool) -> None:
     """Raises ConfigError where an option is given that has no meaning for what is measured."""
     for parameter in context.command.params:
-        if getattr(parameter, "rich_help_panel", None) not in _REFUSED[measured] or parameter.name is None:
+        source = None if parameter.name is None else context.get_parameter_source(parameter.name)
+        if source is None or source.name == "DEFAULT":
             continue
-        source = context.get_parameter_source(parameter.name)
-        if source is not None and source.name != "DEFAULT":
+        needs_data = measured != "MODEL" and parameter.name in _NEED_DATA
+        if needs_data and not has_data:
+            raise ConfigError(f"{parameter.opts[0]} is for real images: pass --data DIR, too")
+        is_refused = getattr(parameter, "rich_help_panel", None) in _REFUSED[measured]
+        if (is_refused and not needs_data) or (measured == "MODEL" and parameter.name in ("against", "plot")):
             raise ConfigError(f"{parameter.opts[0]} has no meaning for {measured}")
 
 

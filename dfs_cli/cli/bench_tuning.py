@@ -59,7 +59,7 @@ def bench_tuning(
         typer.Option(
             "--threads",
             metavar="N",
-            help="Threads, on as many cores (default: those of PyTorch).",
+            help="Threads (default: those of PyTorch).",
             rich_help_panel=options.MACHINE,
         ),
     ] = None,

@@ -12,6 +12,7 @@ import typer
 
 from dfs_cli.cli import options
 from dfs_cli.cli.output import Output
+from dfs_cli.distributed import is_first, join
 from dfs_cli.errors import BudgetMissedError, ConfigError
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def evaluate(
             "--output records figures of the whole split without --amp: pass neither --amp nor --num-samples"
         )
     data = images.config()
+    join(device)
 
     from dfs_cli import api
     from dfs_cli.conversion.original import original_top1
@@ -79,9 +81,8 @@ def evaluate(
     from dfs_cli.report.cost import evaluation_record
     from dfs_cli.report.terminal import print_evaluation
 
-    with reserve(
-        [path for path in (output, results_file) if path is not None], force, [file, images.class_map]
-    ) as outputs:
+    wanted = [path for path in (output, results_file) if path is not None and is_first()]
+    with reserve(wanted, force, [file, images.class_map]) as outputs:
         converted = api.load(file, device)
         with sink.observer() as observer:
             if budget is not None:
@@ -103,7 +104,9 @@ def evaluate(
         record = evaluation_record(evaluated.manifest, evaluation, round(parameters / 1e6, 2))
         if is_data_free:
             record |= {"data_free": True, "original_top1": top1}
-        _, failure = outputs.keep(_files(evaluated, record, output, results_file))
+        failure = None
+        if is_first():
+            _, failure = outputs.keep(_files(evaluated, record, output, results_file))
     if evaluation.unreadable:
         names = ", ".join(evaluation.unreadable[:10])
         sink.say(f"left out {len(evaluation.unreadable)} unreadable images: {names}")

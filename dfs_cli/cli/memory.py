@@ -16,10 +16,19 @@ def keep_freed_memory() -> None:
     (ResNet-50, two cores). The largest tensors go back all the same: between others, the holes that they leave fill up, and a
     process grew to three times what it used. Does nothing where the C library is not glibc.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
     # Some glibc take no threshold above 32 MiB; without one, the other setting would make matters worse.
-    if mallopt(_MMAP_THRESHOLD, _MOST_KEPT) or mallopt(_MMAP_THRESHOLD, _MOST_KEPT // 2):
-        mallopt(_TRIM_THRESHOLD, _LARGE)
+    if _glibc("mallopt", _MMAP_THRESHOLD, _MOST_KEPT) or _glibc("mallopt", _MMAP_THRESHOLD, _MOST_KEPT // 2):
+        _glibc("mallopt", _TRIM_THRESHOLD, _LARGE)
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system: the next stage of a run needs tensors of other sizes."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> int:
+    """The result of a function of the C library; 0 where there is none of this name."""
+    try:
+        return int(getattr(ctypes.CDLL(None), function)(*arguments))
+    except (OSError, AttributeError, TypeError):
+        return 0

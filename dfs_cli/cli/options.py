@@ -125,7 +125,8 @@ Epochs = Annotated[
 ]  # fmt: skip
 Steps = Annotated[int | None, _option("--steps", metavar="N", panel=TUNING, help="Tuning steps, in place of epochs.")]
 TrainBatchSize = Annotated[
-    int | None, _option("--batch-size", panel=TUNING, help="Images per step (default: 128; digits 64).")
+    int | None,
+    _option("--batch-size", panel=TUNING, help="Images per step, of all processes (default: 128; digits 64)."),
 ]
 LearningRate = Annotated[
     float | None, _option("--lr", panel=TUNING, help="Learning rate of the step sizes (default: 0.001).")
@@ -138,6 +139,16 @@ MinCrop = Annotated[
 Seed = Annotated[int, _option("--seed", panel=TUNING, help="Random seed.")]
 EvalBatchSize = Annotated[
     int, _option("--batch-size", panel=MACHINE, help="Images per batch; decisions do not depend on it.")
+]
+GradAccumSteps = Annotated[
+    int,
+    _option(
+        "--grad-accum-steps", metavar="N", panel=MACHINE,
+        help="Divide each batch into N pieces, one after the other: less memory (default: as many as the device needs).",
+    ),
+]  # fmt: skip
+TuningChannelsLast = Annotated[
+    bool, _option("--channels-last/--no-channels-last", panel=MACHINE, help="Tune in the channels-last memory layout.")
 ]
 Amp = Annotated[bool, _option("--amp", panel=MACHINE, help="Automatic mixed precision (bfloat16).")]
 ChannelsLast = Annotated[bool, _option("--channels-last", panel=MACHINE, help="Channels-last memory layout.")]
@@ -258,7 +269,9 @@ class TuningOptions:
     hflip: HFlip = None
     min_crop: MinCrop = None
     seed: Seed = 0
+    grad_accum_steps: GradAccumSteps = 1
     amp: Amp = False
+    channels_last: TuningChannelsLast = True
     device: DeviceOption = "auto"
     workers: Workers = None
 

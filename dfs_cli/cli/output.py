@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dfs_cli.cli.options import JsonOutput, Quiet
+from dfs_cli.distributed import is_first
 from dfs_cli.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dfs_cli.cli.progress import PlainObserver, TerminalObserver
+    from dfs_cli.cli.step_log import StepLog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Output:
 
     def result(self, record: Any, render: Callable[[Console], None]) -> None:
         """The result of the command: ``record`` as JSON, or what ``render`` prints."""
+        if not is_first():
+            return
         if self.as_json:
             typer.echo(json.dumps(record))
         elif not self.quiet:
@@ -39,24 +43,32 @@ class Output:
 
     def say(self, *lines: str) -> None:
         """Lines on stderr."""
-        if not self.quiet:
+        if not self.is_silent:
             for line in lines:
                 self.stderr().print(line, highlight=False, soft_wrap=True, markup=False)
 
     def stderr(self) -> Console:
         """The console for everything that is not a result."""
-        return _plain_console(stderr=True, quiet=self.quiet)
+        return _plain_console(stderr=True, quiet=self.is_silent)
 
-    def observer(self, logs: bool = False, settings: bool = False) -> TerminalObserver | PlainObserver:
+    @property
+    def is_silent(self) -> bool:
+        """Whether there is no text but results: of several processes the first one alone prints."""
+        return self.quiet or not is_first()
+
+    def observer(
+        self, logs: bool = False, settings: bool = False, log: StepLog | None = None
+    ) -> TerminalObserver | PlainObserver:
         """Shows a run: bars where stderr is a terminal, lines elsewhere.
 
         Args:
             logs: lines where stderr is no terminal, too.
             settings: the resolved settings first.
+            log: where steps are written, too.
         """
         from dfs_cli.cli.progress import create_observer
 
-        return create_observer(self.stderr(), logs and not self.quiet, settings)
+        return create_observer(self.stderr(), logs and not self.is_silent, settings, log)
 
 
 def _plain_console(**settings: Any) -> Console:

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dfs_cli.cli.memory import return_freed_memory
+from dfs_cli.cli.step_log import StepLog
 from dfs_cli.config import Configuration
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import printable
@@ -54,7 +56,28 @@ class _Optional(ProgressColumn):
         return Text("") if task.total is None else self.column(task)
 
 
-class TerminalObserver(Observer):
+class _Logged(Observer):
+    """Writes steps to a file, if there is one."""
+
+    log: StepLog | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def stage(self, name: str, total: int | None) -> None:  # noqa: ARG002
+        return_freed_memory()
+
+    def job(self, name: str) -> None:
+        if self.log is not None:
+            self.log.job(name)
+
+    def step(self, record: StepRecord) -> None:
+        if self.log is not None:
+            self.log.step(record)
+
+
+class TerminalObserver(_Logged):
     """A bar per stage, with loss, accuracy, cost and the time left.
 
     Args:
@@ -85,8 +108,10 @@ class TerminalObserver(Observer):
         if kind is None:
             self._finish()
         self.progress.stop()
+        super().__exit__(kind)
 
     def job(self, name: str) -> None:
+        super().job(name)
         self.averages = _Averages()
         self.console.print(name, highlight=False)
 
@@ -95,6 +120,7 @@ class TerminalObserver(Observer):
             print_configuration(self.console, configuration, table)
 
     def stage(self, name: str, total: int | None) -> None:
+        super().stage(name, total)
         self._finish()
         if not self.settings and self.task is not None:
             self.progress.remove_task(self.task)
@@ -104,6 +130,7 @@ class TerminalObserver(Observer):
         self.progress.advance(self.task, units)
 
     def step(self, record: StepRecord) -> None:
+        super().step(record)
         phase = "gate warm-up" if record.phase == "controller" else "tuning"
         self.progress.update(self.task, completed=record.step, description=phase, figures=self.averages.update(record))
 
@@ -123,7 +150,7 @@ class TerminalObserver(Observer):
             self.progress.stop_task(self.task)
 
 
-class PlainObserver(Observer):
+class PlainObserver(_Logged):
     """A line now and then, for logs.
 
     Args:
@@ -140,9 +167,8 @@ class PlainObserver(Observer):
     def __enter__(self) -> PlainObserver:
         return self
 
-    def __exit__(self, *_: object) -> None: ...
-
     def job(self, name: str) -> None:
+        super().job(name)
         self.averages = _Averages()
         self._print(name)
 
@@ -151,11 +177,13 @@ class PlainObserver(Observer):
             print_configuration(self.console, configuration, table)
 
     def stage(self, name: str, total: int | None) -> None:
+        super().stage(name, total)
         self.began = time.monotonic()
         if self.settings:
             self._print(name if total is None else f"{name}: {total}")
 
     def step(self, record: StepRecord) -> None:
+        super().step(record)
         figures = self.averages.update(record)
         if record.step % max(1, record.total_steps // _PLAIN_LINES) == 0:
             left = (time.monotonic() - self.began) * (record.total_steps / record.step - 1)
@@ -172,11 +200,14 @@ class PlainObserver(Observer):
             self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def create_observer(console: Console, logs: bool = True, settings: bool = False) -> TerminalObserver | PlainObserver:
-    """Bars where ``console`` is a terminal, lines elsewhere."""
-    if console.is_terminal and not console.quiet:
-        return TerminalObserver(console, settings)
-    return PlainObserver(console, logs, settings)
+def create_observer(
+    console: Console, logs: bool = True, settings: bool = False, log: StepLog | None = None
+) -> TerminalObserver | PlainObserver:
+    """Bars where ``console`` is a terminal, lines elsewhere; steps are written to ``log``, too."""
+    is_shown = console.is_terminal and not console.quiet
+    observer = TerminalObserver(console, settings) if is_shown else PlainObserver(console, logs, settings)
+    observer.log = log
+    return observer
 
 
 def estimate_text(seconds: float) -> str:
@@ -197,7 +228,7 @@ def print_configuration(console: Console, configuration: Configuration, table: C
         source = f"synthetic images ({configuration.synthesis.kind}), all of them in each split"
     lines = {
         "model": f"{configuration.model}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4g} GMACs",
-        "budget": f"{'' if configuration.spend else 'at most '}{configuration.budget:g} of dense 32-bit (all at 8 bits: "
+        "budget": f"{'' if configuration.spend else 'at most '}{configuration.budget:g} of {table.scale} (all at 8 bits: "
         f"{table.uniform_cost(8):.4f}; reachable: {table.cheapest:.4f} to {table.dearest:.4f})",
         "options": f"{','.join(map(str, dynamic.bits))} bits, fixed layers {dynamic.fixed_bits} bits, gate {dynamic.gate}"
         f"{' (second pass mirrored)' if dynamic.mirror else ''}",

@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TextIO
 
-from dfs_cli.cli.errors import Stopped
+from dfs_cli.errors import Stopped
 
 
 class _Stream(io.FileIO):
@@ -73,24 +73,37 @@ def standard_streams() -> Iterator[Callable[[], OSError | None]]:
 @contextlib.contextmanager
 def signals() -> Iterator[None]:
     """End a run on the signals by which systems end programs, as on Ctrl-C: what was begun is cleaned up."""
+
+    def stop(number: int) -> None:
+        raise Stopped(number)
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    with on_signals([n for n in numbers if signal.getsignal(n) is signal.SIG_DFL], stop):
+        yield
+
+
+@contextlib.contextmanager
+def on_signals(numbers: Iterable[int], act: Callable[[int], None]) -> Iterator[None]:
+    """Call ``act`` with the number of a signal that comes within the context; outside of the main thread, where Python does not
+    allow it, do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     owner = os.getpid()
 
-    def stop(number: int, _frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a process that was forked off, to load images
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            act(number)
+        elif number != signal.SIGINT:  # a process that was forked off, to load images
             os._exit(128 + number)
-        raise Stopped(number)
+        # A terminal sends SIGINT to all processes; the owner ends them.
 
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _open_if_closed(descriptor: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Annotated
 import typer
 
 from dfs_cli.cli import options
+from dfs_cli.cli.long_runs import LongRunOptions, how_to_resume, signals_wait_for
 from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.comparison.config import BASELINES, SweepConfig
 from dfs_cli.config import check_budget
-from dfs_cli.errors import ConfigError, OutputError
+from dfs_cli.distributed import is_first, join
+from dfs_cli.errors import ConfigError, LostProcessError, OutputError
 
 EXAMPLES = """
 Examples:
@@ -32,6 +35,7 @@ def sweep(
     preprocessing: options.PreprocessingOptions,
     network: options.NetworkOptions,
     tuning: options.TuningOptions,
+    long_run: LongRunOptions,
     sink: Output,
     budgets: Annotated[
         str, typer.Option("--budgets", "-b", metavar="B,B,...", help="Budgets of the dynamic networks.")
@@ -50,6 +54,14 @@ def sweep(
             rich_help_panel=options.OUTPUT,
         ),
     ] = Path("sweep.json"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on with the network that was being tuned when the sweep was interrupted.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = True,
     force: options.Force = False,
 ) -> None:
     """Compare dynamic networks with static ones and others at equal cost. An interrupted sweep goes on where it stopped."""
@@ -63,6 +75,8 @@ def sweep(
 
     from dfs_cli import api
     from dfs_cli.atomic import File, held
+    from dfs_cli.checkpoint import Checkpoints, StopRequest
+    from dfs_cli.cli.step_log import StepLog
     from dfs_cli.comparison.results import answers_folder
     from dfs_cli.conversion.defaults import default_data, resolve_device
     from dfs_cli.models.zoo import check_convertible
@@ -72,8 +86,12 @@ def sweep(
 
     keep_freed_memory()
     check_convertible(model)
+    join(tuning.device)
     # What lies beside the results of a sweep belongs to it.
-    check_writable([output, *beside], force or output.exists(), [weights.checkpoint, images.class_map])
+    inputs = [weights.checkpoint, images.class_map]
+    log_path = [] if long_run.log is None else [long_run.log]
+    if is_first():
+        check_writable([output, *beside, *log_path], force or output.exists(), inputs)
     if not answers_folder(output).is_dir() and os.path.lexists(answers_folder(output)):
         raise OutputError(f"{answers_folder(output)}, which is for answers, is not a folder: pass another --output")
     data = default_data(model.partition(".")[0], images.config())
@@ -87,17 +105,31 @@ def sweep(
         spend=network.spend,
     )
     module = weights.load(model, settings.seed).model
-    with sink.observer(logs=True) as observer:
-        api.sweep(
-            module,
-            config,
-            output,
-            data,
-            tuning=settings,
-            preprocessing=preprocessing.resolve(module),
-            observer=observer,
-            restart=force,
-        )
+    stop = StopRequest()
+    with contextlib.ExitStack() as stack:
+        log = None
+        if long_run.log is not None and is_first():
+            stack.enter_context(reserve([long_run.log], True, inputs))
+            log = StepLog(long_run.log, has_jobs=True, restart=force)
+        stack.enter_context(signals_wait_for(stop))
+        observer = stack.enter_context(sink.observer(logs=True, log=log))
+        try:
+            api.sweep(
+                module,
+                config,
+                output,
+                data,
+                tuning=settings,
+                preprocessing=preprocessing.resolve(module),
+                observer=observer,
+                restart=force,
+                checkpoints=Checkpoints(resume, long_run.checkpoint_minutes, stop, sink.say),
+            )
+        except (KeyboardInterrupt, LostProcessError):
+            sink.say(f"to go on: {how_to_resume()}")
+            raise
+    if not is_first():
+        return
     with held(output):  # other sweeps may have added to it
         results = json.loads(output.read_text())
         files = [File(beside[0], points_csv(results))]

@@ -14,6 +14,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from dfs_cli.atomic import write_atomically
+from dfs_cli.control.base import join_batches
 from dfs_cli.cost.operating_point import target_cost
 
 
@@ -58,9 +59,9 @@ def load_answers(path: Path) -> tuple[StaticNetwork, Tensor, Tensor]:
 
 
 def confident_answers(logits: Iterable[Tensor]) -> Answers:
-    """The answers in ``logits``, a tensor (N, classes) for each batch."""
+    """The answers in ``logits``, a tensor (N, classes) for each batch, and in those of other processes."""
     tops = [batch.double().softmax(dim=1).max(dim=1) for batch in logits]
-    return Answers(torch.cat([top.values.cpu() for top in tops]), torch.cat([top.indices.cpu() for top in tops]))
+    return Answers(join_batches([top.values for top in tops]), join_batches([top.indices for top in tops]))
 
 
 class Cascade(NamedTuple):

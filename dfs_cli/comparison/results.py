@@ -22,6 +22,7 @@ from dfs_cli.comparison.summary import summarise, verdicts
 from dfs_cli.config import DataConfig, Preprocessing, TuningConfig
 from dfs_cli.conversion.defaults import describe_model
 from dfs_cli.data.splits import open_splits
+from dfs_cli.distributed import is_first, of_first
 from dfs_cli.errors import OutputError
 
 RECIPE = 7
@@ -51,8 +52,8 @@ class Results:
 
     def has(self, job: Job) -> bool:
         """Whether a job is done, or could not be done; also by another sweep meanwhile."""
-        self.record = self._read() or self.record
-        return any(job.matches(point) for point in (*self.record["points"], *self.record["skipped"]))
+        self.record = (self._read() if is_first() else None) or self.record
+        return of_first(any(job.matches(point) for point in (*self.record["points"], *self.record["skipped"])))
 
     def add(self, job: Job, **values: Any) -> None:
         """Record a point or, with a ``reason``, a skipped job, in place of earlier records of the job."""
@@ -68,6 +69,9 @@ class Results:
         Raises:
             OutputError: another sweep was started again in the same file, or it cannot be written.
         """
+        if not is_first():
+            yield self.record
+            return
         with held(self.path):
             self.record = self._read() or self.record
             yield self.record
@@ -104,10 +108,17 @@ class Results:
             )
         return record
 
+    def checkpoint_path(self, job: Job) -> Path:
+        """The file from which a network that is being tuned can be gone on with."""
+        return self.path.with_name(f"{self.path.stem}.{_slug(job)}.checkpoint")
+
     def answers_path(self, job: Job) -> Path:
         """The file of a static network's answers."""
-        name = job.name.replace(", ", "-").replace(" ", "-")
-        return answers_folder(self.path) / f"{name}.safetensors"
+        return answers_folder(self.path) / f"{_slug(job)}.safetensors"
+
+
+def _slug(job: Job) -> str:
+    return job.name.replace(", ", "-").replace(" ", "-")
 
 
 def answers_folder(path: Path) -> Path:

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfs_cli.checkpoint import Checkpoint, Checkpoints
 from dfs_cli.comparison.cascade import StaticNetwork, best_cascade, confident_answers, load_answers, save_answers
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.jobs import Job, jobs, settings
 from dfs_cli.comparison.results import Results, answers_folder, open_results
 from dfs_cli.comparison.summary import STATIC
 from dfs_cli.config import DataConfig, Preprocessing, TuningConfig
+from dfs_cli.control.base import join_batches
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.convert import run
 from dfs_cli.conversion.converted import Converted
@@ -22,6 +24,7 @@ from dfs_cli.conversion.defaults import default_data, default_dynamic, default_t
 from dfs_cli.conversion.setup import Setup, prepare
 from dfs_cli.data.images import UnreadableLog
 from dfs_cli.data.preprocessing import resolve_preprocessing
+from dfs_cli.distributed import is_first, of_first
 from dfs_cli.errors import ConfigError, DivergedError
 from dfs_cli.models.zoo import load_model
 from dfs_cli.observer import Observer
@@ -39,6 +42,7 @@ def sweep(
     preprocessing: Preprocessing | None = None,
     observer: Observer | None = None,
     restart: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, Any]:
     """Tune and evaluate every network of a sweep, and write what was measured to ``path`` after each.
 
@@ -51,6 +55,7 @@ def sweep(
             ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` lists jobs that failed, and why;
             ``summary`` and ``verdicts`` as :mod:`dfs_cli.comparison.summary` makes them.
         restart: delete the results of an earlier sweep, once the settings have been checked.
+        checkpoints: how the network that is being tuned is saved, beside the results, and whether it is gone on with.
 
     Returns:
         The results.
@@ -76,8 +81,11 @@ def sweep(
     config = config.replace(dynamic=chosen)
     for budget, dynamic in config.dynamic.items():
         plan_costs(module, dynamic, preprocessing.input_size).check_budget(budget, config.spend)
-    results = open_results(path, module, config, tuning, data, preprocessing, restart)
-    observer = observer or Observer()
+    for is_turn in (is_first(), not is_first()):  # the first process first
+        if is_turn:
+            results = open_results(path, module, config, tuning, data, preprocessing, restart and is_first())
+        of_first(None)
+    observer, checkpoints = observer or Observer(), checkpoints or Checkpoints()
     told = observer
     for seed in range(tuning.seed, tuning.seed + config.seeds):
         planned = jobs(config, seed)
@@ -88,28 +96,31 @@ def sweep(
             budget, dynamic, spend = settings(job, config)
             try:
                 seeded = tuning.replace(seed=seed)
-                setup = prepare(module, budget, data, dynamic, seeded, preprocessing, spend=spend, observer=told)
-                told = Observer()  # the images are those of the first network
-                _measure(job, setup, results, observer)
+                with checkpoints.at(results.checkpoint_path(job), restart) as checkpoint:
+                    setup = prepare(
+                        module, budget, data, dynamic, seeded, preprocessing, None, spend, told, checkpoint=checkpoint
+                    )
+                    told = Observer()  # the images are those of the first network
+                    _measure(job, setup, results, observer, checkpoint)
             except (ConfigError, DivergedError) as error:
                 # A budget that a baseline cannot reach is a result, not a failure; so is any run that diverged.
                 if job.method == "dfs" and isinstance(error, ConfigError):
                     raise
                 results.add(job, reason=str(error))
-        if "cascade" in config.baselines:
+        if "cascade" in config.baselines and is_first():
             _update_cascades(seed, config, results)
     return results.record
 
 
-def _measure(job: Job, setup: Setup, results: Results, observer: Observer) -> None:
+def _measure(job: Job, setup: Setup, results: Results, observer: Observer, checkpoint: Checkpoint) -> None:
     """Tune a job's network, and record what it achieves."""
-    if results.record["original"] is None:
+    if of_first(results.record["original"]) is None:
         with stages.own_generators(setup.tuning.seed):
             top1, top5 = stages.evaluate_original(setup, observer)
         with results.update() as record:
             record["original"] = {"top1": top1, "top5": top5}
-    original = results.record["original"]
-    converted = run(setup, observer, (original["top1"], original["top5"]))
+    original = of_first(results.record["original"])
+    converted = run(setup, observer, (original["top1"], original["top5"]), checkpoint)
     manifest = converted.manifest
     evaluation = manifest.validation
     assert evaluation is not None, "a conversion ends with an evaluation"
@@ -151,7 +162,9 @@ def _save_answers(path: Path, setup: Setup, converted: Converted, observer: Obse
     answers = confident_answers(network.run(images).logits for images in held_out.batches)
     assert manifest.validation is not None and held_out.targets is not None, "both were measured"
     static = StaticNetwork(manifest.validation.cost, answers, validation)
-    save_answers(path, static, held_out.targets, torch.cat(targets))
+    validation_targets = join_batches(targets)
+    if is_first():
+        save_answers(path, static, held_out.targets, validation_targets)
 
 
 def _update_cascades(seed: int, config: SweepConfig, results: Results) -> None:

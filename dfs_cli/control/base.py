@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.operating_point import OperatingPoint
 from dfs_cli.cost.table import CostTable
+from dfs_cli.distributed import of_all
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Output, TuningTarget, View
 from dfs_cli.presets import FULL_BITS
@@ -63,26 +64,32 @@ class HeldOut(NamedTuple):
     """The images held out of training, as the operating point is set on them.
 
     Args:
-        batches: (N, C, H, W) each, on the network's device.
-        targets: (N,) class indices of all of them; None: not known.
+        batches: (N, C, H, W) each, on the network's device; of several processes, each has a share of the images.
+        targets: (N,) class indices of all of them, of all processes; None: not known.
     """
 
     batches: Sequence[Tensor]
     targets: Tensor | None = None
 
     def __len__(self) -> int:
-        return sum(len(batch) for batch in self.batches)
+        return sum(of_all(sum(len(batch) for batch in self.batches)))
 
     @torch.inference_mode()
     def measure(self, network: DynamicResNet, table: CostTable) -> tuple[Tensor, float | None]:
         """The costs (N,) of the images at the present operating point, and their top-1."""
         outputs = [network.run(images) for images in self.batches]
-        costs = torch.cat([table.cost(output.decisions).cpu() for output in outputs])
-        return costs, self.top1(torch.cat([output.logits.argmax(dim=1) for output in outputs]))
+        costs = join_batches([table.cost(output.decisions) for output in outputs])
+        return costs, self.top1(join_batches([output.logits.argmax(dim=1) for output in outputs]))
 
     def top1(self, answers: Tensor) -> float | None:
         """Percent of the images that ``answers`` (N,) are right for; None where classes are not known."""
         return None if self.targets is None else 100 * float((answers.cpu() == self.targets).double().mean())
+
+
+def join_batches(values: Sequence[Tensor]) -> Tensor:
+    """The values (N,) of all batches of all processes, in order, on the CPU."""
+    parts = [torch.cat(list(values)).cpu()] if values else []
+    return torch.cat([part for some in of_all(parts) for part in some])
 
 
 class Controller(nn.Module, ABC):
@@ -241,7 +248,8 @@ class Ceiling(nn.Module):
 
     def cost(self, table: CostTable, index: int) -> float:
         """The cost of a pass with every block at its dearest."""
-        return float(table.pass_cost(self.highest[None].cpu(), index))
+        costs = table.option_costs[index].masked_fill(self.forbidden().cpu(), 0.0)
+        return table.fixed_cost(index) + float(costs.max(dim=1).values.sum())
 
     def check(self) -> None:
         """Raises ValueError where an option is none of those there are."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell
+from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell, join_batches
 from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
 from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, mix_within, sufficient_cost
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
@@ -23,8 +23,10 @@ from dfs_cli.cost.operating_point import (
     sampling_error,
 )
 from dfs_cli.cost.table import CostTable
+from dfs_cli.distributed import joined_rows, of_first
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
+from dfs_cli.nn.quantization import BYTE_BITS
 
 ALWAYS_REFINE, NEVER_REFINE = -1e9, 1e9
 """Thresholds below and above every uncertainty; finite, so that they can be written as JSON."""
@@ -35,10 +37,10 @@ LEAST_MULTIPLIER = 1e-3
 _TRAINED_SHARE = 0.2  # of a batch, at most, takes the second pass in tuning: a step stays cheap
 # Of the budget, what the first pass costs, unless the cheapest mix costs more.
 _FIRST_SHARE = 0.65
-# More than this for all images is wasted on the first pass: six bits lose next to nothing.
-_FIRST_LIMIT = 0.04
+# Of what all costs at 8 bits, more than this for all images is wasted on the first pass: six bits lose next to nothing.
+_FIRST_LIMIT = 0.64
 # The share of images planned for the second pass; more where each would cost more than eight bits do.
-_SECOND_SHARE, _SECOND_LIMIT = 0.2, 0.0625
+_SECOND_SHARE = 0.2
 # A second pass costs at least this share of the first: a much poorer look has nothing to add.
 _SECOND_LEAST = 0.6
 # Left for the second pass at least, where the first can cost no less than the budget.
@@ -147,20 +149,24 @@ class ProbeController(Controller):
         )
 
     def _unsure(self, first: Tensor, decisions: Decisions | None, target: TuningTarget | None) -> Tensor:
-        """(N,), whether an image takes the second pass, from the first one's logits (N, classes)."""
+        """(N,), whether an image takes the second pass, from the first one's logits (N, classes).
+
+        In tuning, of several processes, they are the least sure ones of all of them.
+        """
         if decisions is not None:
             return decisions.ran[:, 1]
         if target is None:
             return uncertainty(first) > self.operating_point
-        images = len(first)
+        uncertain, own = joined_rows(uncertainty(first.detach()))
+        images = len(uncertain)
         wanted = min(images, max(round(target.share * images), 1 if target.share > 0 else 0))
-        chosen = uncertainty(first.detach()).topk(wanted).indices
+        chosen = uncertain.topk(wanted).indices
         limit = max(1, round(_TRAINED_SHARE * images))
         if self.training and len(chosen) > limit:
-            chosen = chosen[torch.randperm(len(chosen), device=chosen.device)[:limit]]
+            chosen = chosen[of_first(torch.randperm(len(chosen), device=chosen.device))[:limit]]
         unsure = torch.zeros(images, dtype=torch.bool, device=first.device)
         unsure[chosen] = True
-        return unsure
+        return unsure[own]
 
     @torch.no_grad()
     def start(
@@ -181,20 +187,21 @@ class ProbeController(Controller):
         shift_preference(self.gate.preference, sensitivity.blocks)
         if request.is_bound:
             return self._start_within(network, table, sensitivity.blocks, request.budget, sample)
-        dearest, budget = table.dearest_pass(1), request.budget
+        dearest, budget, all_8_bit = table.dearest_pass(1), request.budget, table.uniform_cost(BYTE_BITS)
+        limit = _FIRST_LIMIT * all_8_bit
         if not request.spend:
             # More bits in the first pass gain nothing.
             enough = sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)
-            budget = min(budget, max(min(enough, _FIRST_LIMIT), table.cheapest) / _FIRST_SHARE)
+            budget = min(budget, max(min(enough, limit), table.cheapest) / _FIRST_SHARE)
         # No more than what the budget's part allows, no less than what the second pass cannot spend.
-        first = max(min(_FIRST_SHARE * budget, _FIRST_LIMIT), min(table.cheapest, budget), budget - dearest)
-        self.policy.copy_(best_block_mix(table, sensitivity.blocks, first))
+        first = max(min(_FIRST_SHARE * budget, limit), min(table.cheapest, budget), budget - dearest)
+        self.policy.copy_(best_block_mix(table, sensitivity.blocks, first - table.controller_costs[0]))
         rest = max(budget - self._first_cost(table), _LEAST_REST * budget)
         share = _SECOND_SHARE
         # The deviation of the cost between images is rest * sqrt((1 - share) / share).
         allowed = _PLANNED_ERROR * budget / (rest * sampling_error(1.0, request.held_out, request.images))
         share = max(share, 1 / (1 + allowed**2))
-        share = min(1.0, max(share, rest / min(dearest, _SECOND_LIMIT)))
+        share = min(1.0, max(share, rest / min(dearest, all_8_bit)))
         second = max(rest / share, _SECOND_LEAST * (budget - rest))
         self.cost_multiplier = self._multiplier_for(table, second)
         self._normalise_input(network, sample)
@@ -251,7 +258,7 @@ class ProbeController(Controller):
             """Outputs and costs (N,) of the held-out images, all of them in both passes."""
             self.cost_multiplier, self.operating_point = multiplier, ALWAYS_REFINE
             outputs = [network.run(images) for images in held_out.batches]
-            costs = torch.cat([table.cost(output.decisions) for output in outputs]).cpu()
+            costs = join_batches([table.cost(output.decisions) for output in outputs])
             tell(multiplier, float(costs.mean()))
             return outputs, costs
 
@@ -262,9 +269,9 @@ class ProbeController(Controller):
             self.cost_multiplier, self.operating_point = point.value, ALWAYS_REFINE
             return OperatingPoint(ALWAYS_REFINE, point.cost)
         first_answers, answers = (
-            torch.cat([output.answers[i].logits.argmax(dim=1) for output in outputs]).cpu() for i in (0, 1)
+            join_batches([output.answers[i].logits.argmax(dim=1) for output in outputs]) for i in (0, 1)
         )
-        uncertain = torch.cat([uncertainty(output.answers[0].logits) for output in outputs]).cpu()
+        uncertain = join_batches([uncertainty(output.answers[0].logits) for output in outputs])
         order = uncertain.argsort(descending=True)
         first = self._first_cost(table)
         # The most uncertain images whose second passes can be paid.
@@ -306,7 +313,11 @@ class ProbeController(Controller):
         self.tuned_multiplier.copy_(self.multiplier)
         super().freeze()
 
+    @torch.no_grad()
     def force(self, policies: Tensor) -> None:
-        """The first pass alone."""
-        self.policy.copy_(torch.atleast_2d(policies)[0])
-        self.operating_point = NEVER_REFINE
+        """The first pass alone; a second one, at another operating point, has the last of the policies."""
+        rows = torch.atleast_2d(policies)
+        self.policy.copy_(rows[0])
+        nn.init.zeros_(self.gate.head.weight)
+        self.gate.preference.copy_(nn.functional.one_hot(rows[-1], self.gate.options))
+        self.cost_multiplier, self.operating_point = 0.0, NEVER_REFINE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class StaticController(Controller):
 
     def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:
         """The best mix per layer and the best mix per block; one where they are the same, or where the other cannot be had.
-        Where there is one option, all of that."""
+        With costs on a device, the best mix per block. Where there is one option, all of that."""
         if len(table.options) == 1:
             (bits,) = table.options
             return [table.with_layer_bits({layer.name: bits for layer in table.layers if layer.block is not None})]
@@ -83,8 +83,9 @@ class StaticController(Controller):
             least = 0.0  # and as many bits as there may be: what harm they do to real images is not known
         elif not request.spend:
             budget, least = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)), 0.0
-        mixes = [best_layer_mix(table, sensitivity, budget, least)]
-        with suppress(ConfigError):  # blocks are coarser than layers
+        # On a device a block's cost is known, not that of its layers.
+        mixes = [] if table.device is not None else [best_layer_mix(table, sensitivity, budget, least)]
+        with suppress(ConfigError) if mixes else nullcontext():  # blocks are coarser than layers
             options = best_block_mix(table, sensitivity.blocks, budget, least)
             layers = [layer for layer in table.layers if layer.block is not None]
             mixes.append({layer.name: table.options[int(options[layer.block or 0])] for layer in layers})
@@ -186,9 +187,10 @@ def mix_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[Te
         ConfigError: no mix costs so little.
     """
     harms = sensitivity.double().cpu()
-    alone = best_block_mix(table, sensitivity, budget)
-    half = (budget - table.controller_costs[1]) / 2
-    if half < table.cheapest:
+    first, second = table.controller_costs
+    alone = best_block_mix(table, sensitivity, budget - first)
+    half = (budget - first - second) / 2
+    if half + first < table.cheapest:
         return alone, False
     mix = best_block_mix(table, sensitivity, half)
     harm_alone, harm_of_each = (float(harms.gather(1, m[:, None]).sum()) for m in (alone, mix))

@@ -1,7 +1,8 @@
-"""What the original network achieves, where a conversion had no images to find that out on."""
+"""The network that was converted, and what it achieves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import DataConfig
 from dfs_cli.conversion.defaults import default_data
-from dfs_cli.conversion.setup import EVAL_BATCH, eval_batch
+from dfs_cli.conversion.setup import eval_batch
 from dfs_cli.data.images import UnreadableLog
 from dfs_cli.data.loading import choose_workers, eval_loader
 from dfs_cli.data.splits import open_validation
@@ -28,28 +29,41 @@ def original_top1(
     Raises:
         DataError: images are missing or unreadable, or have other classes.
     """
-    try:
-        model = _load(manifest)
-    except DfsError as error:
-        observer.note(f"the original cannot be compared: {error}")
-        return None
+    model = load_original(manifest, say=observer.note)
     if model is None:
-        observer.note(f"the original cannot be compared: its weights ({manifest.source.weights}) are not at hand")
         return None
     images = open_validation(default_data(manifest.architecture, data), manifest.preprocessing, manifest.classes)
-    workers = choose_workers(workers, images, manifest.preprocessing, EVAL_BATCH)
+    batch_size = eval_batch(manifest.preprocessing)
+    workers = choose_workers(workers, images, manifest.preprocessing, batch_size)
     observer.stage("original", len(images))
     log = UnreadableLog("validation", len(images))
-    loader = eval_loader(images, eval_batch(manifest.preprocessing), workers, device.type == "cuda")
+    loader = eval_loader(images, batch_size, workers, device.type == "cuda")
     top1, _ = evaluate_accuracy(model.to(device), loader, device, log, observer.advance)
     return top1
 
 
-def _load(manifest: Manifest) -> nn.Module | None:
-    weights = manifest.source.weights
+def load_original(
+    manifest: Manifest, checkpoint: Path | None = None, say: Callable[[str], None] = lambda text: None
+) -> nn.Module | None:
+    """The network that was converted; None where its weights are not at hand.
+
+    Args:
+        checkpoint: its weights; None: those that the manifest names.
+        say: told why there is none.
+
+    Raises:
+        WeightsError: ``checkpoint`` cannot be read or does not fit.
+    """
+    args, weights = manifest.model_args, manifest.source.weights
+    if checkpoint is not None:
+        return load_model(manifest.architecture, True, checkpoint, args.num_classes, args.in_chans)
     if weights is None or weights in ("random", "given by the caller"):
+        say(f"the original cannot be compared: its weights ({weights}) are not at hand")
         return None
-    args = manifest.model_args
-    if Path(weights).is_file():
-        return load_model(manifest.architecture, True, Path(weights), args.num_classes, args.in_chans)
-    return load_model(weights, True, None, args.num_classes, args.in_chans)
+    try:
+        if Path(weights).is_file():
+            return load_model(manifest.architecture, True, Path(weights), args.num_classes, args.in_chans)
+        return load_model(weights, True, None, args.num_classes, args.in_chans)
+    except DfsError as error:
+        say(f"the original cannot be compared: {error}")
+        return None

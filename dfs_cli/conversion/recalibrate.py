@@ -10,7 +10,7 @@ from dfs_cli.control.base import Request, controller_of
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.defaults import default_data
-from dfs_cli.conversion.setup import EVAL_BATCH
+from dfs_cli.conversion.setup import eval_batch
 from dfs_cli.cost.operating_point import LOWEST_SHARE
 from dfs_cli.data.images import Images, UnreadableLog
 from dfs_cli.data.loading import choose_workers
@@ -77,7 +77,7 @@ def recalibrate(
         controller_of(network).uses_hard_crops(spend),
         manifest.preprocessing,
         tuning,
-        choose_workers(workers, data, manifest.preprocessing, EVAL_BATCH, observer.note),
+        choose_workers(workers, data, manifest.preprocessing, eval_batch(manifest.preprocessing), observer.note),
         network.device,
         UnreadableLog("held-out", len(data)),
         observer,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dfs_cli.artifact.manifest import ModelArgs
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import (
     Configuration,
     DataConfig,
@@ -28,6 +29,8 @@ from dfs_cli.conversion.defaults import (
     describe_source,
     resolve_device,
 )
+from dfs_cli.conversion.identity import SPLITS, identity_of
+from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.cost.table import CostTable
 from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.data.classes import check_class_count
@@ -35,6 +38,7 @@ from dfs_cli.data.images import Images
 from dfs_cli.data.loading import choose_workers
 from dfs_cli.data.preprocessing import hard_crop_transform, resolve_preprocessing
 from dfs_cli.data.splits import Splits, open_splits
+from dfs_cli.distributed import of_first, size
 from dfs_cli.errors import ConfigError, DataError
 from dfs_cli.models.zoo import load_model
 from dfs_cli.nn.quantization import BYTE_BITS
@@ -48,7 +52,9 @@ from dfs_cli.synthesis.work import Work, plan_work
 EVAL_BATCH = 256
 """Images per batch where nothing is trained, at most."""
 
-_MOST_PIXELS = 1 << 22  # of a batch: a few GiB of features
+_MOST_PIXELS = 1 << 21  # of a batch: a few GiB of features
+
+_WORK = "work"  # in the checkpoint: a machine takes another time when it is measured again
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Setup:
             preprocessing=self.preprocessing,
             device=str(self.device),
             steps=self.steps,
-            images={k: len(getattr(self.splits, k)) for k in ("train", "calibration", "validation")},
+            images={k: len(getattr(self.splits, k)) for k in SPLITS},
             versions={"torch": str(torch.__version__), "timm": timm.__version__},
             threads=torch.get_num_threads(),
         )
@@ -129,11 +135,13 @@ def prepare(
     source: Source | None = None,
     spend: bool = False,
     observer: Observer | None = None,
+    costs: DeviceCosts | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Setup:
     """Resolve and check everything; nothing is tuned yet. Where there are no images, they are made last. See
     :func:`dfs_cli.conversion.convert.convert` for arguments and errors."""
     check_budget(budget)
-    observer = observer or Observer()
+    observer, checkpoint = observer or Observer(), checkpoint or Checkpoint()
     module = load_model(model) if isinstance(model, str) else model
     if source is None:
         source = describe_source(module, None if isinstance(model, str) else "given by the caller")
@@ -145,23 +153,32 @@ def prepare(
     device = resolve_device(tuning.device)
     preprocessing = preprocessing or resolve_preprocessing(module)
     plan = plan_surgery(module)
+    if costs is not None:
+        dynamic = _without_dominated(dynamic, costs, observer)
     table = plan_costs(module, dynamic, preprocessing.input_size, plan)
+    if costs is not None:
+        table = table.on_device(costs, dynamic.gate)
     table.check_budget(budget, spend)
     synthesis = None
     if isinstance(data, SynthesisConfig):
         if spend:
             raise ConfigError("--spend needs images: without them the cost is a bound, not a mean that can be reached")
+        checkpoint.identify(identity_of(module, budget, spend, data, dynamic, tuning, preprocessing, costs, None))
         splits, synthesis, tuning = _make_splits(
-            module, preprocessing, data, tuning, table, budget, dynamic.mirror, device, observer
+            module, preprocessing, data, tuning, table, budget, dynamic.mirror, device, observer, checkpoint
         )
     else:
         splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed)
-    for name in ("train", "calibration", "validation"):
+        checkpoint.identify(identity_of(module, budget, spend, data, dynamic, tuning, preprocessing, costs, splits))
+    for name in SPLITS:
         if not len(getattr(splits, name)):
             raise DataError(f"the {name} split has no images")
     check_class_count(splits.class_names, model_args.num_classes)
     batch_size = min(tuning.batch_size, len(splits.train))
-    workers = choose_workers(tuning.workers, splits.train, preprocessing, max(batch_size, EVAL_BATCH), observer.note)
+    if batch_size < size():
+        raise ConfigError(f"batch-size {batch_size} is less than one image for each of {size()} processes")
+    largest = max(batch_size, eval_batch(preprocessing))
+    workers = choose_workers(tuning.workers, splits.train, preprocessing, largest, observer.note)
     for images in (splits.train, splits.validation):  # now that nothing can be refused any more
         if images.note:
             observer.note(images.note)
@@ -184,6 +201,16 @@ def prepare(
     )
 
 
+def _without_dominated(dynamic: DynamicConfig, costs: DeviceCosts, observer: Observer) -> DynamicConfig:
+    """The settings without options that a wider one is as cheap as."""
+    useful = costs.useful(dynamic.bits)
+    if left_out := [bits for bits in dynamic.bits if bits not in useful]:
+        observer.note(
+            f"options of {','.join(map(str, left_out))} bits are left out: {','.join(map(str, useful))} bits cost no more there"
+        )
+    return dynamic.replace(bits=useful)
+
+
 def _make_splits(
     model: nn.Module,
     preprocessing: Preprocessing,
@@ -194,13 +221,21 @@ def _make_splits(
     mirror: bool,
     device: torch.device,
     observer: Observer,
+    checkpoint: Checkpoint,
 ) -> tuple[Splits, SynthesisConfig, TuningConfig]:
     """Splits of images made from ``model``, how many were made and how, and how to tune on them: without labels."""
     if config.kind == "distilled":
         check_remembers(model, len(table.blocks))
-    few_bits = budget < table.passes * mac_cost(BYTE_BITS)
-    observer.stage("timing this machine", None)
-    work = plan_work(model, preprocessing, table.dense_macs, config, few_bits, device)
+    if table.device is None:
+        few_bits = budget < table.passes * mac_cost(BYTE_BITS)
+    else:
+        few_bits = any(0 < bits < BYTE_BITS for bits in table.options)
+    if (known := checkpoint.get(_WORK)) is not None:
+        work = Work.from_dict(known)
+    else:
+        observer.stage("timing this machine", None)
+        work = of_first(plan_work(model, preprocessing, table.dense_macs, config, few_bits, device))
+        checkpoint.keep(_WORK, work.to_dict())
     if tuning.steps is None and tuning.epochs is None:
         tuning = tuning.replace(steps=work.tuning_steps)
     # 8 bits need next to no tuning, and made images may lead the weights astray.
@@ -210,7 +245,7 @@ def _make_splits(
     )
     for text in _what_is_done(work, config, few_bits, mirror):
         observer.note(text)
-    made = make_images(model, preprocessing, work, tuning.seed, device, observer)
+    made = make_images(model, preprocessing, work, tuning.seed, device, observer, checkpoint)
     steps = sum(stage.steps for stage in work.stages) or None
     return synthetic_splits(model, preprocessing, made, device), config.replace(images=work.images, steps=steps), tuning
 

@@ -24,9 +24,9 @@ from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler, eval_loader, load_all, train_loader
 from dfs_cli.data.preprocessing import train_transform
+from dfs_cli.distributed import joined_rows, of_first, rank, share, size
 from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
-from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.observer import Observer
@@ -36,7 +36,7 @@ from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.swap import make_dynamic, verify_conversion
 from dfs_cli.tuning.loop import seed_everything, tune
 from dfs_cli.tuning.sensitivity import divergence, measure
-from dfs_cli.tuning.state import start_state
+from dfs_cli.tuning.state import TuningState, start_state
 
 _TIMED_STEPS = 8
 
@@ -65,7 +65,9 @@ class Planned(NamedTuple):
 def own_generators(seed: int) -> Iterator[None]:
     """Seed everything random, and leave the caller's generators as they were."""
     python = random.getstate()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    # Of several processes, each leaves the others' devices alone.
+    there = torch.cuda.device_count()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if size() > 1 and there else range(there)):
         seed_everything(seed)
         try:
             yield
@@ -73,20 +75,20 @@ def own_generators(seed: int) -> Iterator[None]:
             random.setstate(python)
 
 
+def unreadable_log(setup: Setup) -> UnreadableLog:
+    """Of the training images, held-out ones among them."""
+    return UnreadableLog("training", len(setup.splits.train) + len(setup.splits.calibration))
+
+
 def make_network(setup: Setup, observer: Observer) -> Planned:
     """Surgery, step sizes, agreement with the original, sensitivities, and the controller's start."""
     teacher = copy.deepcopy(setup.model).to(setup.device).eval()
     splits = setup.splits
-    unreadable = UnreadableLog("training", len(splits.train) + len(splits.calibration))
+    unreadable = unreadable_log(setup)
     network = make_dynamic(teacher, setup.dynamic, setup.table, setup.plan).network
-    held_out = len(splits.calibration)
-    count = min(eval_batch(setup.preprocessing), held_out)
-    # From all over: in a folder the images of a class stand side by side.
-    some = splits.calibration.subset([i * held_out // count for i in range(count)])
+    some = splits.calibration.spread(eval_batch(setup.preprocessing))
     observer.stage("loading held-out images", len(some))
-    (sample, *_), _ = load_all(
-        some, eval_batch(setup.preprocessing), setup.workers, setup.device, unreadable, observer.advance
-    )
+    (sample, *_), _ = load_all(some, len(some), setup.workers, setup.device, unreadable, observer.advance)
     observer.stage("measuring", None)
     fit_steps(network, sample)
     verify_conversion(teacher, network, sample[:8])
@@ -100,17 +102,20 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
             equalise(network, gains)
             fit_steps(network, sample)
         candidates.append((network, table))
-    if len(candidates) > 1:
-        candidates.sort(key=lambda candidate: divergence(candidate[0], teacher, sample))
-    network, table = candidates[0]
-    target = controller_of(network).start(network, table, sensitivity, setup.request, sample)
+    harms = [divergence(candidate, teacher, sample) for candidate, _ in candidates] if len(candidates) > 1 else [0.0]
+    network, table = candidates[of_first(harms.index(min(harms)))]
+    target = of_first(controller_of(network).start(network, table, sensitivity, setup.request, sample))
+    if size() > 1:  # all begin with the same numbers, to the last bit
+        point = of_first(network.controller.operating_point)
+        network.load_state_dict(of_first({name: tensor.cpu() for name, tensor in network.state_dict().items()}))
+        network.controller.operating_point = point
     return Planned(network, table, target, teacher, unreadable, agreement)
 
 
 def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
     """Top-1 and top-5 of the original network on the validation split, in percent."""
     validation = setup.splits.validation
-    observer.stage("original", len(validation))
+    observer.stage("original", len(share(len(validation))))
     log = UnreadableLog("validation", len(validation))
     model = copy.deepcopy(setup.model).to(setup.device).eval()
     # A loader draws a number: tuning must not depend on whether the original was evaluated before.
@@ -123,19 +128,36 @@ def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
 
 
 def validation_loader(setup: Setup) -> DataLoader[Batch]:
-    """The validation images, in order."""
-    return eval_loader(setup.splits.validation, eval_batch(setup.preprocessing), setup.workers, setup.pin)
+    """This process's share of the validation images, in order."""
+    validation = setup.splits.validation
+    images = validation.subset(share(len(validation)))
+    return eval_loader(images, eval_batch(setup.preprocessing), setup.workers, setup.pin)
 
 
-def tune_network(setup: Setup, planned: Planned, observer: Observer) -> None:
-    """Tune the network, in place, and freeze it."""
+def start_tuning(setup: Setup, planned: Planned) -> TuningState:
+    """The state of tuning before the first step. From here on, each process draws its own numbers."""
+    state = start_state(planned.network, setup.tuning, setup.steps_per_epoch)
+    if rank():
+        seed_everything((setup.tuning.seed * 1_000_003 + rank()) % 2**63)
+    return state
+
+
+def tune_network(
+    setup: Setup, planned: Planned, state: TuningState, observer: Observer, after_step: Callable[[], None]
+) -> None:
+    """Tune the network, in place, from ``state`` on."""
     tuning, train = setup.tuning, setup.splits.train
     if train.transform is not None:
         train = train.with_transform(train_transform(setup.preprocessing, tuning.hflip, tuning.min_crop))
-    sampler = EpochSampler(len(train), tuning.seed)
-    loader = train_loader(train, sampler, tuning.batch_size, setup.workers, setup.pin)
-    state = start_state(planned.network, tuning, setup.steps_per_epoch)
+    sampler = EpochSampler(len(train), tuning.seed, tuning.batch_size if size() > 1 else None)
+    loader = train_loader(train, sampler, len(share(tuning.batch_size)), setup.workers, setup.pin)
     observer.stage("tuning", state.total_steps)
+    tell = _with_estimate(observer)
+
+    def on_step(record: StepRecord) -> None:
+        tell(record)
+        after_step()
+
     tune(
         state,
         planned.teacher,
@@ -145,9 +167,9 @@ def tune_network(setup: Setup, planned: Planned, observer: Observer) -> None:
         tuning,
         setup.device,
         planned.unreadable,
-        _with_estimate(observer),
+        on_step,
+        observer.note,
     )
-    freeze_weights(planned.network)
 
 
 def _with_estimate(observer: Observer) -> Callable[[StepRecord], None]:
@@ -175,14 +197,18 @@ def held_out_images(
     unreadable: UnreadableLog,
     observer: Observer,
 ) -> HeldOut:
-    """Held-out images in memory (every operating point is tried on all of them), and their classes.
+    """Held-out images in memory (every operating point is tried on all of them), and their classes. Of several processes each
+    has a share of the images.
 
     Args:
         use_hard_crops: as the controller's ``uses_hard_crops`` says.
     """
     shown = hard_crops(images, preprocessing, tuning) if use_hard_crops else images
+    shown = shown.subset(share(len(shown)))
     observer.stage("loading held-out images", len(shown))
-    return HeldOut(*load_all(shown, eval_batch(preprocessing), workers, device, unreadable, observer.advance))
+    batches, targets = load_all(shown, eval_batch(preprocessing), workers, device, unreadable, observer.advance)
+    unreadable.join()
+    return HeldOut(batches, joined_rows(targets)[0])
 
 
 def set_operating_point(
@@ -204,7 +230,7 @@ def finish(
             are the labels.
     """
     validation = setup.splits.validation
-    observer.stage("validation", len(validation))
+    observer.stage("validation", len(share(len(validation))))
     log = UnreadableLog("validation", len(validation))
     network, table = planned.network, planned.table
     evaluation = evaluate_network(

@@ -12,9 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dfs_cli.config import GateKind
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
+from dfs_cli.cost.device import STATIC_BITS, DeviceCosts
 from dfs_cli.cost.operating_point import LOWEST_SHARE
-from dfs_cli.cost.weighting import mac_cost
+from dfs_cli.cost.weighting import UNIT, mac_cost
 from dfs_cli.errors import ConfigError
 from dfs_cli.validation import Json, validated
 
@@ -40,7 +42,8 @@ class LayerCost(Json):
 
 @validated
 class CostTable(Json):
-    """Cost of the whole network, in the unit of :mod:`dfs_cli.cost.weighting`.
+    """Cost of the whole network, as a fraction of the dense one's: in the unit of :mod:`dfs_cli.cost.weighting`, or in that of
+    a device.
 
     Args:
         options: the K bitwidths, ascending.
@@ -49,6 +52,7 @@ class CostTable(Json):
         controller_macs: (P, L), MACs at 32 bits of deciding before each block, for an image that takes the pass; the dense
             network has none.
         not_counted: operations that have no MACs, and how often they occur.
+        device: costs on a device, of these options and this controller, in place of MACs; None: MACs count.
 
     Raises:
         ConfigError: lengths or indices do not agree.
@@ -67,6 +71,7 @@ class CostTable(Json):
     layers: tuple[LayerCost, ...]
     controller_macs: Annotated[tuple[tuple[Macs, ...], ...], Field(min_length=1)]
     not_counted: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = dataclasses.field(default_factory=dict)
+    device: DeviceCosts | None = None
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.blocks) for row in self.controller_macs):
@@ -86,6 +91,19 @@ class CostTable(Json):
         skipped = {layer.block for layer in self.layers if layer.block is not None and layer.bits == 0}
         if any(layer.block in skipped and layer.bits != 0 for layer in self.layers):
             raise ConfigError("the cost table has a block that is skipped in part")
+        if self.device is not None:
+            self._check_device(self.device)
+
+    def _check_device(self, costs: DeviceCosts) -> None:
+        if costs.blocks.keys() != set(self.blocks):
+            raise ConfigError(f"the costs are of other blocks than the network's, which are {', '.join(self.blocks)}")
+        if costs.options != self.options:
+            raise ConfigError("the costs are of other options than the network's")
+        passes = {len(deciding) for deciding in costs.deciding.values()}
+        if len(costs.deciding) > 1 or not passes <= {self.passes} or (self.passes > 1 and not passes):
+            raise ConfigError(f"the costs of deciding are not those of one gate with {self.passes} passes")
+        if not costs.fixed and not any(map(any, costs.blocks.values())):
+            raise ConfigError("the costs are all zero")
 
     @property
     def passes(self) -> int:
@@ -106,9 +124,26 @@ class CostTable(Json):
                 totals[layer.block] += layer.macs
         return tuple(totals)
 
+    @property
+    def unit(self) -> str:
+        """Of every cost and budget, for people."""
+        if self.device is None:
+            return UNIT
+        return f"{self.device.unit}, as a fraction of the dense float32 network's {self.device.dense:.4g} {self.device.unit}"
+
+    @property
+    def scale(self) -> str:
+        """What a cost is a fraction of, in short."""
+        return "dense 32-bit" if self.device is None else f"dense 32-bit in {self.device.unit}"
+
     @cached_property
     def option_costs(self) -> Tensor:
         """Cost of each option of each block in each pass, (P, L, K) in float64."""
+        if self.device is not None:
+            rows = torch.tensor([self.device.blocks[name] for name in self.blocks], dtype=torch.float64)
+            runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
+            per_block = torch.tensor([per_block for _, per_block in self._deciding], dtype=torch.float64)
+            return (rows + per_block[:, None, None] * runs) / self.device.dense
         options = torch.tensor([mac_cost(b) for b in self.options], dtype=torch.float64)
         option_macs, individual_costs = [0] * len(self.blocks), [0.0] * len(self.blocks)
         for layer in self.layers:
@@ -124,11 +159,21 @@ class CostTable(Json):
     @cached_property
     def controller_costs(self) -> tuple[float, ...]:
         """Cost of deciding in each pass, (P,)."""
+        if self.device is not None:
+            return tuple(always / self.device.dense for always, _ in self._deciding)
         return tuple(sum(row) / self.dense_macs for row in self.controller_macs)
+
+    @property
+    def _deciding(self) -> tuple[tuple[float, float], ...]:
+        """What deciding costs on the device in each pass: in any case, and for each block that runs."""
+        nothing = ((0.0, 0.0),) * self.passes
+        return nothing if self.device is None else next(iter(self.device.deciding.values()), nothing)
 
     @cached_property
     def fixed_layers_cost(self) -> float:
         """Cost of the fixed layers, which every pass runs."""
+        if self.device is not None:
+            return self.device.fixed / self.device.dense
         fixed = sum(layer.macs * mac_cost(layer.bits) for layer in self.layers if layer.block is None and layer.bits)
         return fixed / self.dense_macs
 
@@ -175,8 +220,25 @@ class CostTable(Json):
         return self.fixed_cost(index) + (probs * costs).sum(dim=(1, 2))
 
     def uniform_cost(self, bits: int) -> float:
-        """Cost of the static network, without a controller, that runs everything at ``bits`` bits."""
-        return mac_cost(bits)
+        """Cost of the static network, without a controller, that runs everything at ``bits`` bits; on a device, at 8 bits that
+        of static int8, where it is known, else at the widest option of no more bits."""
+        if self.device is None:
+            return mac_cost(bits)
+        if bits == STATIC_BITS and self.device.static_int8 is not None:
+            return self.device.static_int8 / self.device.dense
+        column = max([i for i, option in enumerate(self.options) if option <= bits], default=0)
+        return self.fixed_layers_cost + float(self.option_costs[0, :, column].sum())
+
+    def on_device(self, costs: DeviceCosts, gate: GateKind) -> CostTable:
+        """The same network with costs on a device.
+
+        Args:
+            gate: whose deciding counts.
+
+        Raises:
+            ConfigError: the costs are of another network, of other options, or not of this gate.
+        """
+        return dataclasses.replace(self, device=costs.narrowed(self.options, gate))
 
     def check_budget(self, budget: float, spend: bool = False) -> None:
         """Check that decisions can keep ``budget`` and, where it is to be spent, reach it.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dfs_cli.data.decode import read_image
+from dfs_cli.distributed import of_all
 from dfs_cli.errors import DataError, printable
 
 UNREADABLE_LIMIT = 0.01
@@ -106,7 +107,14 @@ class Images(Dataset[Sample]):
 
     def subset(self, indices: Sequence[int]) -> Images:
         """Some of the images, by position in this dataset."""
-        return Images(self.source, self.transform, [self.indices[i] for i in indices], self.mode)
+        part = Images(self.source, self.transform, [self.indices[i] for i in indices], self.mode)
+        part.draw = self.draw
+        return part
+
+    def spread(self, count: int) -> Images:
+        """At most ``count`` of the images, from all over: in a folder those of a class stand side by side."""
+        count = min(count, len(self))
+        return self.subset([i * len(self) // count for i in range(count)])
 
     def with_transform(self, transform: Callable[[Any], Tensor]) -> Images:
         """The same images under another transform."""
@@ -170,6 +178,15 @@ class UnreadableLog:
     def __init__(self, split: str, total: int) -> None:
         self.split, self.total = split, total
         self.reasons: dict[str, str] = {}
+
+    def join(self) -> None:
+        """Add what other processes have found.
+
+        Raises:
+            DataError: as :meth:`add`.
+        """
+        for reasons in of_all(self.reasons):
+            self.add([Unreadable(name, reason) for name, reason in reasons.items()])
 
     def add(self, unreadable: Sequence[Unreadable]) -> None:
         """Add images.

@@ -14,16 +14,22 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from dfs_cli.config import Preprocessing
 from dfs_cli.data.images import Batch, Images, InMemory, UnreadableLog, collate
+from dfs_cli.distributed import of_all, share
 from dfs_cli.errors import DataError
 
 _SHARED_MEMORY = Path("/dev/shm")
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation of the images for each epoch, fixed by seed and epoch, from position ``start`` on."""
+    """A permutation of the images for each epoch, fixed by seed and epoch, from position ``start`` on.
 
-    def __init__(self, images: int, seed: int) -> None:
-        self.images, self.seed = images, seed
+    Args:
+        images: how many there are.
+        batch_size: of the batches of all processes together; None: there is one process.
+    """
+
+    def __init__(self, images: int, seed: int, batch_size: int | None = None) -> None:
+        self.images, self.seed, self.batch_size = images, seed, batch_size
         self.epoch = 0
         self.start = 0
 
@@ -33,11 +39,18 @@ class EpochSampler(Sampler[int]):
         return (self.seed * 1_000_003 + self.epoch) % 2**63
 
     def __len__(self) -> int:
-        return self.images - self.start
+        left = self.images - self.start
+        return left if self.batch_size is None else left // self.batch_size * len(share(self.batch_size))
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.draw)
-        yield from torch.randperm(self.images, generator=generator).tolist()[self.start :]
+        order = torch.randperm(self.images, generator=generator).tolist()[self.start :]
+        if self.batch_size is None:
+            yield from order
+            return
+        part = share(self.batch_size)
+        for begin in range(0, len(order) - self.batch_size + 1, self.batch_size):
+            yield from order[begin + part.start : begin + part.stop]
 
 
 class Loader(DataLoader[Batch]):
@@ -131,9 +144,9 @@ def load_all(
         if len(batch.targets):
             batches.append(batch.images.to(device))
             targets.append(batch.targets)
-    if not batches:
+    if not sum(of_all(len(batches))):
         raise DataError(f"none of the {unreadable.split} images is readable")
-    return batches, torch.cat(targets)
+    return batches, torch.cat([torch.empty(0, dtype=torch.long), *targets])
 
 
 def eval_loader(images: Images, batch_size: int, workers: int, pin: bool = False) -> Loader:

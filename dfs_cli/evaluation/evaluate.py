@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterable
 
 import torch
-from timm.utils import AverageMeter, accuracy
 from torch import Tensor, nn
 
+from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, UnreadableLog
+from dfs_cli.distributed import joined_rows, mean, of_all
 from dfs_cli.errors import DataError
 from dfs_cli.evaluation.dynamics import choice_entropy, variance_between_images
 from dfs_cli.freeze.batchnorm import fold_norms
@@ -33,7 +34,8 @@ def evaluate_network(
     """Run the network over ``batches``, and once more with the most common policy where there is more than one.
 
     Args:
-        batches: the same images each time it is iterated.
+        batches: the same images each time it is iterated; of several processes, each has its share of them, and the figures
+            are those of all together.
         layout: memory format of images; the network's weights should have the same.
         on_batch: called after each batch is loaded with the number of its images, readable or not.
 
@@ -41,8 +43,8 @@ def evaluate_network(
         DataError: there is no readable image, or too many are unreadable.
     """
     network = fold_norms(network.eval())
-    top1, top5 = AverageMeter(), AverageMeter()
-    parts, correct, seconds = [], [], 0.0
+    none = torch.empty(0, len(controller_of(network).views), len(network.blocks), dtype=torch.long)
+    parts, hits, seconds = [Decisions(none)], [torch.empty(0, 2, dtype=torch.bool)], 0.0
     for batch in batches:
         unreadable.add(batch.unreadable)
         on_batch(len(batch.targets) + len(batch.unreadable))
@@ -53,39 +55,41 @@ def evaluate_network(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
             output = network.run(images)
         seconds += _now(device) - began
-        _update(top1, top5, output.logits, batch.targets)
+        hits.append(_hits(output.logits, batch.targets))
         parts.append(output.decisions.cpu())
-        correct.append(output.logits.argmax(dim=1).cpu() == batch.targets)
-    if not parts:
+    unreadable.join()
+    own = Decisions.join(parts)
+    decisions = Decisions(joined_rows(own.options)[0])
+    if not len(decisions):
         raise DataError("there is no image to evaluate")
-    decisions = Decisions.join(parts)
     cost = table.cost(decisions)
     common = decisions.most_common()
-    has_common = decisions.equal(common)
+    correct = _with_policy(network, common, torch.cat(hits)[:, 0], own.equal(common), batches, device, amp, layout)
+    top1, top5 = 100 * joined_rows(torch.cat(hits))[0].double().mean(dim=0)
     dynamics = Dynamics(
         policies=decisions.distinct(),
         choice_entropy=choice_entropy(decisions),
         variance_between_images=variance_between_images(table, decisions),
-        common_share=float(has_common.double().mean()),
-        common_top1=_top1_with(network, common, torch.cat(correct), has_common, batches, device, amp, layout),
+        common_share=float(decisions.equal(common).double().mean()),
+        common_top1=100 * mean(correct.double()),
         common_cost=float(table.cost(common)),
     )
     return Evaluation(
         images=len(cost),
-        top1=top1.avg,
-        top5=top5.avg,
+        top1=float(top1),
+        top5=float(top5),
         cost=float(cost.mean()),
         cost_p50=float(cost.quantile(0.5)),
         cost_p95=float(cost.quantile(0.95)),
         cost_max=float(cost.max()),
         choices=decisions.counts(len(table.options)),
-        images_per_second=len(cost) / max(seconds, 1e-9),
+        images_per_second=len(cost) / max(*of_all(seconds), 1e-9),
         dynamics=dynamics,
         unreadable=tuple(unreadable.reasons),
     )
 
 
-def _top1_with(
+def _with_policy(
     network: DynamicResNet,
     decisions: Decisions,
     correct: Tensor,
@@ -94,8 +98,8 @@ def _top1_with(
     device: torch.device,
     amp: bool,
     layout: torch.memory_format,
-) -> float:
-    """Top-1, in percent, with the same decisions for every image.
+) -> Tensor:
+    """(N,), whether each image is classified correctly with the same decisions for all.
 
     Args:
         decisions: for one image.
@@ -111,7 +115,7 @@ def _top1_with(
                 logits = network.run(images, Decisions.alike(decisions.options[0].to(device), len(images))).logits
             correct[others] = logits.argmax(dim=1).cpu() == batch.targets[others - done]
         done += len(batch.targets)
-    return 100 * float(correct.double().mean())
+    return correct
 
 
 @torch.inference_mode()
@@ -127,19 +131,22 @@ def evaluate_accuracy(
     Raises:
         DataError: too many images are unreadable.
     """
-    top1, top5 = AverageMeter(), AverageMeter()
+    hits = [torch.empty(0, 2, dtype=torch.bool)]
     for batch in batches:
         unreadable.add(batch.unreadable)
         on_batch(len(batch.targets) + len(batch.unreadable))
         if len(batch.targets):
-            _update(top1, top5, model(batch.images.to(device, non_blocking=True)), batch.targets)
-    return top1.avg, top5.avg
+            hits.append(_hits(model(batch.images.to(device, non_blocking=True)), batch.targets))
+    unreadable.join()
+    top1, top5 = (100 * mean(column.double()) for column in torch.cat(hits).T)
+    return top1, top5
 
 
-def _update(top1: AverageMeter, top5: AverageMeter, logits: Tensor, targets: Tensor) -> None:
-    values = accuracy(logits.float().cpu(), targets, topk=(1, min(5, logits.shape[1])))
-    top1.update(float(values[0]), len(targets))
-    top5.update(float(values[1]), len(targets))
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N, 2), whether the target is the most likely class, and one of the five most likely ones."""
+    logits = logits.float().cpu()
+    among_five = logits.topk(min(5, logits.shape[1])).indices.eq(targets[:, None]).any(dim=1)
+    return torch.stack([logits.argmax(dim=1) == targets, among_five], dim=1)
 
 
 def _now(device: torch.device) -> float:

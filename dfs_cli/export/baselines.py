@@ -18,8 +18,6 @@ from dfs_cli.export.lower import Lowering
 from dfs_cli.export.network import IMAGES, finish
 from dfs_cli.export.trace import trace
 
-_CALIBRATION_IMAGES = 8
-
 
 def export_dense(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
     """The graph of ``model`` in floating point, serialised.
@@ -39,7 +37,7 @@ def quantize_dense(model: bytes, images: Tensor) -> bytes:
 
     Args:
         model: a serialised graph.
-        images: (N, C, H, W); some of them set the scales of the activations.
+        images: (N, C, H, W), which set the scales of the activations.
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -51,7 +49,7 @@ def quantize_dense(model: bytes, images: Tensor) -> bytes:
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.images: Iterator[np.ndarray] = iter(images[:_CALIBRATION_IMAGES].numpy())
+            self.images: Iterator[np.ndarray] = iter(images.numpy())
 
         def get_next(self) -> dict[str, Any] | None:
             image = next(self.images, None)

@@ -26,7 +26,7 @@ class Parts:
 
     def __init__(self, network: DynamicResNet, input_size: tuple[int, int, int]) -> None:
         self.network, self.input_size = network, input_size
-        stem = _Part(network.backbone, network.features and network.features.at(0))
+        stem = _Part(network.backbone, None if network.features is None else network.features.at(0))
         self._stem, x = trace(stem, _running(network.layout.stem), torch.zeros(1, *input_size))
         features = [x]
         for block in network.blocks:

@@ -119,7 +119,7 @@ class IntegerResult(_Layer):
         if output is not None:
             return output.step()
         if target is None or isinstance(target, ByteFeatures):
-            return target and target.step()
+            return None if target is None else target.step()
         return target.input_step(target.precision.bits) if target.precision.bits <= BYTE_BITS else None
 
     def _target_gain(self) -> Tensor | None:

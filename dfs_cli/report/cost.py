@@ -7,19 +7,35 @@ import io
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
+
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.cost.table import CostTable, LayerCost
-from dfs_cli.cost.weighting import RULE, UNIT, mac_cost
+from dfs_cli.cost.weighting import RULE, mac_cost
 from dfs_cli.errors import ConfigError
 from dfs_cli.presets import FULL_BITS
 from dfs_cli.records import Evaluation
 
-CONVENTIONS = (
+_MACS = (
     "MACs are multiply-accumulates of convolutions and linear maps, as fvcore counts them (each counts as "
-    "one), for one image at the evaluation size.",
-    RULE,
-    "The gate is included, at 32 bits; so is everything else that always runs, and every pass that an image takes.",
+    "one), for one image at the evaluation size."
 )
+_INCLUDED = "The gate is included{}; so is everything else that always runs, and every pass that an image takes."
+
+
+def conventions(table: CostTable) -> list[str]:
+    """How costs are counted, a sentence each."""
+    costs = table.device
+    if costs is None:
+        return [_MACS, RULE, _INCLUDED.format(", at 32 bits")]
+    facts = ", ".join(f"{name} {text}" for name, text in costs.machine.items()) or "an unnamed device"
+    return [
+        _MACS,
+        f"Costs are of {facts}, {'measured' if costs.measured else 'not measured here'}, as fractions of the dense float32 "
+        f"network's {costs.dense:.4g} {costs.unit}; bit-weighted MACs stand beside them.",
+        _INCLUDED.format(""),
+        "A block's cost is divided among its layers by MACs, and so is that of all that always runs.",
+    ]
 
 
 class LayerRow(TypedDict):
@@ -52,11 +68,28 @@ def layer_rows(table: CostTable, evaluation: Evaluation) -> list[LayerRow]:
         )
         for layer in table.layers
     ]
+    if table.device is not None:
+        _divide(table, evaluation, rows)
     macs = [sum(row) for row in table.controller_macs]
     mean_macs = sum(m * share for m, share in zip(macs, evaluation.pass_shares, strict=True))
     gate = _row("gate", None, sum(macs), mean_macs / max(1, sum(macs)), {FULL_BITS: 1.0}, table.dense_macs)
     gate["dense_share"] = 0.0  # the dense network has no gate
+    if table.device is not None:
+        shares = zip(table.controller_costs, evaluation.pass_shares, strict=True)
+        gate["mean_cost"] = sum(cost * share for cost, share in shares)
     return [*rows, gate] if sum(macs) else rows
+
+
+def _divide(table: CostTable, evaluation: Evaluation, rows: list[LayerRow]) -> None:
+    """Costs on a device are known for whole blocks, and for all that always runs: divide them among the layers by MACs."""
+    choices = torch.tensor(evaluation.choices, dtype=torch.float64) / evaluation.images
+    means: dict[int | None, float] = dict(enumerate((choices * table.option_costs).sum(dim=(0, 2)).tolist()))
+    means[None] = table.fixed_layers_cost * evaluation.passes
+    macs: dict[int | None, int] = {}
+    for layer in table.layers:
+        macs[layer.block] = macs.get(layer.block, 0) + layer.macs
+    for layer, row in zip(table.layers, rows, strict=True):
+        row["mean_cost"] = means[layer.block] * layer.macs / (macs[layer.block] or 1)
 
 
 def layer_shares(table: CostTable, evaluation: Evaluation, layer: LayerCost) -> dict[int, float]:
@@ -84,6 +117,11 @@ def _row(name: str, block: str | None, macs: int, runs: float, histogram: dict[i
         mean_bitweighted_macs=bitweighted,
         mean_cost=bitweighted / dense,
     )
+
+
+def bitweighted_gmacs(table: CostTable, evaluation: Evaluation) -> float:
+    """Bit-weighted multiply-accumulates of an image, in the mean, whatever costs count."""
+    return sum(row["mean_bitweighted_macs"] for row in layer_rows(table, evaluation)) / 1e9
 
 
 def dynamics_record(evaluation: Evaluation) -> dict[str, Any]:
@@ -131,13 +169,15 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "model": manifest.architecture,
         "source": manifest.source.to_dict(),
         "budget": manifest.budget,
-        "unit": UNIT,
+        "unit": table.unit,
+        "scale": table.scale,
+        "device": device_record(table),
         "spend": manifest.spend,
         "keeps_budget": manifest.keeps_budget,
         "agreement": manifest.agreement.to_dict() if manifest.agreement else None,
         "held_out": manifest.held_out.to_dict() if manifest.held_out else None,
         "operating_point": manifest.operating_point,
-        "conventions": list(CONVENTIONS),
+        "conventions": conventions(table),
         "data_free": evaluation.is_synthetic,
         "bound": manifest.bound,
         "top1_before": manifest.source.top1,
@@ -154,7 +194,7 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "cost_always": table.fixed_cost(0),
         "reachable_budgets": list(manifest.movable or (table.cheapest, table.dearest)),
         "gmacs_dense": table.dense_macs / 1e9,
-        "gmacs_bitweighted": table.dense_macs * evaluation.cost / 1e9,
+        "gmacs_bitweighted": bitweighted_gmacs(table, evaluation),
         "option_shares": option_shares(table, evaluation),
         "dynamics": dynamics_record(evaluation),
         "layers": layer_rows(table, evaluation),
@@ -162,6 +202,14 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "unreadable_images": list(evaluation.unreadable),
         "configuration": manifest.configuration.to_dict() if manifest.configuration else None,
     }
+
+
+def device_record(table: CostTable) -> dict[str, Any] | None:
+    """The device that costs are of, without the costs of its blocks; None where MACs count."""
+    if table.device is None:
+        return None
+    known = ("unit", "measured", "machine", "dense", "static_int8", "error")
+    return {name: value for name, value in table.device.to_dict().items() if name in known}
 
 
 def evaluation_record(manifest: Manifest, evaluation: Evaluation, param_count: float) -> dict[str, Any]:
@@ -177,10 +225,11 @@ def evaluation_record(manifest: Manifest, evaluation: Evaluation, param_count: f
         "cost_p95": evaluation.cost_p95,
         "cost_max": evaluation.cost_max,
         "budget": manifest.budget,
+        "scale": table.scale,
         "keeps_budget": manifest.keeps_budget,
         "cost_all_8_bit": table.uniform_cost(8),
         "gmacs_dense": table.dense_macs / 1e9,
-        "gmacs_bitweighted": table.dense_macs * evaluation.cost / 1e9,
+        "gmacs_bitweighted": bitweighted_gmacs(table, evaluation),
         "param_count": param_count,
         "img_size": preprocessing.input_size[-1],
         "crop_pct": preprocessing.crop_pct,
@@ -228,7 +277,8 @@ def plan_record(name: str, table: CostTable, budget: float) -> dict[str, Any]:
     return {
         "model": name,
         "budget": budget,
-        "unit": UNIT,
+        "unit": table.unit,
+        "device": device_record(table),
         "dense_macs": table.dense_macs,
         "reachable_budgets": [table.cheapest, table.dearest],
         "cost_all_8_bit": table.uniform_cost(8),

@@ -65,7 +65,7 @@ def render_markdown(report: dict[str, Any]) -> str:
         "| | original | dynamic |",
         "|---|---:|---:|",
         *_accuracy(report),
-        f"| cost, fraction of dense 32-bit | 1 | {report['cost']:.4f} |",
+        f"| cost, fraction of {report['scale']} | 1 | {report['cost']:.4f} |",
         f"| GMACs, bit-weighted | {report['gmacs_dense']:.4g} | {report['gmacs_bitweighted']:.4g} |",
         "",
         f"Cost per image: median {report['cost_p50']:.4f}, 95th percentile {report['cost_p95']:.4f}, "

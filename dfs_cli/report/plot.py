@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.atomic import File
@@ -67,6 +68,58 @@ def plot_choices(manifest: Manifest, evaluation: Evaluation) -> Figure:
         f"{manifest.architecture}: cost {evaluation.cost:.4f} of dense, top-1 {evaluation.top1:.2f} %", fontsize=10
     )
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, reverse=True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure
+
+
+def plot_times(record: dict[str, Any]) -> Figure:
+    """Top-1 over the mean time of an image, for every candidate in ONNX Runtime; bars: the least and the largest mean of a pass
+    over all images, and the standard error of top-1.
+
+    Args:
+        record: a :class:`dfs_cli.bench.inference.InferenceBench` as a dictionary, with the name of the ``model``.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ConfigError: no candidate has both.
+    """
+    from matplotlib.figure import Figure
+
+    verdict = record["verdict"] or {"name": "", "pairings": []}
+    own, others = verdict["name"], [pairing["name"] for pairing in verdict["pairings"]]
+    rows = [row for row in record["rows"] if row["name"] in (own, *others) and row["top1"] is not None]
+    if not rows:
+        raise ConfigError("--plot: there is nothing to draw without ONNX Runtime and real images")
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        share = row["top1"] / 100
+        error = 100 * math.sqrt(share * (1 - share) / record["images"])
+        mean, low, high = row["mean_ms"], row["low_ms"], row["high_ms"]
+        times = [[mean - low], [high - mean]]
+        is_own = row["name"] == own
+        axes.errorbar(
+            [mean],
+            [row["top1"]],
+            xerr=times,
+            yerr=[error],
+            fmt="D" if is_own else "o",
+            capsize=3,
+            color="C3" if is_own else "C0",
+        )
+        axes.annotate(
+            Path(record["model"]).stem if is_own else row["name"],
+            (mean, row["top1"]), xytext=(6, 6), textcoords="offset points", fontsize=9,
+        )  # fmt: skip
+    axes.set_xlim(left=0, right=1.25 * max(row["high_ms"] for row in rows))
+    axes.set_xlabel(
+        f"mean time of an image (ms), ONNX Runtime, {record['threads']} thread{'s' * (record['threads'] > 1)}"
+    )
+    axes.set_ylabel(f"top-1 (%), {record['images']} images")
+    axes.grid(alpha=0.3)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure

@@ -136,7 +136,7 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
     grid.add_row("top-1", f"{record['top1']:.2f} %{lost}")
     grid.add_row("top-5", f"{record['top5']:.2f} %")
     grid.add_row(
-        "cost", f"{record['cost']:.4f} of dense 32-bit{budget}   all at 8 bits: {record['cost_all_8_bit']:.4f}"
+        "cost", f"{record['cost']:.4f} of {record['scale']}{budget}   all at 8 bits: {record['cost_all_8_bit']:.4f}"
     )
     grid.add_row("", f"median {record['cost_p50']:.4f}, p95 {record['cost_p95']:.4f}, max {record['cost_max']:.4f}")
     grid.add_row("GMACs", f"{record['gmacs_bitweighted']:.4g} bit-weighted, {record['gmacs_dense']:.4g} dense")
@@ -157,7 +157,7 @@ def print_conversion(console: Console, report: dict[str, Any]) -> None:
     unreadable = report["unreadable_images"] + report["configuration"]["unreadable_training_images"]
     lines = [
         _accuracy_text(report),
-        f"cost    {report['cost']:.4f} of dense 32-bit, budget {report['budget']:g} "
+        f"cost    {report['cost']:.4f} of {report['scale']}, budget {report['budget']:g} "
         f"(everything statically at 8 bits: {report['cost_all_8_bit']:.4f})",
         f"spent   {spending_text(report)}",
         f"agrees  {agreement_text(report['agreement'])}",

@@ -83,9 +83,9 @@ def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan
     features = None
     if max(config.fixed_bits, *(table.layer_bits.values() or config.bits)) <= BYTE_BITS:
         features = _make_stream(blocks, device)
-    _compute_on_integers(backbone, plan.stem, None, features and features.at(0), replaced)
+    _compute_on_integers(backbone, plan.stem, None, None if features is None else features.at(0), replaced)
     for i, (block, flow) in enumerate(zip(blocks, plan.flows, strict=True)):
-        given, block.output = (features.at(i), features.at(i + 1)) if features else (None, None)
+        given, block.output = (None, None) if features is None else (features.at(i), features.at(i + 1))
         _compute_on_integers(backbone, flow, given, block.output, replaced)
     controller = create_controller(config, table, plan.channels, plan.features)
     network = DynamicResNet(backbone, LAYOUTS[type(backbone)], blocks, fixed, config.bits, controller, features)
@@ -135,7 +135,7 @@ def _compute_on_integers(
         if min(conv.bitwidths, default=FULL_BITS) > BYTE_BITS or (not is_result and target is None):
             continue
         norm = backbone.get_submodule(flow.norms[name]) if name in flow.norms else None
-        if type(norm) in FRACTIONAL_NORMS and wanted is not None:  # of stem and shortcut
+        if norm is not None and type(norm) in FRACTIONAL_NORMS and wanted is not None:  # of stem and shortcut
             norm = FRACTIONAL_NORMS[type(norm)].adopt(norm, conv.precision)
             _put(backbone, flow.norms[name], norm, replaced)
         if norm is not None and not isinstance(norm, FractionalBatchNorm):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dfs_cli.atomic import File, write_files
 from dfs_cli.config import Preprocessing
+from dfs_cli.distributed import size
 from dfs_cli.errors import OutputError
 from dfs_cli.locks import locked
 from dfs_cli.synthesis.work import Work
@@ -50,7 +52,9 @@ def store(images: Tensor, model: nn.Module, preprocessing: Preprocessing, work: 
 
 
 def _path(model: nn.Module, preprocessing: Preprocessing, work: Work, seed: int) -> Path:
-    settings = (_RECIPE, preprocessing, work.images, work.stages, work.amp, seed)
+    settings: tuple[Any, ...] = (_RECIPE, preprocessing, work.images, work.stages, work.amp, seed)
+    if size() > 1:  # each makes its share
+        settings += (size(),)
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

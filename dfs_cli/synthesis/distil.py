@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import Preprocessing
+from dfs_cli.distributed import of_all, rank, size
 from dfs_cli.synthesis.moments import Moments
 
 _RATE = 0.1  # of Adam, in units of the pixels' standard deviation
@@ -19,6 +22,7 @@ _CLASS_WEIGHT = 1.0
 _SMOOTHNESS_WEIGHT = 0.02
 _LEAST_CONFIDENCE = 0.5  # of the class that an image is made for
 _SHIFT = 1 / 16  # of the image's sides, at most
+_MAKING = "making"  # in the checkpoint
 
 
 class Stage(NamedTuple):
@@ -58,6 +62,7 @@ def distil(
     device: torch.device,
     amp: bool = False,
     advance: Callable[[int], None] = lambda images: None,
+    checkpoint: Checkpoint | None = None,
 ) -> Tensor:
     """Images (N, C, H, W), as bytes, under which the batch-norm layers of ``model`` see their stored statistics.
 
@@ -71,24 +76,96 @@ def distil(
         generator: of all random numbers, on the CPU.
         amp: compute in bfloat16, but for statistics.
         advance: called after each step, with the number of its images.
+        checkpoint: where the images are saved now and then, and what it goes on from. Of several processes, all have as many
+            images to make, and their states are saved together.
     """
+    checkpoint = checkpoint or Checkpoint()
     model = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).eval()
     model.requires_grad_(False)
-    _, wanted = draw_targets(images, int(model.num_classes), generator)  # type: ignore[arg-type]
-    x = torch.randn(images, preprocessing.input_size[0], *stages[0].size, generator=generator)
-    with Moments(model) as moments:
-        for stage in stages:
-            groups = zip(x.split(stage.batch_size), wanted.split(stage.batch_size), strict=True)
-            x = torch.cat(
-                [
-                    _optimise(
-                        model, moments, _resize(some, stage.size).to(device), classes.to(device), stage.steps,
-                        preprocessing, generator, amp, advance,
-                    ).cpu()
-                    for some, classes in groups
-                ]
-            )  # fmt: skip
-    return _to_bytes(x, preprocessing)
+    saved = checkpoint.take(_MAKING) or []
+    state = _State.restored(saved[rank()], generator) if len(saved) == size() else None
+    if state is None:
+        _, wanted = draw_targets(images, int(model.num_classes), generator)  # type: ignore[arg-type]
+        x = torch.randn(images, preprocessing.input_size[0], *stages[0].size, generator=generator)
+        state = _State(generator, wanted, x)
+    else:
+        advance(state.images_done(stages))
+    with Moments(model) as moments, checkpoint.stop.waited_for():
+        while state.stage < len(stages):
+            _run_stage(state, stages[state.stage], model, moments, device, preprocessing, amp, advance, checkpoint)
+    checkpoint.stop.obey()
+    return _to_bytes(state.x, preprocessing)
+
+
+@dataclass
+class _State:
+    """How far it has come.
+
+    Args:
+        generator: of all random numbers.
+        wanted: class probabilities (N, classes).
+        x: images (N, C, H, W) as they entered the stage.
+        done: those that have left it.
+        stage, step: number of stages done, and of steps with the present images.
+        present: images that are being optimised, with Adam's state; None: none yet.
+    """
+
+    generator: torch.Generator
+    wanted: Tensor
+    x: Tensor
+    done: list[Tensor] = field(default_factory=list)
+    stage: int = 0
+    step: int = 0
+    present: tuple[Tensor, dict[str, Any]] | None = None
+
+    def saved(self) -> dict[str, Any]:
+        """Plain values, and tensors on the CPU."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _on_cpu(values | {"generator": self.generator.get_state()})  # type: ignore[no-any-return]
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any], generator: torch.Generator) -> _State:
+        """What :meth:`saved` gave."""
+        generator.set_state(saved["generator"])
+        return cls(**{**saved, "generator": generator})
+
+    def images_done(self, stages: Sequence[Stage]) -> int:
+        """Images times steps that are done."""
+        whole = sum(stage.steps for stage in stages[: self.stage]) * len(self.x)
+        present = 0 if self.present is None else len(self.present[0]) * self.step
+        return whole + sum(map(len, self.done)) * stages[self.stage].steps + present
+
+
+def _run_stage(
+    state: _State,
+    stage: Stage,
+    model: nn.Module,
+    moments: Moments,
+    device: torch.device,
+    preprocessing: Preprocessing,
+    amp: bool,
+    advance: Callable[[int], None],
+    checkpoint: Checkpoint,
+) -> None:
+    groups = list(zip(state.x.split(stage.batch_size), state.wanted.split(stage.batch_size), strict=True))
+    for some, classes in groups[len(state.done) :]:
+        start = _resize(some, stage.size).to(device)
+        x = _optimise(
+            state, model, moments, start, classes.to(device), stage.steps, preprocessing, amp, advance, checkpoint
+        )
+        state.done.append(x.cpu())
+        state.step, state.present = 0, None
+    state.x, state.done = torch.cat(state.done), []
+    state.stage += 1
+
+
+def _on_cpu(value: Any) -> Any:
+    """Nested values, with tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(inner) for key, inner in value.items()}
+    return type(value)(map(_on_cpu, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -98,23 +175,27 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _optimise(
+    state: _State,
     model: nn.Module,
     moments: Moments,
     x: Tensor,
     wanted: Tensor,
     steps: int,
     preprocessing: Preprocessing,
-    generator: torch.Generator,
     amp: bool,
     advance: Callable[[int], None],
+    checkpoint: Checkpoint,
 ) -> Tensor:
-    """Images (N, C, H, W) after ``steps`` steps from ``x``, for the class probabilities ``wanted`` (N, classes)."""
+    """Images (N, C, H, W) after ``steps`` steps from ``x``, for the class probabilities ``wanted`` (N, classes); after the rest
+    of the steps where some are done already."""
     low, high = (limit.to(x.device) for limit in _pixel_limits(preprocessing))
-    x = x.clamp(low, high).requires_grad_(True)
+    x = (x.clamp(low, high) if state.present is None else state.present[0].to(x.device)).requires_grad_(True)
     optimizer = torch.optim.Adam([x], lr=_RATE, betas=(0.5, 0.9))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = _RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
-        seen = _jitter(x, generator).contiguous(memory_format=torch.channels_last)
+    if state.present is not None:
+        optimizer.load_state_dict(state.present[1])
+    while state.step < steps:
+        optimizer.param_groups[0]["lr"] = _RATE * 0.5 * (1 + math.cos(math.pi * state.step / steps))
+        seen = _jitter(x, state.generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=amp):
             logits = model(seen)
         loss = moments.take() + _CLASS_WEIGHT * F.cross_entropy(logits.float(), wanted)
@@ -124,6 +205,8 @@ def _optimise(
         with torch.no_grad():
             x.clamp_(low, high)
         advance(len(x))
+        state.step, state.present = state.step + 1, (x.detach(), optimizer.state_dict())
+        checkpoint.reached(_MAKING, lambda: of_all(state.saved()), milestone=state.step == steps)
     return x.detach()
 
 

@@ -14,11 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import Preprocessing
 from dfs_cli.data.images import Images, InMemory
 from dfs_cli.data.loading import eval_loader
 from dfs_cli.data.preprocessing import eval_transform
 from dfs_cli.data.splits import Splits, image_mode
+from dfs_cli.distributed import is_first, joined_rows, of_first, rank, size
 from dfs_cli.observer import Observer
 from dfs_cli.synthesis.cache import cached, store
 from dfs_cli.synthesis.distil import distil, noise
@@ -26,6 +28,8 @@ from dfs_cli.synthesis.work import Work
 
 _SHOWN, _COLUMNS = 64, 16
 _BATCH = 32
+_MADE = "images"  # in the checkpoint
+_APART = 1_000_003  # seeds of processes
 
 
 class SyntheticImages(InMemory):
@@ -61,17 +65,27 @@ def make_images(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoint: Checkpoint | None = None,
 ) -> Tensor:
     """Make images (N, C, H, W), as bytes, or take those that were made before with the same weights and settings."""
+    checkpoint = checkpoint or Checkpoint()
+    made: Tensor | None = checkpoint.get(_MADE)
+    if made is not None:
+        return made
     generator = torch.Generator().manual_seed(seed)
     if not work.stages:
-        return noise(work.images, preprocessing, generator)
-    if (known := cached(model, preprocessing, work, seed)) is not None:
-        observer.note(f"{len(known)} synthetic images were made before with these weights and settings")
-        return known
-    observer.stage("making images", work.images * sum(stage.steps for stage in work.stages))
-    made = distil(model, preprocessing, work.images, work.stages, generator, device, work.amp, observer.advance)
-    store(made, model, preprocessing, work, seed)
+        made = noise(work.images, preprocessing, generator)
+    elif (made := of_first(cached(model, preprocessing, work, seed) if is_first() else None)) is not None:
+        observer.note(f"{len(made)} synthetic images were made before with these weights and settings")
+    else:
+        own = -(-work.images // size())  # all processes make as many, step by step with each other
+        observer.stage("making images", own * sum(stage.steps for stage in work.stages))
+        generator.manual_seed(seed + rank() * _APART)
+        made = distil(model, preprocessing, own, work.stages, generator, device, work.amp, observer.advance, checkpoint)
+        made = joined_rows(made)[0][: work.images]
+        if is_first():
+            store(made, model, preprocessing, work, seed)
+    checkpoint.keep(_MADE, made)
     return made
 
 

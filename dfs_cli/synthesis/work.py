@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from dfs_cli.config import RECIPE_STEPS, SYNTHESIS_STEPS, Preprocessing, SynthesisConfig
+from dfs_cli.distributed import size as processes
 from dfs_cli.synthesis.distil import Stage
 from dfs_cli.synthesis.moments import Moments
 
-# For the images, and as many for tuning: two minutes for a ResNet-18 at 224 pixels and all that is smaller, more for others.
-_SECONDS, _MOST_SECONDS = 120.0, 270.0
+# Seconds for the images, and as many for tuning: those of a ResNet-18 at 224 pixels and whatever is smaller, and more for each
+# multiply-accumulate above that, up to those of a ResNet-50.
+_SECONDS, _SECONDS_PER_MAC, _MOST_SECONDS = 100.0, 75e-9, 270.0
 _MACS = 1.82e9
 _LEAST_IMAGES, _MOST_IMAGES = 32, 1024
 _LEAST_STEPS = 32
@@ -49,6 +51,15 @@ class Work(NamedTuple):
     seconds: float
     amp: bool
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self._asdict(), "stages": [tuple(stage) for stage in self.stages]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Work:
+        """What :meth:`to_dict` described."""
+        return cls(**{**values, "stages": tuple(Stage(*stage) for stage in values["stages"])})
+
 
 def stages_for(size: tuple[int, int], steps: int, macs: int) -> tuple[Stage, ...]:
     """``steps`` steps from coarse to fine, for images of ``size`` (H, W) with ``macs`` multiply-accumulates each."""
@@ -79,7 +90,7 @@ def plan_work(
     few_bits: bool,
     device: torch.device,
 ) -> Work:
-    """What can be done on this machine in minutes, measured on a step; what is given in ``config`` is done.
+    """What can be done on this machine, by all processes, in minutes, measured on a step; what is given in ``config`` is done.
 
     Args:
         macs: multiply-accumulates of an image.
@@ -93,8 +104,10 @@ def plan_work(
     seconds, tuning = (
         step_seconds(model, preprocessing.input_size, timed, low, device) / timed for low in (amp, False)
     )
+    seconds, tuning = seconds / processes(), tuning / processes()
     per_image = sum(seconds * stage.steps * math.prod(stage.size) / math.prod(size) for stage in stages)
-    available = min(_MOST_SECONDS, _SECONDS * max(1.0, macs / _MACS)) * (_FEW_BITS if few_bits else 1.0)
+    available = min(_MOST_SECONDS, _SECONDS + _SECONDS_PER_MAC * max(0.0, macs - _MACS))
+    available *= _FEW_BITS if few_bits else 1.0
     fitting = available / per_image if per_image else _MOST_IMAGES
     images = config.images or min(_MOST_IMAGES, max(_LEAST_IMAGES, 1 << int(math.log2(max(1, fitting)))))
     tuning *= _TUNING_TIME * min(batch_size, images)

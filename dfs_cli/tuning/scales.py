@@ -50,6 +50,15 @@ class ParameterSizes:
         size = torch.hypot(weight * share, bias)
         self._sizes[weight], self._sizes[bias] = size / share, size
 
+    def state(self) -> list[Tensor]:
+        """The sizes, in the order of the network's layers."""
+        return list(self._sizes.values())
+
+    def load(self, state: list[Tensor]) -> None:
+        """Restore what :meth:`state` gave for the same network."""
+        for size, saved in zip(self._sizes.values(), state, strict=True):
+            size.copy_(saved)
+
     @torch.no_grad()
     def scale_gradients(self) -> None:
         """Turn the gradients into those of the divided parameters, in place."""

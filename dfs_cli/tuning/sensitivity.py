@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dfs_cli.control.base import Need, Sensitivity
 from dfs_cli.cost.table import CostTable
+from dfs_cli.distributed import of_all, share, size, total
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import BYTE_BITS
@@ -38,7 +39,9 @@ def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> 
     """Harm (L, K) of taking an option in one block while all others run at their widest: the Kullback-Leibler divergence, in
     nats, of the predictions for ``images`` (N, C, H, W) from those with every block at its widest."""
     blocks, options = len(table.blocks), len(table.options)
-    images, widest = _affordable(images, table, blocks * (options - 1)), options - 1
+    images, widest = _share_of_affordable(images, table, blocks * (options - 1)), options - 1
+    if not len(images):
+        return _mean(torch.zeros(blocks, options, device=images.device), 0)
     x = network.stem(images)
     expected = network.finish(0, x, widest)
     harm = torch.zeros(blocks, options, device=images.device)
@@ -47,7 +50,7 @@ def measure_blocks(network: DynamicResNet, table: CostTable, images: Tensor) -> 
             logits = network.finish(block + 1, network.run_block(block, x, option), widest)
             harm[block, option] = distillation_loss(logits, expected, temperature=1.0)
         x = network.run_block(block, x, widest)
-    return harm
+    return _mean(harm, len(images))
 
 
 @torch.no_grad()
@@ -56,11 +59,12 @@ def measure_layers(network: DynamicResNet, plan: SurgeryPlan, table: CostTable, 
     order; infinite for skipping."""
     layers = [layer for layer in table.layers if layer.block is not None]
     options, widest = [i for i, bits in enumerate(table.options) if bits], len(table.options) - 1
-    images = _affordable(images, table, len(layers) * (len(options) - 1) + len(table.blocks))
+    images = _share_of_affordable(images, table, len(layers) * (len(options) - 1) + len(table.blocks))
+    harm = torch.zeros(len(layers), len(table.options), device=images.device)
+    if not len(images):
+        return _mean(harm, 0).index_fill(1, _skipping(table, harm), torch.inf)
     x, block = network.stem(images), 0
     expected = network.finish(block, x, widest)
-    harm = torch.full((len(layers), len(table.options)), torch.inf, device=images.device)
-    harm[:, -1] = 0
     for row, layer in enumerate(layers):
         while block != layer.block:  # layers stand in the order of their blocks
             x, block = network.run_block(block, x, widest), block + 1
@@ -68,7 +72,12 @@ def measure_layers(network: DynamicResNet, plan: SurgeryPlan, table: CostTable, 
             with layer_at(network, plan, layer.name, table.options[option]):
                 logits = network.finish(block, x, widest)
             harm[row, option] = distillation_loss(logits, expected, temperature=1.0)
-    return harm
+    return _mean(harm, len(images)).index_fill(1, _skipping(table, harm), torch.inf)
+
+
+def _skipping(table: CostTable, like: Tensor) -> Tensor:
+    """The index of skipping, if it is an option, (1,) or (0,)."""
+    return torch.tensor([i for i, bits in enumerate(table.options) if not bits], dtype=torch.long, device=like.device)
 
 
 @torch.no_grad()
@@ -117,6 +126,21 @@ def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) ->
 def divergence(network: DynamicResNet, original: torch.nn.Module, images: Tensor) -> float:
     """Kullback-Leibler divergence, in nats, of the predictions for ``images`` (N, C, H, W) from the original's."""
     return float(distillation_loss(network.run(images).logits, original(images), temperature=1.0))
+
+
+def _share_of_affordable(images: Tensor, table: CostTable, runs: int) -> Tensor:
+    """This process's share of the images."""
+    images = _affordable(images, table, runs)
+    own = share(len(images))
+    return images[own.start : own.stop]
+
+
+def _mean(harm: Tensor, images: int) -> Tensor:
+    """The mean of the harm to all processes' images, of this one's to so many."""
+    if size() == 1:
+        return harm
+    counts = of_all(images)
+    return (total(harm.double() * images) / sum(counts)).to(harm)
 
 
 def _affordable(images: Tensor, table: CostTable, runs: int) -> Tensor:

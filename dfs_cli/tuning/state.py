@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 from dfs_cli.config import TuningConfig
+from dfs_cli.distributed import of_all, rank
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.tuning.scales import ParameterSizes, sizes_of
@@ -25,7 +26,8 @@ _QUANTIZERS = ("log_weight_steps", "log_input_steps", "log_feature_steps", "bit_
 
 @dataclass
 class TuningState:
-    """The whole state of a run: ``state_dict()`` is all that must be saved to continue after any step.
+    """The whole state of a run: ``state_dict()`` is all that must be saved to continue after any step. All processes call it
+    together.
 
     The position in the data is the step itself: epoch ``step // steps_per_epoch``, batch ``step % steps_per_epoch``.
 
@@ -35,6 +37,7 @@ class TuningState:
         scheduler: cosine, per step.
         steps_per_epoch, total_steps: lengths of an epoch and of the run.
         step: number of steps done.
+        pieces: into which a batch is divided, whose gradients are added up.
         sizes: to which steps are proportional; None: they are not.
 
     The Lagrange multiplier of the budget is the controller's ``cost_multiplier``: raised while the cost is above the target,
@@ -47,18 +50,22 @@ class TuningState:
     steps_per_epoch: int
     total_steps: int
     step: int = 0
+    pieces: int = 1
     sizes: ParameterSizes | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        generators = {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "operating_point": self.network.controller.operating_point,
+            "sizes": self.sizes.state() if self.sizes else None,
             "step": self.step,
+            "pieces": self.pieces,
             "plan": (self.steps_per_epoch, self.total_steps),
-            "generators": {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda},
+            "generators": of_all(generators),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -73,10 +80,17 @@ class TuningState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.network.controller.operating_point, self.step = state["operating_point"], state["step"]
-        random.setstate(state["generators"]["python"])
-        torch.set_rng_state(state["generators"]["torch"])
-        if state["generators"]["cuda"]:
-            torch.cuda.set_rng_state_all(state["generators"]["cuda"])
+        # They are those of the network before it was tuned.
+        self.sizes = None if state["sizes"] is None else ParameterSizes(self.network.backbone)
+        if self.sizes is not None:
+            self.sizes.load(state["sizes"])
+        self.pieces = state["pieces"]
+        if rank() < len(state["generators"]):  # where there are more processes now, they keep their own
+            generators = state["generators"][rank()]
+            random.setstate(generators["python"])
+            torch.set_rng_state(generators["torch"])
+            if generators["cuda"] is not None and torch.cuda.is_available():
+                torch.cuda.set_rng_state(generators["cuda"])
 
 
 def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: int) -> TuningState:
@@ -94,7 +108,15 @@ def start_state(network: DynamicResNet, config: TuningConfig, steps_per_epoch: i
     optimizer = create_optimizer_v2([g for g in groups if g["params"]], opt="adamw", lr=config.lr)
     total = config.total_steps(steps_per_epoch)
     scheduler = CosineLRScheduler(optimizer, t_initial=total, lr_min=0.0, t_in_epochs=False)
-    return TuningState(network, optimizer, scheduler, steps_per_epoch, total, sizes=sizes_of(network.backbone))
+    return TuningState(
+        network,
+        optimizer,
+        scheduler,
+        steps_per_epoch,
+        total,
+        pieces=config.grad_accum_steps,
+        sizes=sizes_of(network.backbone),
+    )
 
 
 def parameter_groups(

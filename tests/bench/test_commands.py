@@ -29,8 +29,12 @@ TUNING = ["bench-tuning", "resnet20_cifar", "--no-pretrained"]
         (FILE, "does not exist"),
         ([*FILE, "--img-size", "99"], "--img-size has no meaning for a converted network"),
         ([*FILE, "--no-pretrained"], "--pretrained has no meaning for a converted network"),
+        ([*FILE, "--checkpoint", "a.pth"], "--checkpoint is for real images: pass --data DIR, too"),
+        ([*FILE, "--against", "b.safetensors"], "--against is for real images"),
+        ([*FILE, "--plot", "a.png"], "--plot is for real images"),
+        ([*MODEL, "--against", "b.safetensors"], "--against has no meaning for MODEL"),
         ([*FILE, "--gate", "rnn"], "--gate has no meaning for a converted network"),
-        ([*FILE, "--val-split", "val"], "pass that too"),
+        ([*FILE, "--val-split", "val"], "--val-split is for real images"),
         ([*TUNING, "--threads", "0"], "threads 0: expected 1 to"),
         ([*TUNING, "--repeats", "0"], "repeats 0: expected 1 to"),
         ([*TUNING, "--gate", "rnn", "--mirror"], "--mirror is for"),
@@ -68,6 +72,25 @@ def test_a_file_is_measured_with_its_own_decisions(artifact: Path, make_folder: 
     assert record["graph"]["images"] == 40 and record["graph"]["holds"] is True
 
 
+def test_a_file_is_compared_with_others_on_the_same_images(
+    artifact: Path, make_folder: MakeFolder, tmp_path: Path
+) -> None:
+    plot, data = tmp_path / "time.png", str(make_folder())
+    twin = shutil.copy(artifact, tmp_path / "twin.safetensors")
+    record = run_bench(str(artifact), "--data", data, "--against", str(twin), "--plot", str(plot))
+    rows = {(row["name"], row["batch"]): row for row in record["rows"]}
+    wanted = {"name", "batch", "mean_ms", "p50_ms", "p95_ms", "p99_ms", "images_per_second", "cost", "top1"}
+    assert all(wanted <= row.keys() for row in record["rows"])
+    own, other, dense = (rows[name, 1] for name in ("ort-dfs", "twin", "ort-fp32"))
+    assert own["top1"] == other["top1"] == rows["pytorch-dfs", 64]["top1"] and own["cost"] == other["cost"]
+    assert dense["top1"] == rows["pytorch-dense", 1]["top1"] > 90 and rows["ort-int8-static", 1]["top1"] > 90
+    assert own["p50_ms"] <= own["p95_ms"] <= own["p99_ms"]
+    assert own["images_per_second"] == pytest.approx(1000 / own["mean_ms"])
+    pairings = {pairing["name"]: pairing for pairing in record["verdict"]["pairings"]}
+    assert list(pairings) == ["ort-int8-static", "ort-fp32", "twin"] and pairings["twin"]["top1"] == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_file_without_images_is_measured_with_a_mix(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(candidates, "has_onnx", lambda: False)
     renamed = artifact.with_name("network.bin")
@@ -96,9 +119,9 @@ def test_inference_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].startswith("resnet20_cifar, 3x32x32, options 0,4, gate rnn, 1 threads")
-    assert lines[1] == "decisions: 0:0.5,4:0.5 of the blocks, drawn by seed 0, in batches anew for each image"
-    assert "left out" in lines[2] and "2 to 7 bits take as long as 8" in lines[3]
-    assert [line.split()[:2] for line in lines[5:9]] == [
+    assert lines[2] == "decisions: 0:0.5,4:0.5 of the blocks, drawn by seed 0, in batches anew for each image"
+    assert "left out" in lines[3] and "2 to 7 bits take as long as 8" in lines[4]
+    assert [line.split()[:2] for line in lines[6:10]] == [
         [name, batch] for name in ("pytorch-dense", "pytorch-dfs") for batch in ("1", "64")
     ]
     assert "ort-dfs" not in result.stdout

@@ -1,12 +1,8 @@
-import os
-import threading
-import time
-
 import pytest
 import torch
 from torch import nn
 
-from dfs_cli.bench.process import added_memory, bytes_of, peak_bytes, pinned_to, size_of
+from dfs_cli.bench.process import added_memory, bytes_of, interruptions, peak_bytes, size_of
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
@@ -55,27 +51,6 @@ def test_the_process_grows_by_what_is_made_and_used() -> None:
     assert 60 * MIB <= grown <= 80 * MIB
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin processes to cores")
-def test_all_threads_keep_to_the_cores() -> None:
-    ready, done = threading.Event(), threading.Event()
-    seen: list[set[int]] = []
-
-    def wait() -> None:
-        ready.wait()
-        seen.append(os.sched_getaffinity(0))
-        done.wait()
-        seen.append(os.sched_getaffinity(0))
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    before = os.sched_getaffinity(0)
-    try:
-        with pinned_to(1) as cores:
-            ready.set()
-            while not seen:
-                time.sleep(0.001)
-    finally:
-        ready.set()
-        done.set()
-        thread.join()
-    assert cores == 1 and len(seen[0]) == 1 and seen[1] == before == os.sched_getaffinity(0)
+def test_interruptions_are_counted_and_never_fall() -> None:
+    before = interruptions()
+    assert 0 <= before <= interruptions()

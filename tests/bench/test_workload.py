@@ -74,7 +74,7 @@ def test_the_workload_of_a_model_by_hand(gate: GateKind) -> None:
     assert alone.in_pass(0).sum() == 3 and (batch.in_pass(0).sum(dim=1) == 3).all()
     assert workload.cost == pytest.approx(workload.table.cost(alone).item())
     assert workload.batch_cost == pytest.approx(workload.table.cost(batch).mean().item())
-    assert workload.known is None and len(workload.images) == 64
+    assert workload.targets is None and len(workload.images) == 64
     differ = ", in batches anew for each image" if gate == "rnn" else ""
     only = ", the first pass alone" if gate == "probe" else ""
     assert workload.decisions == f"0:0.4,8:0.6 of the blocks, drawn by seed 1{differ}{only}"
@@ -93,7 +93,12 @@ def test_a_file_on_real_images_decides_for_itself(artifact: Path, make_folder: M
     workload = workload_of_file(artifact, data=data)
     network, manifest = dfs_cli.load(artifact)
     decisions = network.run(workload.images).decisions
-    assert workload.known is not None and len(workload.known.images) == len(workload.images) == 40
+    assert workload.targets is not None and len(workload.targets) == len(workload.images) == 40
+    # The digits' own weights are at hand, and static int8 is calibrated on training images, of which a tenth is held out.
+    assert workload.is_original and not torch.equal(workload.calibration[:1], workload.images[:1])
+    assert 30 <= len(workload.calibration) < 40
+    right = workload.dense(workload.images).argmax(dim=1) == workload.targets
+    assert right.double().mean() > 0.9
     assert workload.cost == workload.batch_cost == pytest.approx(manifest.table.cost(decisions).mean().item())
     assert workload.file_size == artifact.stat().st_size
     with pytest.raises(ConfigError, match="--mix forces decisions, --data measures real ones"):

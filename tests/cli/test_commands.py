@@ -305,9 +305,9 @@ def test_unreadable_images(make_folder: MakeFolder, artifact: Path) -> None:
 
 
 def test_nan_loss_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import dfs_cli.tuning.loop as loop
+    import dfs_cli.tuning.step as step
 
-    monkeypatch.setattr(loop, "distillation_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    monkeypatch.setattr(step, "distillation_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     result = run("convert", "resnet20_digits", "--budget", "0.4", *SHORT)
     assert result.exit_code == 2 and written() == []
     assert "nan at step 1, learning rate" in result.stderr.splitlines()[-1]

@@ -117,17 +117,17 @@ def test_one_name_is_for_one_run_and_a_signal_ends_it_cleanly(tmp_path: Path, mo
     with subprocess.Popen([*DFS, *CONVERT, "100000"], stderr=subprocess.PIPE, text=True) as first:
         assert first.stderr is not None
         for line in first.stderr:
-            if line.startswith("tuning"):
+            if line.startswith("tuning:"):
                 break
         for more in ([], ["--force"], ["--output", "model.bin"]):  # this has the same reports
             second = CliRunner().invoke(app, [*CONVERT, "1", *more])
             assert second.exit_code == 2
             one_line(second.stderr, "another run of dfs")
         first.send_signal(signal.SIGTERM)
-        *_, last = first.stderr
-        assert last == "dfs: stopped by SIGTERM\n"
+        *_, hint, last = first.stderr
+        assert "--resume" in hint and last == "dfs: stopped by SIGTERM\n"
     assert first.returncode == 128 + signal.SIGTERM
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors.checkpoint"]
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from dfs_cli.errors import ConfigError, DivergedError
 from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.records import StepRecord
 from dfs_cli.surgery.plan import plan_costs
-from dfs_cli.tuning.loop import seed_everything, target_at, taught_images, teacher_logits, tune
+from dfs_cli.tuning.loop import seed_everything, target_at, tune
 from dfs_cli.tuning.state import start_state
+from dfs_cli.tuning.step import StepLoss, taught_images, teacher_logits
 
 pytestmark = pytest.mark.medium
 
@@ -58,10 +59,12 @@ class Run:
         self.state = start_state(self.network, config, len(self.data) // config.batch_size)
         self.records: list[StepRecord] = []
 
-    def go(self, on_step: Callable[[StepRecord], None] | None = None) -> None:
+    def go(
+        self, on_step: Callable[[StepRecord], None] | None = None, note: Callable[[str], None] = lambda text: None
+    ) -> None:
         log = UnreadableLog("training", len(self.data))
         record = on_step or self.records.append
-        tune(self.state, self.model, self.table, self.target, self.loader, self.config, CPU, log, record)
+        tune(self.state, self.model, self.table, self.target, self.loader, self.config, CPU, log, record, note)
 
 
 def test_target_falls_geometrically_and_stays() -> None:
@@ -230,3 +233,45 @@ def test_other_controllers_tune_by_the_same_loop(gate: str) -> None:
     assert any(name.startswith("controller.gate.") for name in changed) == (gate == "probe")
     assert {record.target for record in run.records} == {run.target.cost}, "the target is not approached"
     assert {record.phase for record in run.records} == {"all"}, "there is no warm-up"
+
+
+def test_a_batch_in_pieces_has_the_gradients_of_the_whole() -> None:
+    found = []
+    for pieces in (1, 3):
+        # The teacher sees all images, and a static network explores nothing: no random choice is made.
+        settings = TuningConfig(steps=3, batch_size=16, label_weight=0.0, grad_accum_steps=pieces)
+        run = Run(settings, DynamicConfig(bits=(4,), gate="static"))
+        run.go()
+        found.append(run)
+    whole, parts = found
+    for record, expected in zip(parts.records, whole.records, strict=True):
+        assert record[4:] == pytest.approx(expected[4:]) and record.loss == pytest.approx(expected.loss, rel=1e-3)
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(parts.network.state_dict()[name], value, rtol=1e-2, atol=1e-4)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = StepLoss.forward
+    seen: list[int] = []
+    notes: list[str] = []
+
+    def small(self: StepLoss, images: torch.Tensor, targets: torch.Tensor, target: TuningTarget) -> object:
+        seen.append(len(images))
+        torch.rand(3)  # what a piece draws before it fails is drawn again
+        if len(images) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images, targets, target)
+
+    monkeypatch.setattr(StepLoss, "forward", small)
+    run = Run(SETTINGS.replace(epochs=None, steps=2))
+    run.go(note=notes.append)
+    assert seen == [16, 8, *[4] * 4, *[4] * 4] and run.state.pieces == 4 and run.state.step == 2
+    assert [note.partition("divided into ")[2][:8] for note in notes] == ["2 pieces", "4 pieces"]
+    fresh = Run(SETTINGS.replace(epochs=None, steps=2))
+    fresh.state.load_state_dict(run.state.state_dict())
+    assert fresh.state.pieces == 4, "a run that goes on knows it"
+    monkeypatch.setattr(
+        StepLoss, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        Run().go()

@@ -1,0 +1,277 @@
+"""What a network's parts cost on the target runtime: fitted to whole graphs of different policies, measured in turns."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dfs_cli.bench.clock import Lap, in_turns, on_threads
+from dfs_cli.bench.cost_fit import BlockCosts, fit_deciding, largest_error, predict_deciding
+from dfs_cli.bench.machine import describe_machine
+from dfs_cli.bench.workload import untuned_network
+from dfs_cli.config import DynamicConfig, GateKind
+from dfs_cli.control.base import controller_of
+from dfs_cli.cost.decisions import NOT_RUN, Decisions
+from dfs_cli.cost.device import DeviceCosts
+from dfs_cli.export.runtime import require_onnx
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.observer import Observer
+from dfs_cli.surgery.plan import plan_costs, plan_surgery
+
+_IMAGES = 8  # random: times do not depend on what they show, once decisions are forced
+_PER_UNKNOWN, _CHECKED = 2.5, 12  # policies for each unknown of the fit, and policies that are not in it
+_DECIDING = 8  # policies from which the time of deciding is found; half as many are not in that fit
+_LARGEST = (
+    1 << 29
+)  # bytes of graphs in memory at a time: the more there are, the longer the time over which each is measured
+_ROUNDS, _RUNS, _SECONDS = 12, 3, 0.015  # in each round a graph runs so many times, and so long, at least
+_UNTIMED = 0.005
+_REFINE = (1e9, -1e9)  # operating points at which no image, and every image, takes the second pass
+
+
+class Measured(NamedTuple):
+    """Decisions, for one image each, and the seconds that graphs with them took, (N,)."""
+
+    decisions: Decisions
+    seconds: list[float]
+
+
+class Job(NamedTuple):
+    """A graph to be timed.
+
+    Args:
+        build: gives it, serialised.
+        points: operating points to run it at; None: its own.
+    """
+
+    build: Callable[[], bytes]
+    points: tuple[float | None, ...] = (None,)
+
+
+@torch.inference_mode()
+def measure_costs(
+    model: nn.Module,
+    dynamic: DynamicConfig,
+    input_size: tuple[int, int, int],
+    gates: Sequence[GateKind] = (),
+    threads: int = 1,
+    name: str = "",
+    seed: int = 0,
+    observer: Observer | None = None,
+) -> DeviceCosts:
+    """Measure what the parts of ``model`` take in ONNX Runtime, one image at a time.
+
+    Args:
+        dynamic: options whose costs are measured; skipping is always one.
+        input_size: (C, H, W).
+        gates: the time of deciding is measured for these.
+        threads: of ONNX Runtime.
+        name: of the model, for people.
+        seed: of the policies.
+        observer: told about progress.
+
+    Raises:
+        MissingDependencyError: ONNX Runtime is not installed.
+        UnsupportedModelError: the model cannot be converted.
+
+    Example:
+        >>> import dfs_cli
+        >>> model = dfs_cli.load_model("resnet20_digits")
+        >>> costs = dfs_cli.measure_costs(model, dfs_cli.DynamicConfig(bits=(0, 8), gate="static"), (1, 8, 8))
+        >>> costs.unit, costs.options, len(costs.blocks)
+        ('ms', (0, 8), 9)
+    """
+    require_onnx()
+    from dfs_cli.export.baselines import export_dense, quantize_dense
+    from dfs_cli.export.part_writer import PartWriter
+    from dfs_cli.export.parts import Parts
+    from dfs_cli.export.write import serialise
+
+    observer = observer or Observer()
+    options = tuple(sorted({0, *dynamic.bits}))
+    images = torch.randn(_IMAGES, *input_size, generator=torch.Generator().manual_seed(seed))
+    with on_threads(threads):
+        observer.stage("graphs for the cost table", None)
+        network = _network(model, dynamic.replace(bits=options, gate="ff", mirror=False), images)
+        write = functools.partial(serialise, PartWriter(Parts(network, input_size)))
+        costs = BlockCosts(_kinds(network, images), options)
+        count = round(_PER_UNKNOWN * costs.unknowns)
+        policies = costs.draw(count + _CHECKED, seed)
+        dense = export_dense(model, input_size)
+        clock = Clock(dense, images[:1], threads)
+        jobs = [Job(lambda p=p: write(Decisions.of_pass(p[None]))) for p in policies]  # type: ignore[misc]
+        jobs.append(Job(lambda: quantize_dense(dense, images)))
+        *seconds, int8 = (times[0][1] for times in clock.measure(jobs, observer))
+        costs.fit(policies[:count], seconds[:count])
+        predicted = costs.predict(Decisions.of_pass(policies[count:])).sum(axis=1).tolist()
+        table = DeviceCosts(
+            model=name or type(model).__name__,
+            image_size=input_size,
+            unit="ms",
+            measured=True,
+            machine=describe_machine() | {"runtime": "ONNX Runtime, single images", "threads": str(threads)},
+            options=options,
+            blocks={
+                block.name: tuple(1000 * cost for cost in row)
+                for block, row in zip(network.blocks, costs.of_blocks(), strict=True)
+            },
+            fixed=1000 * costs.fixed,
+            dense=1000 * clock.dense,
+            static_int8=1000 * int8,
+            error=largest_error(predicted, seconds[count:]),
+        )
+        # The fewer options there are, the less is decided: those that the planner leaves out do not count.
+        kept = table.useful(options)
+        for gate in gates:
+            if gate == "static":
+                continue
+            settings = dynamic.replace(bits=kept, gate=gate)
+            found, error = _deciding(model, settings, images, costs.narrowed(kept), clock, observer)
+            passes = tuple((1000 * always, 1000 * per_block) for always, per_block in found)
+            table = table.replace(deciding=table.deciding | {gate: passes}, error=max(table.error or 0.0, error))
+    return table
+
+
+def _network(model: nn.Module, dynamic: DynamicConfig, images: Tensor) -> DynamicResNet:
+    """``model`` made dynamic, without tuning, as it would be exported."""
+    input_size = cast(tuple[int, int, int], tuple(images.shape[1:]))
+    plan = plan_surgery(model)
+    return untuned_network(model, dynamic, plan_costs(model, dynamic, input_size, plan), plan, images)
+
+
+def _kinds(network: DynamicResNet, images: Tensor) -> list[str]:
+    """What tells blocks apart that differ in their work: their layers, and the shape of their input."""
+    kinds: list[str] = []
+    x = network.layout.stem(network.backbone, images[:1])
+    for block in network.blocks:
+        kinds.append(f"{tuple(x.shape)} {block.module!r}")
+        x = block.skip(block.module, x)
+    return kinds
+
+
+def _deciding(
+    model: nn.Module,
+    dynamic: DynamicConfig,
+    images: Tensor,
+    costs: BlockCosts,
+    clock: Clock,
+    observer: Observer,
+) -> tuple[tuple[tuple[float, float], ...], float]:
+    """Seconds of deciding with a gate, as :func:`dfs_cli.bench.cost_fit.fit_deciding` gives them, and the largest error of
+    predictions for graphs that were not in the fit."""
+    from dfs_cli.export.part_writer import PartWriter
+    from dfs_cli.export.parts import Parts
+    from dfs_cli.export.write import serialise
+
+    network = _network(model, dynamic, images)
+    controller = controller_of(network)
+    writer = PartWriter(Parts(network, cast(tuple[int, int, int], tuple(images.shape[1:]))))
+    graphs = _DECIDING + _DECIDING // 2
+    # For one pass each, and another one where there are two.
+    policies = costs.draw(len(dynamic.bits) + 2 * graphs, seed=1)[len(dynamic.bits) :].split(2)
+
+    def forced(policies: Tensor) -> bytes:
+        controller.force(policies)
+        return serialise(writer)
+
+    points = _REFINE if len(controller.views) > 1 else (None,)
+    jobs = [Job(lambda p=p: forced(p), points) for p in policies]  # type: ignore[misc]
+    times = clock.measure(jobs, observer)
+    # Each graph was timed at every operating point: whole graphs are in the fit, or not.
+    fitted, others = (
+        _measured(part, dynamic.bits, len(controller.views)) for part in (times[:_DECIDING], times[_DECIDING:])
+    )
+    found = fit_deciding(costs, *fitted)
+    predicted = costs.predict(others.decisions).sum(axis=1) + predict_deciding(found, others.decisions)
+    return found, largest_error(predicted.tolist(), others.seconds)
+
+
+def _measured(times: Sequence[Sequence[tuple[Tensor, float]]], bits: tuple[int, ...], passes: int) -> Measured:
+    """What graphs decided, from the bitwidths (1, P * L) that they gave, and how long they took."""
+    options = torch.tensor(
+        [[NOT_RUN if b < 0 else bits.index(b) for b in chosen[0].tolist()] for graph in times for chosen, _ in graph]
+    )
+    return Measured(
+        Decisions(options.reshape(len(options), passes, -1)), [seconds for graph in times for _, seconds in graph]
+    )
+
+
+class Clock:
+    """Times graphs in turns, the dense network's among them. A graph's time is its least: whatever another program does to
+    caches and cores makes it longer, never shorter.
+
+    Args:
+        dense: the dense network's graph, serialised.
+        image: (1, C, H, W).
+        threads: of ONNX Runtime.
+    """
+
+    def __init__(self, dense: bytes, image: Tensor, threads: int) -> None:
+        self._image, self._threads = image, threads
+        self._dense = self._open(dense, None)
+        self.dense = math.inf
+        """Seconds of the dense network."""
+
+    def measure(self, jobs: Sequence[Job], observer: Observer) -> list[list[tuple[Tensor, float]]]:
+        """For each graph and each of its operating points, the bitwidths that it gave (empty where it decides nothing), and its
+        seconds."""
+        observer.stage("timing graphs", len(jobs))
+        results: list[list[tuple[Tensor, float]]] = []
+        opened: list[list[Callable[[], Tensor]]] = []
+        size = 0
+        for index, job in enumerate(jobs):
+            content = job.build()
+            opened.append([self._open(content, point) for point in job.points])
+            size += len(content) * len(job.points)
+            if size > _LARGEST or index == len(jobs) - 1:
+                results += self._in_turns(opened)
+                observer.advance(len(opened))
+                opened, size = [], 0
+        return results
+
+    def _in_turns(self, opened: Sequence[Sequence[Callable[[], Tensor]]]) -> list[list[tuple[Tensor, float]]]:
+        flat = [self._dense, *(run for runs in opened for run in runs)]
+        measures = [lambda turn, run=run: least_seconds(run, self._threads) for run in flat]
+        dense, *others = map(min, in_turns(measures, _ROUNDS, 1))
+        self.dense = min(self.dense, dense)
+        seconds = iter(others)
+        return [[(run(), next(seconds)) for run in runs] for runs in opened]
+
+    def _open(self, content: bytes, point: float | None) -> Callable[[], Tensor]:
+        """A function that runs a graph, and returns the bitwidths that it chose."""
+        import numpy as np
+
+        from dfs_cli.export.network import BITS, IMAGES, LOGITS, OPERATING_POINT
+        from dfs_cli.export.runtime import open_session
+
+        session = open_session(content, self._threads)
+        names = [output.name for output in session.get_outputs()]
+        inputs = {IMAGES: self._image.numpy()}
+        if point is not None:
+            inputs[OPERATING_POINT] = np.array(point)
+        wanted = [LOGITS, BITS] if BITS in names else [LOGITS]
+
+        def run() -> Tensor:
+            results = session.run(wanted, inputs)
+            return torch.from_numpy(results[1]) if len(results) > 1 else torch.empty(0)
+
+        return run
+
+
+def least_seconds(run: Callable[[], object], threads: int) -> float:
+    """The least seconds of several runs, once the caches hold what they need."""
+    began = time.perf_counter()
+    run()
+    while time.perf_counter() - began < _UNTIMED:
+        run()
+    laps: list[float] = []
+    began = time.perf_counter()
+    while len(laps) < _RUNS or time.perf_counter() - began < _SECONDS:
+        laps.append(Lap(run, threads).seconds)
+    return min(laps)

@@ -1,0 +1,125 @@
+"""A budget in another unit than bit-weighted MACs."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import dfs_cli
+from dfs_cli.config import DataConfig, DynamicConfig, GateKind, TuningConfig
+from dfs_cli.conversion.convert import convert
+from dfs_cli.conversion.converted import Converted
+from dfs_cli.cost.device import DeviceCosts
+from dfs_cli.errors import ConfigError
+from dfs_cli.observer import Observer
+from dfs_cli.report.cost import cost_report, layer_rows
+from dfs_cli.report.markdown import render_markdown
+
+pytestmark = pytest.mark.medium
+
+TUNING = TuningConfig(steps=3, batch_size=64, hflip=0.0, workers=0)
+DATA = DataConfig(dataset="digits", num_samples=200)
+BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3)]
+# On this device 2 to 8 bits cost the same: 2 for each block, of 30 for the dense network.
+COSTS = DeviceCosts(
+    model="resnet20_digits",
+    image_size=(1, 8, 8),
+    unit="ms",
+    measured=True,
+    machine={"processor": "abacus"},
+    options=(0, 2, 4, 8),
+    blocks=dict.fromkeys(BLOCKS, (0.0, 2.0, 2.0, 2.0)),
+    fixed=2.0,
+    dense=30.0,
+    static_int8=18.0,
+    deciding={"rnn": ((0.5, 0.1),), "ff": ((0.5, 0.1),), "probe": ((0.1, 0.0), (0.4, 0.1))},
+)
+
+
+class Notes(Observer):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.told.append(text)
+
+
+@cache
+def converted(gate: GateKind, budget: float) -> tuple[Converted, tuple[str, ...]]:
+    notes = Notes()
+    made = convert(
+        "resnet20_digits", budget, DATA, dynamic=DynamicConfig((0, 2, 4, 8), gate=gate), tuning=TUNING, costs=COSTS,
+        observer=notes,
+    )  # fmt: skip
+    return made, tuple(notes.told)
+
+
+@pytest.mark.parametrize("gate", ["probe", "rnn", "ff", "static"])
+def test_the_budget_is_kept_in_the_unit_of_the_costs(gate: GateKind) -> None:
+    (_, manifest), told = converted(gate, 0.5)
+    table, evaluation = manifest.table, manifest.validation
+    assert evaluation is not None and manifest.keeps_budget
+    # Narrower options cost as much as 8 bits and are left out.
+    assert manifest.dynamic.bits == table.options == (0, 8)
+    assert "options of 2,4 bits are left out: 0,8 bits cost no more there" in told
+    # The mean cost by hand, from how often blocks ran.
+    runs = [sum(block[1] for block in blocks) for blocks in evaluation.choices]
+    took = [sum(blocks[0]) for blocks in evaluation.choices]
+    deciding = COSTS.deciding.get(gate, ((0.0, 0.0),))
+    milliseconds = sum(
+        2 * ran + 2 * images + always * images + block * ran
+        for ran, images, (always, block) in zip(runs, took, deciding, strict=True)
+    )
+    assert evaluation.cost == pytest.approx(milliseconds / evaluation.images / 30)
+    assert evaluation.cost <= 0.505
+
+
+def test_the_static_rival_obeys_the_same_table() -> None:
+    (_, manifest), _ = converted("static", 0.5)
+    # 15 ms pay for what always runs and six blocks of 2 ms; the seventh would need 16 ms.
+    assert manifest.validation is not None and manifest.validation.cost <= 14 / 30 + 1e-9
+    assert set(manifest.table.layer_bits.values()) <= {0, 8}
+
+
+def test_report_and_profile_read_the_same_table() -> None:
+    (_, manifest), _ = converted("probe", 0.5)
+    report, evaluation = cost_report(manifest), manifest.validation
+    assert evaluation is not None
+    assert sum(row["mean_cost"] for row in layer_rows(manifest.table, evaluation)) == pytest.approx(evaluation.cost)
+    assert report["cost_all_8_bit"] == 18 / 30 and report["unit"].startswith("ms, as a fraction")
+    assert report["device"] == {
+        "unit": "ms", "measured": True, "machine": {"processor": "abacus"}, "dense": 30.0, "static_int8": 18.0, "error": None,
+    }  # fmt: skip
+    text = render_markdown(report)
+    assert "fraction of dense 32-bit in ms" in text and "processor abacus, measured" in text
+    # Bit-weighted MACs stand beside it, as they are.
+    assert 0 < report["gmacs_bitweighted"] < report["gmacs_dense"] / 8
+
+
+def test_the_table_lies_in_the_file(tmp_path: Path) -> None:
+    made, _ = converted("probe", 0.5)
+    dfs_cli.save(made, tmp_path / "model.safetensors")
+    loaded = dfs_cli.load(tmp_path / "model.safetensors")
+    assert loaded.manifest == made.manifest
+    device = loaded.manifest.table.device
+    assert device is not None and device.measured and device.machine == {"processor": "abacus"}
+    moved = dfs_cli.recalibrate(loaded, 0.4, DATA)
+    assert moved.manifest.held_out is not None and moved.manifest.held_out.cost <= 0.4
+
+
+def test_budgets_out_of_reach_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"smallest reachable one is 0\.0667"):
+        convert("resnet20_digits", 0.05, DATA, dynamic=DynamicConfig((0, 8), gate="static"), tuning=TUNING, costs=COSTS)
+    with pytest.raises(ConfigError, match="no option of 6 bits"):
+        convert("resnet20_digits", 0.5, DATA, dynamic=DynamicConfig((0, 6), gate="static"), tuning=TUNING, costs=COSTS)
+
+
+def test_without_images_the_cost_is_a_bound_in_that_unit() -> None:
+    for gate in ("probe", "rnn"):
+        made = convert(
+            "resnet20_digits", 0.5, dfs_cli.SynthesisConfig("noise", images=32),
+            dynamic=DynamicConfig((0, 8), gate=gate), tuning=TUNING.replace(batch_size=16), costs=COSTS,
+        )  # fmt: skip
+        assert made.manifest.bound is not None and made.manifest.bound <= 0.5 and made.keeps_budget

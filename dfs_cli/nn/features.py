@@ -43,10 +43,10 @@ class ByteFeatures(nn.Module):
         if self.precision is not None and self.precision.bits == FULL_BITS:
             return x
         step, (low, high) = self.step(), self.limits()
-        if self.training:
+        # Not by the mode of training, in which batch-norm, and all that is part of it, stays as in evaluation.
+        if torch.is_grad_enabled():
             return fake_quantize(x.float(), step, low, high)
-        codes = quantize_codes(x, step, low, high)
-        return codes * step if torch.is_grad_enabled() else codes.mul_(step)
+        return quantize_codes(x, step, low, high).mul_(step)
 
     def step(self) -> Tensor:
         """The step size, ().

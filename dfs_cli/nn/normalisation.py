@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.quantization import normalise_quantized
 from dfs_cli.presets import FULL_BITS
 
 if TYPE_CHECKING:
@@ -114,7 +115,10 @@ class FractionalBatchNorm2d(FractionalBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that follows its block's bitwidth."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rounded(self._normalise(x))
+        bits = self.precision.bits
+        if self.output is None or bits == FULL_BITS or not torch.is_grad_enabled() or self.is_done():
+            return self.rounded(self._normalise(x))
+        return normalise_quantized(x, norm_tensors(self, bits), self.eps, self.output.step(), *self.output.limits())
 
 
 class FractionalBatchNormAct2d(FractionalBatchNorm, BatchNormAct2d):

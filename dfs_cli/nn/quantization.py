@@ -85,6 +85,65 @@ def fake_quantize(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     return result
 
 
+class _QuantizedNorm(torch.autograd.Function):
+    """Batch-norm with known statistics, quantized. What it rounds is computed again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        step: Tensor,
+        low: int,
+        high: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, variance, weight, bias, step)
+        ctx.eps, ctx.limits = eps, (low, high)
+        y = functional.batch_norm(x.float(), mean, variance, weight, bias, eps=eps)
+        return y.div_(step).round_().clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, variance, weight, bias, step = ctx.saved_tensors
+        (grad,), limits = grads, ctx.limits
+        needs_x, _, _, needs_weight, needs_bias, _, needs_step = ctx.needs_input_grad[:7]
+        y = functional.batch_norm(x.float(), mean, variance, weight, bias, eps=ctx.eps)
+        grad_step = _dot(grad, quantize_codes(y, step, *limits)) if needs_step else None
+        clipped = grad.clone()
+        _clip_gradient_(clipped, y, step, *limits)
+        if grad_step is not None:
+            grad_step -= _dot(clipped, y) / step
+        del y
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            clipped, x.float(), weight, mean, variance, None, None, False, ctx.eps, [needs_x, needs_weight, needs_bias]
+        )
+        return grad_x.to(x.dtype) if needs_x else None, None, None, grad_weight, grad_bias, None, grad_step, None, None
+
+
+def normalise_quantized(
+    x: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    eps: float,
+    step: Tensor,
+    low: int,
+    high: int,
+) -> Tensor:
+    """``fake_quantize(batch_norm(x, *tensors), step, low, high)`` with about the memory of batch-norm alone.
+
+    Args:
+        x: (N, C, H, W).
+        tensors: mean and variance, which get no gradient, weight and bias, (C,) each.
+        step: (), positive.
+    """
+    result = _QuantizedNorm.apply(x, *tensors, eps, step, low, high)
+    assert isinstance(result, Tensor)
+    return result
+
+
 def best_step(x: Tensor, bits: int, signed: bool, candidates: int = 24) -> Tensor:
     """The step size with the least squared error per row of ``x``, from a grid of clipping ranges.
 

@@ -93,8 +93,8 @@ def run_part(writer: PartWriter, key: Key, given: np.ndarray) -> np.ndarray:
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     session = open_session(model.SerializeToString(), threads=1)
     parts: list[np.ndarray] = [session.run(None, {"x": item[None]})[0] for item in given]
-    joined: np.ndarray = np.concatenate(parts)
-    return joined.transpose(0, 3, 1, 2)
+    joined: np.ndarray = np.concatenate(parts).transpose(0, 3, 1, 2)
+    return joined
 
 
 @pytest.mark.parametrize("bits", [(0, 8), (0, 4, 8)])

@@ -7,6 +7,7 @@ from dfs_cli.nn.quantization import (
     best_step,
     code_range,
     fake_quantize,
+    normalise_quantized,
     quantize_codes,
     quantized_convolution,
 )
@@ -114,3 +115,25 @@ def test_the_gate_hears_the_first_order_effect_of_the_other_options() -> None:
     expected[:, 2] = 2 * (at_input * (fine - quantized)).sum((1, 2, 3))
     expected[:, 3] = 2 * (at_input * (x - quantized)).sum((1, 2, 3))
     torch.testing.assert_close(probs.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-128, 127), (0, 255)])
+def test_quantized_normalisation_has_the_gradients_of_its_parts(low: int, high: int) -> None:
+    torch.manual_seed(0)
+    x, mean, variance = torch.randn(4, 5, 6, 7), torch.randn(5), torch.rand(5) + 0.5
+    leaves = [x, torch.randn(5), torch.randn(5), torch.tensor(0.02)]
+    grad, results, gradients = torch.randn_like(x), [], []
+    for fused in (True, False):
+        x, weight, bias, step = (leaf.clone().requires_grad_() for leaf in leaves)
+        if fused:
+            y = normalise_quantized(x, (mean, variance, weight, bias), 1e-5, step, low, high)
+        else:
+            y = torch.nn.functional.batch_norm(x, mean, variance, weight, bias, eps=1e-5)
+            y = fake_quantize(y, step, low, high)
+        y.backward(grad)
+        results.append(y.detach())
+        gradients.append([leaf.grad for leaf in (x, weight, bias, step)])
+    assert torch.equal(*results)
+    for found, expected in zip(*gradients, strict=True):
+        assert found is not None and expected is not None
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

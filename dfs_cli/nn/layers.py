@@ -316,10 +316,13 @@ class FractionalConv2d(IntegerResult, FractionalLayer, nn.Conv2d):
         self, x: Tensor, step: Tensor | None, limits: tuple[int, int] | None, weight: Tensor
     ) -> Tensor:
         others = self._others()
-        if self.padding_mode != "zeros" or isinstance(self.padding, str) or (step is None and others is None):
+        source = self.source
+        is_plain = step is None and others is None and source is None
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or is_plain:
             return super()._apply_quantized(x, step, limits, weight)
         geometry = Convolution(self.stride, self.padding, self.dilation, self.groups)
-        y = quantized_convolution(x, step, limits, weight, geometry, others)
+        unit, is_signed = (None, False) if source is None else (source.step().detach(), source.is_signed())
+        y = quantized_convolution(x, step, limits, weight, geometry, others, unit, is_signed)
         return y if self.bias is None else y + self.bias.reshape(self.channel_shape())
 
     def _apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

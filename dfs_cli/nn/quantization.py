@@ -221,7 +221,8 @@ class OtherOptions(NamedTuple):
 
 
 class _QuantizedConvolution(torch.autograd.Function):
-    """Convolution of the quantized input. The quantized input is computed again in the backward pass, not kept."""
+    """Convolution of the quantized input. The quantized input is computed again in the backward pass, not kept; an input that
+    consists of codes is kept as bytes."""
 
     @staticmethod
     def forward(
@@ -235,15 +236,20 @@ class _QuantizedConvolution(torch.autograd.Function):
         steps: Tensor | None,
         rows: tuple[tuple[int, int | None, int, int], ...],
         scale: float,
+        unit: Tensor | None,
+        is_signed: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, step, weight, steps)
+        kept = x if unit is None else x.div(unit).to(torch.int8 if is_signed else torch.uint8)
+        ctx.save_for_backward(kept, step, weight, steps, unit)
         ctx.limits, ctx.convolution, ctx.rows, ctx.scale = code_limits, convolution, rows, scale
         ctx.shape = None if probs is None else probs.shape
         return functional.conv2d(_quantize(x, step, code_limits), weight, None, *convolution)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, step, weight, steps = ctx.saved_tensors
+        x, step, weight, steps, unit = ctx.saved_tensors
+        if unit is not None:
+            x = x.to(unit.dtype).mul_(unit)
         geometry, limits = ctx.convolution, ctx.limits
         quantized = _quantize(x, step, limits)
         needs_x, needs_step, _, needs_weight, _, needs_probs = ctx.needs_input_grad[:6]
@@ -267,7 +273,7 @@ class _QuantizedConvolution(torch.autograd.Function):
         if grad_step is not None:
             grad_step = (grad_step - _dot(grad, x)) / step
         grad_x = grad if needs_x else None
-        return grad_x, grad_step, None, grad_weight, None, effect, None, None, None
+        return grad_x, grad_step, None, grad_weight, None, effect, None, None, None, None, None
 
 
 def _quantize(x: Tensor, step: Tensor, limits: tuple[int, int] | None) -> Tensor:
@@ -307,6 +313,8 @@ def quantized_convolution(
     weight: Tensor,
     convolution: Convolution,
     others: OtherOptions | None = None,
+    unit: Tensor | None = None,
+    is_signed: bool = False,
 ) -> Tensor:
     """``conv2d(fake_quantize(x, step, *code_limits), weight)`` with about the memory of a dense convolution.
 
@@ -316,6 +324,8 @@ def quantized_convolution(
         weight: (C_out, C / groups, height, width), already quantized.
         others: gives ``others.probs`` the gradient ``<dL/dq, Q_k(x) - q>`` for each other option k, the first-order
             effect of taking it. This is elementwise work only: no other option is run.
+        unit: (), where ``x`` consists of 8-bit codes times this step size, exactly.
+        is_signed: whether those codes are signed.
 
     Returns:
         (N, C_out, H', W').
@@ -323,6 +333,8 @@ def quantized_convolution(
     if step is None:
         step = x.new_ones(())
     probs, steps, rows, scale = others if others is not None else (None, None, (), 1.0)
-    result = _QuantizedConvolution.apply(x, step, code_limits, weight, convolution, probs, steps, rows, scale)
+    result = _QuantizedConvolution.apply(
+        x, step, code_limits, weight, convolution, probs, steps, rows, scale, unit, is_signed
+    )
     assert isinstance(result, Tensor)
     return result

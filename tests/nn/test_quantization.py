@@ -73,12 +73,18 @@ def test_best_step_of_zeros_is_positive() -> None:
 GEOMETRY = Convolution((1, 1), (1, 1), (1, 1), 1)
 
 
+@pytest.mark.parametrize("unit", [None, 0.0625])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("low", "high"), [(0, 15), (-7, 7)])
-def test_quantized_convolution_has_the_gradients_of_its_parts(channels_last: bool, low: int, high: int) -> None:
+def test_quantized_convolution_has_the_gradients_of_its_parts(
+    channels_last: bool, low: int, high: int, unit: float | None
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, 6, 6, generator=generator)
     x = x.relu() if low == 0 else x
+    step = None if unit is None else torch.tensor(unit)
+    if step is not None:  # codes, which are kept as bytes
+        x = (x / step).round() * step
     weight = torch.randn(5, 4, 3, 3, generator=generator)
     direction = torch.randn(3, 5, 6, 6, generator=generator)
     if channels_last:
@@ -89,7 +95,7 @@ def test_quantized_convolution_has_the_gradients_of_its_parts(channels_last: boo
         if apart:
             y = torch.nn.functional.conv2d(fake_quantize(own[0], own[1], low, high), own[2], padding=1)
         else:
-            y = quantized_convolution(own[0], own[1], (low, high), own[2], GEOMETRY)
+            y = quantized_convolution(own[0], own[1], (low, high), own[2], GEOMETRY, None, step, low < 0)
         y.backward(direction)
         results.append([y, *(t.grad for t in own)])
     for expected, found in zip(*results, strict=True):

@@ -12,8 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dfs_cli.nn.gradients import fake_quantize
 from dfs_cli.nn.precision import Precision
-from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, best_step, fake_quantize, identity, quantize_codes
+from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, best_step, identity, quantize
 from dfs_cli.presets import FULL_BITS
 
 _SAMPLED = 1 << 18
@@ -46,7 +47,7 @@ class ByteFeatures(nn.Module):
         # Not by the mode of training, in which batch-norm, and all that is part of it, stays as in evaluation.
         if torch.is_grad_enabled():
             return fake_quantize(x.float(), step, low, high)
-        return quantize_codes(x, step, low, high).mul_(step)
+        return quantize(x, step, low, high)
 
     def step(self) -> Tensor:
         """The step size, ().

@@ -17,19 +17,10 @@ from torch import Tensor, nn
 
 from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.gain import GainedInput
+from dfs_cli.nn.gradients import OtherOptions, fake_quantize, quantized_convolution
 from dfs_cli.nn.integers import IntegerResult
 from dfs_cli.nn.precision import Precision
-from dfs_cli.nn.quantization import (
-    BYTE_BITS,
-    Convolution,
-    OtherOptions,
-    best_step,
-    code_range,
-    fake_quantize,
-    identity,
-    quantize_codes,
-    quantized_convolution,
-)
+from dfs_cli.nn.quantization import BYTE_BITS, Convolution, best_step, code_range, identity, quantize_codes
 from dfs_cli.presets import FULL_BITS
 
 # For a single image with at most this many values PyTorch uses another CPU convolution, which rounds differently.

@@ -16,8 +16,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from dfs_cli.nn.features import ByteFeatures
+from dfs_cli.nn.gradients import normalise_quantized
 from dfs_cli.nn.precision import Precision
-from dfs_cli.nn.quantization import normalise_quantized
 from dfs_cli.presets import FULL_BITS
 
 if TYPE_CHECKING:

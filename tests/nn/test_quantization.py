@@ -1,16 +1,8 @@
 import pytest
 import torch
 
-from dfs_cli.nn.quantization import (
-    Convolution,
-    OtherOptions,
-    best_step,
-    code_range,
-    fake_quantize,
-    normalise_quantized,
-    quantize_codes,
-    quantized_convolution,
-)
+from dfs_cli.nn.gradients import OtherOptions, fake_quantize, normalise_quantized, quantized_convolution
+from dfs_cli.nn.quantization import Convolution, best_step, code_range, quantize_codes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,47 @@
+"""Elementwise work on large tensors, a piece after the other: what stays in a core's cache need not come from memory again for
+each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_VALUES = 1 << 17  # of a piece, for each thread
+
+
+def pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Views of parts of ``tensors``, which have one shape (any): of each the same values, all of them once.
+
+    Parts have one dimension. Tensors with different layouts in memory, or with gaps, come as a whole.
+    """
+    if all(tensor.is_contiguous() for tensor in tensors):
+        flat = [tensor.view(-1) for tensor in tensors]
+    elif all(tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors):
+        flat = [tensor.permute(0, 2, 3, 1).view(-1) for tensor in tensors]
+    else:
+        return [tensors]
+    size = _piece(flat[0])
+    return [tuple(flat)] if len(flat[0]) <= size else zip(*(tensor.split(size) for tensor in flat), strict=True)
+
+
+def groups_of_images(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Views of the same images of each of ``tensors``, (M, ...) of (N, ...), in order: few images, or a single large one."""
+    images = tensors[0]
+    if not images.numel():
+        return [tensors]
+    count = max(1, _piece(images) * len(images) // images.numel())
+    return zip(*(tensor.split(count) for tensor in tensors), strict=True)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product, (), of two tensors of one shape."""
+    return torch.dot(a.reshape(-1).to(b.dtype), b.reshape(-1))
+
+
+def _piece(tensor: Tensor) -> int:
+    """Values of a piece: all of them where pieces gain nothing."""
+    if tensor.device.type != "cpu" or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return max(1, tensor.numel())
+    return _VALUES * torch.get_num_threads()

@@ -21,7 +21,7 @@ from dfs_cli.distributed import is_first, largest, of_first
 from dfs_cli.errors import ConfigError, DivergedError, OutputError, Stopped, WriteError
 from dfs_cli.locks import locked
 
-_FORMAT = 1
+_FORMAT = 2
 _WRITTEN = "written"
 # At the end of an epoch nothing is saved where so many times the time that saving takes have not passed since the last time: an
 # epoch may be a single step.

@@ -247,7 +247,7 @@ def _plain_layer(layer: FractionalLayer) -> nn.Module:
 
 def _plain_norm(norm: FractionalBatchNorm) -> nn.Module:
     """``norm`` at its current bitwidth, as a layer of the class that it replaced."""
-    plain = copy.deepcopy(norm)
+    plain = copy.deepcopy(norm, {id(norm.is_done): None})
     for tensor, value in zip(norm_tensors(plain, FULL_BITS), norm_tensors(norm, norm.precision.bits), strict=True):
         if tensor is not None and value is not None:
             tensor.detach().copy_(value.detach())

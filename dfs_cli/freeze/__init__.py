@@ -1,1 +1,1 @@
-"""Freezing after tuning: weights as integer codes, integer biases, folded batch-norm."""
+"""Freezing after tuning: weights as integer codes, folded batch-norm."""

@@ -34,9 +34,9 @@ class ByteFeatures(nn.Module):
     def __init__(self, precision: Precision | None, device: torch.device, unit: ByteFeatures | None = None) -> None:
         super().__init__()
         self.precision = precision
+        self.bitwidths = () if precision is None else precision.quantized
         self.__dict__["unit"] = unit
-        rows = 1 if precision is None else len(precision.quantized)
-        self.log_feature_steps = nn.Parameter(torch.zeros(rows, device=device))
+        self.log_feature_steps = nn.Parameter(torch.zeros(max(1, len(self.bitwidths)), device=device))
         self.register_buffer("features_signed", torch.tensor(False, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class ByteFeatures(nn.Module):
         # Not by the mode of training, in which batch-norm, and all that is part of it, stays as in evaluation.
         if torch.is_grad_enabled():
             return fake_quantize(x.float(), step, low, high)
-        return quantize(x, step, low, high)
+        return quantize(x.float(), step, low, high)
 
     def step(self) -> Tensor:
         """The step size, ().
@@ -55,12 +55,14 @@ class ByteFeatures(nn.Module):
         A number of 8 significant bits, or such a number times ``unit``'s step size. Codes times step sizes, and their sums, are
         then exact in single precision, in whatever order a runtime computes them.
         """
-        row = 0 if self.precision is None else self.precision.quantized.index(self.precision.bits)
-        step = self.log_feature_steps[row].exp()
+        row = 0 if self.precision is None else self.bitwidths.index(self.precision.bits)
+        return self._shortened(self.log_feature_steps[row].exp())
+
+    def _shortened(self, steps: Tensor) -> Tensor:
         if self.unit is None:
-            return _shortened(step)
+            return _shortened(steps)
         unit = self.unit.step()
-        return _shortened(step / unit) * unit
+        return _shortened(steps / unit) * unit
 
     def limits(self) -> tuple[int, int]:
         """The lowest and the highest code."""
@@ -78,14 +80,22 @@ class ByteFeatures(nn.Module):
     def fit(self, samples: Sequence[Tensor]) -> None:
         """Set all step sizes, and whether codes are signed, from samples of any shape."""
         values = torch.cat([sampled(x) for x in samples])
-        self.features_signed.fill_(bool((values < 0).any()))
+        # What is added up may have any sign, whatever the samples show.
+        self.features_signed.fill_(self.precision is not None or bool((values < 0).any()))
+        if not values.any() and self.unit is not None:
+            values = self.unit.step()[None]
         self.log_feature_steps.fill_(float(best_step(values[None], BYTE_BITS, self.is_signed()).log()))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the step sizes final: the same on every device, though exponentials differ in the last digit."""
+        self.log_feature_steps.copy_(self._shortened(self.log_feature_steps.exp()).log())
 
 
 def sampled(x: Tensor) -> Tensor:
     """Values of ``x``, of any shape, evenly spaced in it: (values,), no more than step sizes are fitted on."""
     values = x.detach().flatten()
-    return values[:: max(1, len(values) // _SAMPLED)].float()
+    return values[:: max(1, len(values) // _SAMPLED)].to(torch.float32, copy=True)
 
 
 def _shortened(x: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ class FractionalLayer(GainedInput):
     def set_input_gain(self, gain: Tensor | None) -> None:
         super().set_input_gain(gain)
         self._cache.clear()
+        self.__dict__.get("_folded", {}).clear()
 
     @torch.no_grad()
     def fit_weight_steps(self) -> None:

@@ -119,7 +119,7 @@ class DynamicResNet(nn.Module):
         fixed: Precision,
         bits: tuple[int, ...],
         controller: nn.Module,
-        features: Stream | None = None,
+        features: Stream | None,
     ) -> None:
         super().__init__()
         self.backbone = backbone

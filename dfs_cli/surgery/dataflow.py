@@ -59,7 +59,7 @@ def dataflow_of(module: nn.Module, ends: Collection[str] = ()) -> Dataflow:
         return modules[str(node.target)] if node.op == "call_module" else None
 
     def source(node: fx.Node) -> fx.Node:
-        while isinstance(layer(node), _PASSING):
+        while isinstance(layer(node), nn.Identity):
             node = node.all_input_nodes[0]
         return node
 

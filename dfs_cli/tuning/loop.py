@@ -73,8 +73,8 @@ def tune(
     network = state.network.to(memory_format=layout).train()
     step_loss = StepLoss(network, teacher.to(memory_format=layout), table, config)
     module: nn.Module | None = None
-    trained_later = list(network.backbone.parameters()) if target.approached else []
-    trained_later = [p for p in trained_later if p.requires_grad]
+    controls = set(cast(nn.Module, network.controller).parameters())
+    trained_later = [p for p in network.parameters() if p.requires_grad and p not in controls and target.approached]
     warmup_steps = int(config.warmup * state.total_steps) if target.approached else 0
     try:
         for batch in _batches(state, loader):

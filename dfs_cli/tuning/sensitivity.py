@@ -11,6 +11,7 @@ from torch import Tensor
 from dfs_cli.control.base import Need, Sensitivity
 from dfs_cli.cost.table import CostTable
 from dfs_cli.distributed import of_all, share, size, total
+from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import BYTE_BITS
@@ -111,6 +112,7 @@ def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) ->
     given their precision."""
     paths = [name, *(norm for norm, layer in plan.norms.items() if layer == name)]
     modules = [network.backbone.get_submodule(path) for path in paths]
+    modules += [output for module in modules if isinstance(output := getattr(module, "output", None), ByteFeatures)]
     before = [module.precision for module in modules]
     layer_precision = Precision((bits,))
     for module in modules:

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from dfs_cli.config import Configuration
     from dfs_cli.cost.table import CostTable
 
+MEASURING, REFITTING = "measuring", "refitting layers"
+VARIED_STAGES = (MEASURING, REFITTING)
+"""Stages that do one thing after the other, where the others do the same thing for each batch."""
+
 
 class Observer:
     """Told what a conversion or an evaluation does; override what you want to show.

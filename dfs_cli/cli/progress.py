@@ -19,12 +19,12 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from dfs_cli.cli.memory import return_freed_memory
+from dfs_cli.cli.memory import keep_freed_memory, return_freed_memory
 from dfs_cli.cli.step_log import StepLog
 from dfs_cli.config import Configuration
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import printable
-from dfs_cli.observer import Observer
+from dfs_cli.observer import VARIED_STAGES, Observer
 from dfs_cli.records import StepRecord
 
 _SMOOTHING = 0.95
@@ -67,6 +67,7 @@ class _Logged(Observer):
 
     def stage(self, name: str, total: int | None) -> None:  # noqa: ARG002
         return_freed_memory()
+        keep_freed_memory(varied=name in VARIED_STAGES)
 
     def job(self, name: str) -> None:
         if self.log is not None:

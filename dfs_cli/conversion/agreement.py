@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfs_cli.conversion.setup import Setup
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.quantization import BYTE_BITS
-from dfs_cli.observer import Observer
+from dfs_cli.observer import MEASURING, REFITTING, Observer
 from dfs_cli.records import Agreement
 from dfs_cli.surgery.equalise import equalise, input_gains
 from dfs_cli.surgery.initialise import fit_steps
@@ -57,11 +57,12 @@ def ensure_agreement(
     if before < LEAST_AGREEMENT:
         harm = measure_alone(compared, setup.plan, setup.table, images, expected)
         blamed = [name for name in sorted(harm, key=lambda name: -harm[name]) if not harm[name] <= _HARMLESS]
-        gains, after = _refit(compared, (blamed, list(harm)), images, expected, before)
+        gains, after = _refit(compared, (blamed, list(harm)), images, expected, before, observer)
         if gains and compared is not network:
             equalise(network, gains)
             fit_steps(network, images)
         observer.note(_describe(before, after, len(images), blamed, len(gains)))
+        observer.stage(MEASURING, None)
     return Refitted(Agreement(len(images), before, after, tuple(gains)), gains)
 
 
@@ -87,7 +88,12 @@ def _agreement(network: DynamicResNet, images: Tensor, expected: Tensor) -> floa
 
 
 def _refit(
-    network: DynamicResNet, attempts: Sequence[list[str]], images: Tensor, expected: Tensor, before: float
+    network: DynamicResNet,
+    attempts: Sequence[list[str]],
+    images: Tensor,
+    expected: Tensor,
+    before: float,
+    observer: Observer,
 ) -> tuple[dict[str, Tensor], float]:
     """Equalise one list of layers after the other, in place, until the agreement suffices.
 
@@ -97,6 +103,7 @@ def _refit(
     gains: dict[str, Tensor] = {}
     share = before
     for names in filter(None, attempts):
+        observer.stage(REFITTING, None)
         gains = input_gains(network, names, images)
         equalise(network, gains)
         fit_steps(network, images)

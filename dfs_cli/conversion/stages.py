@@ -29,7 +29,7 @@ from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import TuningTarget
-from dfs_cli.observer import Observer
+from dfs_cli.observer import MEASURING, Observer
 from dfs_cli.records import Agreement, StepRecord, Tuned
 from dfs_cli.surgery.equalise import equalise
 from dfs_cli.surgery.initialise import fit_steps
@@ -89,7 +89,7 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     some = splits.calibration.spread(eval_batch(setup.preprocessing))
     observer.stage("loading held-out images", len(some))
     (sample, *_), _ = load_all(some, len(some), setup.workers, setup.device, unreadable, observer.advance)
-    observer.stage("measuring", None)
+    observer.stage(MEASURING, None)
     fit_steps(network, sample)
     verify_conversion(teacher, network, sample[:8])
     agreement, gains = ensure_agreement(network, setup, teacher, sample, observer)

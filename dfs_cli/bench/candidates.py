@@ -61,7 +61,9 @@ class ObservedNetwork(DynamicResNet):
     def __init__(self, network: DynamicResNet) -> None:
         copied = copy.deepcopy(network)
         controller = cast(nn.Module, copied.controller)
-        super().__init__(copied.backbone, copied.layout, copied.blocks, copied.fixed, copied.bits, controller, copied.features)
+        super().__init__(
+            copied.backbone, copied.layout, copied.blocks, copied.fixed, copied.bits, controller, copied.features
+        )
         self.deciding_seconds = 0.0
 
     def run(self, images: Tensor, decisions: Decisions | None = None, target: TuningTarget | None = None) -> Output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,8 +29,10 @@ _NAMED = 6
 
 
 class Refitted(NamedTuple):
-    """The agreement (None: nothing was compared), and the gains, by name of layer, with which it was reached."""
+    """The network to go on with, its agreement (None: nothing was compared), and the gains, by name of layer, with which it was
+    reached."""
 
+    network: DynamicResNet
     agreement: Agreement | None
     gains: dict[str, Tensor]
 
@@ -38,7 +41,8 @@ class Refitted(NamedTuple):
 def ensure_agreement(
     network: DynamicResNet, setup: Setup, teacher: nn.Module, images: Tensor, observer: Observer
 ) -> Refitted:
-    """Compare the network at 8 bits with the original, and equalise the layers to blame, in place, where they differ.
+    """Compare the network at 8 bits with the original, and equalise the layers to blame where they differ: of ``network`` in
+    place, or of a copy.
 
     Outliers are what 8 bits cannot hold, so 8 bits are compared whatever the options are: fewer bits disagree more even where
     there is none. Where 8 bits are no option, a network made for the comparison stands in.
@@ -49,7 +53,7 @@ def ensure_agreement(
         images: (N, C, H, W).
     """
     if not any(0 < bits <= BYTE_BITS for bits in setup.dynamic.bits):
-        return Refitted(None, {})
+        return Refitted(network, None, {})
     compared = _at_8_bits(network, setup, teacher, images)
     expected = teacher(images)
     before = after = _agreement(compared, images, expected)
@@ -57,13 +61,16 @@ def ensure_agreement(
     if before < LEAST_AGREEMENT:
         harm = measure_alone(compared, setup.plan, setup.table, images, expected)
         blamed = [name for name in sorted(harm, key=lambda name: -harm[name]) if not harm[name] <= _HARMLESS]
-        gains, after = _refit(compared, (blamed, list(harm)), images, expected, before, observer)
-        if gains and compared is not network:
+        refitted = copy.deepcopy(compared)
+        gains, after = _refit(refitted, (blamed, list(harm)), images, expected, before, observer)
+        if gains and compared is network:
+            network = refitted
+        elif gains:
             equalise(network, gains)
             fit_steps(network, images)
         observer.note(_describe(before, after, len(images), blamed, len(gains)))
         observer.stage(MEASURING, None)
-    return Refitted(Agreement(len(images), before, after, tuple(gains)), gains)
+    return Refitted(network, Agreement(len(images), before, after, tuple(gains)), gains)
 
 
 def _at_8_bits(network: DynamicResNet, setup: Setup, teacher: nn.Module, images: Tensor) -> DynamicResNet:
@@ -98,7 +105,7 @@ def _refit(
     """Equalise one list of layers after the other, in place, until the agreement suffices.
 
     Returns:
-        The gains of the last attempt and the agreement with them; none where nothing is better than ``before``.
+        The gains of the last attempt and the agreement with them; none where that is no better than ``before``.
     """
     gains: dict[str, Tensor] = {}
     share = before
@@ -110,11 +117,7 @@ def _refit(
         share = _agreement(network, images, expected)
         if share >= LEAST_AGREEMENT:
             break
-    if share > before:
-        return gains, share
-    equalise(network, dict.fromkeys(gains))
-    fit_steps(network, images)
-    return {}, before
+    return (gains, share) if share > before else ({}, before)
 
 
 def _describe(before: float, after: float, images: int, blamed: list[str], refitted: int) -> str:

@@ -92,7 +92,7 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     observer.stage(MEASURING, None)
     fit_steps(network, sample)
     verify_conversion(teacher, network, sample[:8])
-    agreement, gains = ensure_agreement(network, setup, teacher, sample, observer)
+    network, agreement, gains = ensure_agreement(network, setup, teacher, sample, observer)
     controller = controller_of(network)
     sensitivity = measure(controller.needs, network, setup.plan, setup.table, sample)
     candidates = []

@@ -28,7 +28,7 @@ class Affine(NamedTuple):
     """A quantized layer and the batch-norm behind it: ``output = factor * layer(x) + shift``.
 
     Args:
-        x, output: traced names.
+        x: a traced name.
         factor, shift: (C_out,).
     """
 
@@ -36,7 +36,6 @@ class Affine(NamedTuple):
     x: str
     factor: np.ndarray
     shift: np.ndarray
-    output: str
 
 
 class Lowering:
@@ -144,7 +143,7 @@ class Lowering:
         build = self._on_floats if layer.bits > BYTE_BITS else self._to_floats
         if layer.folded is not None and self._feeds_codes(output):
             build = self._on_codes
-        self.names[output] = build(Affine(layer, node.input[0], factor, shift, output))
+        self.names[output] = build(Affine(layer, node.input[0], factor, shift))
 
     def _feeds_codes(self, name: str) -> bool:
         """Whether a value is read, perhaps after a ReLU, only by layers that round it to 8-bit codes or fewer bits."""
@@ -157,7 +156,7 @@ class Lowering:
 
     def _on_floats(self, affine: Affine) -> str:
         """A layer of more than 8 bits: in floating point, with the input clipped to the range of its codes."""
-        layer, x, factor, shift, _ = affine
+        layer, x, factor, shift = affine
         weight = layer.codes * (layer.scale * factor).reshape(-1, *[1] * (layer.codes.ndim - 1))
         weight = self.graph.constant(weight, np.float32)
         return self._apply(layer, [self._clipped(x, layer), weight, self.graph.constant(shift, np.float32)])
@@ -192,7 +191,7 @@ class Lowering:
 
         Without a quantizer behind it a convolution between dequantize nodes would run in floating point.
         """
-        layer, x, factor, shift, _ = affine
+        layer, x, factor, shift = affine
         graph, zero = self.graph, self.graph.constant(_zero(layer), np.uint8)
         given, scale = self._codes(x, layer), layer.scale.astype(float) * factor * layer.step
         if layer.geometry is None:
@@ -220,9 +219,9 @@ class Lowering:
         key = _key(x, layer)
         if key not in self.codes:
             given = self.name(x)
-            if x in self.restored and layer.low == 0:
+            if x in self.restored:
                 # From codes to codes: one look-up. ONNX Runtime would make one rounding of two that follow each other.
-                given = graph.add("LeakyRelu", [given], alpha=0.0)
+                given = graph.add("LeakyRelu", [given], alpha=0.0 if layer.low == 0 else 1.0)
             codes = graph.add(
                 "QuantizeLinear", [given, graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
             )

@@ -16,8 +16,9 @@ def freeze_weights(network: DynamicResNet) -> None:
     """Round the tuned ``network``, in place, to the precision that its bitwidths use.
 
     The controller's parameters become half-precision values. Weights that never run in floating point become integer codes at
-    their widest bitwidth, which narrower bitwidths quantize further. Step sizes of features become final. Unless floating point is an option, attention's weights
-    become 8-bit codes (it still runs in floating point), and normalisation keeps only the parameters that the bitwidths use.
+    their widest bitwidth, which narrower bitwidths quantize further. Step sizes of features become
+    final. Unless floating point is an option, attention's weights become 8-bit codes (it still runs in floating point), and
+    normalisation keeps only the parameters that the bitwidths use.
     """
     network.controller.freeze()
     outputs = [m for m in network.modules() if isinstance(m, ByteFeatures)]

@@ -27,13 +27,11 @@ class GainedInput(_Layer):
         self.input_gain = self.weight.new_ones(self.weight.shape[1] * self._groups())
 
     @torch.no_grad()
-    def set_input_gain(self, gain: Tensor | None) -> None:
-        """Multiply the input's channels by ``gain`` (C_in,) before they are quantized, and divide the weight by it.
-
-        None takes an earlier gain back.
-        """
-        factors = [self.input_gain, None if gain is None else 1 / gain]
-        self.input_gain = None if gain is None else gain.to(self.weight)
+    def set_input_gain(self, gain: Tensor) -> None:
+        """Multiply the input's channels by ``gain`` (C_in,), in place of an earlier one, before they are quantized, and divide
+        the weight by it."""
+        factors = [self.input_gain, 1 / gain]
+        self.input_gain = gain.to(self.weight)
         if self.effective_weight() is self.weight:  # a standardised weight is divided whenever it is computed
             weight = self.weight.detach()
             for factor in factors:

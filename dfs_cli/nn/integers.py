@@ -107,22 +107,25 @@ class IntegerResult(_Layer):
 
     def is_normalised(self) -> bool:
         """Whether the layer gives what it and its batch-norm give together."""
-        return not self.training and self.gives_codes and self._target_step() is not None
+        return not self.training and self.gives_codes and self._knows_target()
 
-    def _target_step(self) -> Tensor | None:
-        """The step size, (), of the codes that are made of the result; None: it is not known."""
-        if (
-            self.precision.bits > BYTE_BITS
-            or getattr(self, "padding_mode", "") != "zeros"
-            or isinstance(self.padding, str)
-        ):
-            return None
-        output, target = self.output if self.norm is None else self.norm.output, self.target
-        if output is not None:
-            return output.step()
-        if target is None or isinstance(target, ByteFeatures):
-            return None if target is None else target.step()
-        return target.input_step(target.precision.bits) if target.precision.bits <= BYTE_BITS else None
+    def _knows_target(self) -> bool:
+        """Whether the step size of the codes that are made of the result is known."""
+        is_plain = getattr(self, "padding_mode", "") == "zeros" and not isinstance(self.padding, str)
+        if self.precision.bits > BYTE_BITS or not is_plain:
+            return False
+        if self._rounded_by() is not None or isinstance(self.target, ByteFeatures):
+            return True
+        return self.target is not None and self.target.precision.bits <= BYTE_BITS
+
+    def _rounded_by(self) -> ByteFeatures | None:
+        return self.output if self.norm is None else self.norm.output
+
+    def _target_step(self) -> Tensor:
+        """The step size, (), of those codes."""
+        target = self._rounded_by() or self.target
+        assert target is not None
+        return target.step() if isinstance(target, ByteFeatures) else target.input_step(target.precision.bits)
 
     def _target_gain(self) -> Tensor | None:
         return None if self.target is None or isinstance(self.target, ByteFeatures) else self.target.input_gain
@@ -153,7 +156,6 @@ class IntegerResult(_Layer):
         if not self.is_normalised():
             return super()._forward_inference(x, bits)
         step, target, gain, folded = self.input_step(bits), self._target_step(), self._target_gain(), self.folded()
-        assert target is not None
         sums = self._apply_weight(quantize_codes(x.float(), step, *self.input_limits(bits)), folded.codes, None)
         y = requantize(sums, folded, step, target).mul_(target)
         return y if gain is None else y / gain.reshape(self.channel_shape())

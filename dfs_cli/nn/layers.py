@@ -88,7 +88,7 @@ class FractionalLayer(GainedInput):
         source = self._source_at(bits)
         return code_range(bits, self.is_signed()) if source is None else source.limits()
 
-    def set_input_gain(self, gain: Tensor | None) -> None:
+    def set_input_gain(self, gain: Tensor) -> None:
         super().set_input_gain(gain)
         self._cache.clear()
         self.__dict__.get("_folded", {}).clear()

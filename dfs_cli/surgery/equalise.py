@@ -64,11 +64,11 @@ def balance(values: Tensor, weights: Tensor) -> Tensor:
     return exponents.to(values.dtype).round().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT).exp2()
 
 
-def equalise(network: DynamicResNet, gains: Mapping[str, Tensor | None]) -> None:
-    """Give the inputs of layers, by name, their gains (C_in,), in place; None: none. Step sizes are to be fitted anew."""
+def equalise(network: DynamicResNet, gains: Mapping[str, Tensor]) -> None:
+    """Give the inputs of layers, by name, their gains (C_in,), in place. Step sizes are to be fitted anew."""
     for name, gain in gains.items():
         layer = cast(FractionalLayer, network.backbone.get_submodule(name))
-        if gain is not None and layer.source is not None:  # one step size does not do for what blocks hand on
+        if layer.source is not None:  # one step size does not do for what blocks hand on
             hand_on_floats(network)
         layer.set_input_gain(gain)
 

@@ -12,6 +12,7 @@ from dfs_cli.control.base import Need, Sensitivity
 from dfs_cli.cost.table import CostTable
 from dfs_cli.distributed import of_all, share, size, total
 from dfs_cli.nn.features import ByteFeatures
+from dfs_cli.nn.layers import FractionalConv2d
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import BYTE_BITS
@@ -112,6 +113,9 @@ def layer_at(network: DynamicResNet, plan: SurgeryPlan, name: str, bits: int) ->
     given their precision."""
     paths = [name, *(norm for norm, layer in plan.norms.items() if layer == name)]
     modules = [network.backbone.get_submodule(path) for path in paths]
+    norm = modules[0].norm if isinstance(modules[0], FractionalConv2d) else None
+    if norm is not None and norm not in modules:  # of stem or shortcut
+        modules.append(norm)
     modules += [output for module in modules if isinstance(output := getattr(module, "output", None), ByteFeatures)]
     before = [module.precision for module in modules]
     layer_precision = Precision((bits,))

@@ -42,12 +42,12 @@ class Notes(Observer):
         self.told.append(text)
 
 
-def compare(model: nn.Module, bits: tuple[int, ...], fixed_bits: int = 8) -> tuple[Refitted, DynamicResNet, Notes]:
-    """The agreement of a fresh network with ``model``, the network, and what was said."""
+def compare(model: nn.Module, bits: tuple[int, ...], fixed_bits: int = 8) -> tuple[Refitted, Notes]:
+    """The agreement of a fresh network with ``model``, and what was said."""
     dynamic, notes = DynamicConfig(bits=bits, fixed_bits=fixed_bits, gate="static"), Notes()
     setup = prepare(model, 1.0, DATA, dynamic=dynamic, tuning=TUNING)
     network, sample = fresh(setup)
-    return ensure_agreement(network, setup, model, sample, notes), network, notes
+    return ensure_agreement(network, setup, model, sample, notes), notes
 
 
 def fresh(setup: Setup) -> tuple[DynamicResNet, Tensor]:
@@ -66,7 +66,7 @@ def gained(network: DynamicResNet) -> list[str]:
 
 @pytest.mark.parametrize("bits", [(0, 4, 8), (0, 2)])
 def test_an_ordinary_network_stays_as_it_is(bits: tuple[int, ...], digits_model: nn.Module) -> None:
-    (agreement, gains), network, notes = compare(digits_model, bits)
+    (network, agreement, gains), notes = compare(digits_model, bits)
     assert agreement is not None and agreement.before == agreement.after >= 0.98 and agreement.images == 200
     assert not agreement.refitted and not gains and not gained(network) and not notes.told
 
@@ -76,7 +76,7 @@ def test_an_ordinary_network_stays_as_it_is(bits: tuple[int, ...], digits_model:
 )
 def test_a_hostile_network_is_refitted(kind: str | None, digits_model: nn.Module) -> None:
     model = hostile(digits_model, *([kind] if kind else []))
-    (agreement, gains), network, notes = compare(model, (0, 4, 8))
+    (network, agreement, gains), notes = compare(model, (0, 4, 8))
     assert agreement is not None and agreement.before < 0.95 and agreement.after >= 0.98
     assert set(gained(network)) == set(agreement.refitted) == set(gains) != set()
     (note,) = notes.told
@@ -87,7 +87,7 @@ def test_a_hostile_network_is_refitted(kind: str | None, digits_model: nn.Module
 
 
 def test_tiny_variances_alone_do_no_harm(digits_model: nn.Module) -> None:
-    (agreement, gains), _, _ = compare(hostile(digits_model, "tiny variances"), (0, 8))
+    (_, agreement, gains), _ = compare(hostile(digits_model, "tiny variances"), (0, 8))
     assert agreement is not None and agreement.before >= 0.98 and not gains
 
 
@@ -95,7 +95,7 @@ def test_other_networks_are_judged_by_one_of_8_bits(digits_model: nn.Module) -> 
     model = hostile(digits_model)
     at_8 = compare(model, (0, 8))[0]
     for bits, fixed_bits in (((0, 4), 8), ((0, 8), 4), ((0, 3, 16), 4)):
-        (agreement, gains), network, _ = compare(model, bits, fixed_bits)
+        (network, agreement, gains), _ = compare(model, bits, fixed_bits)
         assert agreement == at_8.agreement
         assert all(torch.equal(gains[name], gain) for name, gain in at_8.gains.items())
         assert set(gained(network)) == set(gains)
@@ -103,21 +103,25 @@ def test_other_networks_are_judged_by_one_of_8_bits(digits_model: nn.Module) -> 
 
 @pytest.mark.parametrize("bits", [(0, 32), (0, 16)])
 def test_without_8_bits_or_fewer_nothing_is_compared(bits: tuple[int, ...], digits_model: nn.Module) -> None:
-    (agreement, gains), network, notes = compare(hostile(digits_model), bits)
+    (network, agreement, gains), notes = compare(hostile(digits_model), bits)
     assert agreement is None and not gains and not gained(network) and not notes.told
 
 
-def test_what_does_not_help_is_taken_back(digits_model: nn.Module) -> None:
+def test_what_does_not_help_leaves_the_network_as_it_is(digits_model: nn.Module) -> None:
     setup = prepare(spare(digits_model), 1.0, DATA, dynamic=DynamicConfig((0, 8), gate="static"), tuning=TUNING)
     network, sample = fresh(setup)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     other = dfs_cli.load_model("resnet20_digits")
     nn.init.normal_(other.get_submodule("fc").get_parameter("weight"))
     notes = Notes()
-    agreement, gains = ensure_agreement(network, setup, other, sample, notes)
+    kept, agreement, gains = ensure_agreement(network, setup, other, sample, notes)
     assert agreement is not None and agreement.before == agreement.after < 0.95 and not agreement.refitted and not gains
-    after = network.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    after = kept.state_dict()
+    assert (
+        kept is network
+        and before.keys() == after.keys()
+        and all(torch.equal(before[key], after[key]) for key in before)
+    )
     assert "equalising them changes nothing for the better" in notes.told[0]
 
 

@@ -26,7 +26,7 @@ from dfs_cli.export.write import (
 pytestmark = pytest.mark.medium
 
 
-def test_features_are_int8_where_the_graph_then_passes_the_comparison(tmp_path: Path) -> None:
+def test_features_are_int8_where_no_option_has_more_bits(tmp_path: Path) -> None:
     network = gated_network(tiny_resnet())
     controller_of(network).force(torch.tensor([2, 0, 2, 1, 2]))
     comparison = write_onnx(tmp_path / "out.onnx", network, SIZE, random_batches(SIZE, 16), labelled=False)

@@ -39,10 +39,9 @@ def test_gains_make_the_ranges_of_values_and_weights_equal() -> None:
     assert balance(torch.ones(1), torch.tensor([3.0])).tolist() == [2.0]
 
 
-def test_gains_change_no_bit_in_floating_point_and_can_be_taken_back() -> None:
+def test_gains_change_no_bit_in_floating_point() -> None:
     network = make_dynamic(hostile(tiny_resnet(Bottleneck)), CONFIG)
     images = torch.randn(8, *SIZE)
-    before = copy.deepcopy(network.state_dict())
     full = network.run_in_full(images)
     names = [name for name, module in network.backbone.named_modules() if isinstance(module, FractionalLayer)]
     gains = input_gains(network, names, images)
@@ -51,9 +50,6 @@ def test_gains_change_no_bit_in_floating_point_and_can_be_taken_back() -> None:
     assert torch.equal(network.run_in_full(images), full)
     again = input_gains(network, names, images)
     assert all(torch.equal(again[name], gain) for name, gain in gains.items())
-    equalise(network, dict.fromkeys(gains))
-    after = network.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.parametrize("training", [False, True])

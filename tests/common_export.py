@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import torch
 from common import SIZE, make_dynamic, preactivated_resnet, se_resnet, spread_gate, tiny_resnet
+from onnx import TensorProto, helper
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
@@ -16,10 +17,12 @@ from dfs_cli.control.base import controller_of
 from dfs_cli.control.gates import summarise, uncertainty
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import Decisions
+from dfs_cli.export.graph import IR_VERSION, Graph
 from dfs_cli.export.network import IMAGES
 from dfs_cli.export.part_writer import PartWriter
-from dfs_cli.export.parts import Parts
+from dfs_cli.export.parts import Key, Parts
 from dfs_cli.export.runtime import open_session
+from dfs_cli.export.trace import OPSET
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.surgery.plan import plan_costs
 
@@ -129,3 +132,44 @@ def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield attribute.g
                 yield from subgraphs(attribute.g)
+
+
+def parts_with_other_codes(network: DynamicResNet, size: tuple[int, int, int] = SIZE) -> dict[Key, float]:
+    """The share of codes in which the graph of each part, on its own, differs from the network; without those that do not."""
+    writer = PartWriter(Parts(network, size))
+    assert writer.features == "int8"
+    found: dict[Key, float] = {}
+    with torch.inference_mode():
+        x = network.stem(images(4, size))
+        found["stem"] = float((_run_part(writer, "stem", images(4, size).numpy()) != _codes(network, 0, x)).mean())
+        for block in range(len(network.blocks)):
+            given = np.ascontiguousarray(_codes(network, block, x).transpose(0, 2, 3, 1))
+            for option in range(len(network.bits)):
+                expected = _codes(network, block + 1, network.run_block(block, x.clone(), option))
+                found[block, option] = float((_run_part(writer, (block, option), given) != expected).mean())
+            x = network.run_block(block, x, option=2)
+    return {key: share for key, share in found.items() if share}
+
+
+def _codes(network: DynamicResNet, position: int, features: torch.Tensor) -> np.ndarray:
+    """The input (N, C, H, W) of a block, or of the head, as the bytes that stand for it."""
+    assert network.features is not None
+    rounds = network.features.at(position)
+    return ((features / rounds.step()).round() - rounds.limits()[0]).numpy().astype(np.uint8)
+
+
+def _run_part(writer: PartWriter, key: Key, given: np.ndarray) -> np.ndarray:
+    """The bytes (N, C, H, W) that a part makes of ``given``: images (N, C, H, W), or bytes (N, H, W, C)."""
+    graph = Graph()
+    graph.add("Identity", [writer.write(graph, key, "x")], ["y"])
+    kind = TensorProto.FLOAT if given.dtype == np.float32 else TensorProto.UINT8
+    infos = [
+        helper.make_tensor_value_info("x", kind, [1, *given.shape[1:]]),
+        helper.make_tensor_value_info("y", TensorProto.UINT8, None),
+    ]
+    made = helper.make_graph(graph.nodes, "part", infos[:1], infos[1:], graph.initializers)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    session = open_session(model.SerializeToString(), threads=1)
+    parts: list[np.ndarray] = [session.run(None, {"x": item[None]})[0] for item in given]
+    joined: np.ndarray = np.concatenate(parts).transpose(0, 3, 1, 2)
+    return joined

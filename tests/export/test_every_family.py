@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from common import randomise, shallow_model
-from common_export import TENSORRT_TAKES, make_network, static_network, subgraphs
+from common_export import TENSORRT_TAKES, gated_network, make_network, parts_with_other_codes, static_network, subgraphs
 from common_openvino import run_openvino
 from onnx import helper
 from torch import Tensor, nn
@@ -95,6 +95,12 @@ ALIKE = {
     "deep stem, average pooling", "stem without pooling", "average pooling against aliasing",
 }  # fmt: skip
 """Structures that trace to what others trace to, and what a user may have chosen: the others run by default."""
+
+
+NORMALISED_TOGETHER = {
+    "group normalisation", "preactivation, group normalisation", "EvoNorm", "filter response normalisation",
+    "weight standardisation",
+}  # fmt: skip
 
 
 def small_model(structure: Structure) -> nn.Module:
@@ -269,6 +275,17 @@ def test_every_structure_with_every_gate_and_bitwidth(name: str) -> None:
     for network in networks:
         parts.network.controller = network.controller  # the parts are the same
         check_decisions(parts)
+
+
+@slow
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_structure_hands_on_the_networks_codes(name: str) -> None:
+    structure = STRUCTURES[name]
+    network = gated_network(small_model(structure), bits=(0, 2, 5, 8), size=structure.size)
+    found = parts_with_other_codes(network, structure.size)
+    # What is neither convolution nor ReLU computes in floating point, where a value between two codes may fall to the other one;
+    # normalisation over a group then shifts all of its values.
+    assert all(share < (0.1 if name in NORMALISED_TOGETHER else 1e-3) for share in found.values()), found
 
 
 def test_every_family_and_architecture_is_among_them() -> None:

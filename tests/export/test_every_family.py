@@ -283,7 +283,7 @@ def test_every_structure_hands_on_the_networks_codes(name: str) -> None:
     structure = STRUCTURES[name]
     network = gated_network(small_model(structure), bits=(0, 2, 5, 8), size=structure.size)
     found = parts_with_other_codes(network, structure.size)
-    # What is neither convolution nor ReLU computes in floating point, where a value between two codes may fall to the other one;
+    # What is neither convolution nor ReLU computes in floating point, where a value between two codes may fall to either;
     # normalisation over a group then shifts all of its values.
     assert all(share < (0.1 if name in NORMALISED_TOGETHER else 1e-3) for share in found.values()), found
 

@@ -141,35 +141,42 @@ def parts_with_other_codes(network: DynamicResNet, size: tuple[int, int, int] = 
     found: dict[Key, float] = {}
     with torch.inference_mode():
         x = network.stem(images(4, size))
-        found["stem"] = float((_run_part(writer, "stem", images(4, size).numpy()) != _codes(network, 0, x)).mean())
+        found["stem"] = float((run_part(writer, "stem", images(4, size)) != x.numpy()).mean())
         for block in range(len(network.blocks)):
-            given = np.ascontiguousarray(_codes(network, block, x).transpose(0, 2, 3, 1))
             for option in range(len(network.bits)):
-                expected = _codes(network, block + 1, network.run_block(block, x.clone(), option))
-                found[block, option] = float((_run_part(writer, (block, option), given) != expected).mean())
+                expected = network.run_block(block, x.clone(), option).numpy()
+                found[block, option] = float((run_part(writer, (block, option), x) != expected).mean())
             x = network.run_block(block, x, option=2)
     return {key: share for key, share in found.items() if share}
 
 
-def _codes(network: DynamicResNet, position: int, features: torch.Tensor) -> np.ndarray:
-    """The input (N, C, H, W) of a block, or of the head, as the bytes that stand for it."""
-    assert network.features is not None
-    rounds = network.features.at(position)
-    return ((features / rounds.step()).round() - rounds.limits()[0]).numpy().astype(np.uint8)
-
-
-def _run_part(writer: PartWriter, key: Key, given: np.ndarray) -> np.ndarray:
-    """The bytes (N, C, H, W) that a part makes of ``given``: images (N, C, H, W), or bytes (N, H, W, C)."""
+def run_part(writer: PartWriter, key: Key, x: Tensor) -> np.ndarray:
+    """What a part on its own makes of each of ``x`` (N, ...); its graph may take and give bytes."""
+    features = writer.parts.network.features if writer.features == "int8" else None
+    if isinstance(key, str):
+        first = last = 0 if key == "stem" else len(writer.parts.network.blocks)
+    else:
+        first, last = key[0], key[0] + 1
+    given, rounds = x.numpy(), None
+    if features is not None and key != "stem":
+        codes = (x / (source := features.at(first)).step()).round() - source.limits()[0]
+        given = np.ascontiguousarray(codes.numpy().astype(np.uint8).transpose(0, 2, 3, 1))
+    if features is not None and key != "head":
+        rounds = features.at(last)
     graph = Graph()
     graph.add("Identity", [writer.write(graph, key, "x")], ["y"])
-    kind = TensorProto.FLOAT if given.dtype == np.float32 else TensorProto.UINT8
+    kinds = [TensorProto.FLOAT if given.dtype == np.float32 else TensorProto.UINT8]
+    kinds.append(TensorProto.FLOAT if rounds is None else TensorProto.UINT8)
     infos = [
-        helper.make_tensor_value_info("x", kind, [1, *given.shape[1:]]),
-        helper.make_tensor_value_info("y", TensorProto.UINT8, None),
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in zip("xy", kinds, ([1, *given.shape[1:]], None), strict=True)
     ]
     made = helper.make_graph(graph.nodes, "part", infos[:1], infos[1:], graph.initializers)
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     session = open_session(model.SerializeToString(), threads=1)
-    parts: list[np.ndarray] = [session.run(None, {"x": item[None]})[0] for item in given]
-    joined: np.ndarray = np.concatenate(parts).transpose(0, 3, 1, 2)
-    return joined
+    y: np.ndarray = np.concatenate([session.run(None, {"x": item[None]})[0] for item in given])
+    if rounds is None:
+        return y
+    codes = torch.from_numpy(y.transpose(0, 3, 1, 2)).float() + rounds.limits()[0]
+    restored: np.ndarray = (codes * rounds.step().detach()).numpy()
+    return restored

@@ -13,21 +13,26 @@ import pytest
 import timm
 import torch
 from common import randomise, shallow_model
-from common_export import TENSORRT_TAKES, gated_network, make_network, parts_with_other_codes, static_network, subgraphs
+from common_export import (
+    TENSORRT_TAKES,
+    gated_network,
+    make_network,
+    parts_with_other_codes,
+    run_part,
+    static_network,
+    subgraphs,
+)
 from common_openvino import run_openvino
-from onnx import helper
 from torch import Tensor, nn
 
 from dfs_cli.control.gates import uncertainty
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.export.baselines import export_dense, quantize_dense
-from dfs_cli.export.graph import IR_VERSION, Graph
 from dfs_cli.export.network import BITS, IMAGES, LOGITS, export_network, export_static, fixed_decisions
 from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Key, Parts
 from dfs_cli.export.runtime import open_session
-from dfs_cli.export.trace import OPSET
 from dfs_cli.models.zoo import candidate_names
 from dfs_cli.nn.network import DynamicResNet
 
@@ -143,30 +148,12 @@ def run_everywhere(
     return run(content, batch), run_openvino(content, batch.numpy(), exact)
 
 
-def run_part(writer: PartWriter, key: Key, x: Tensor) -> np.ndarray:
-    graph = Graph()
-    graph.add("Identity", [writer.write(graph, key, "x")], ["y"])
-    ends = [
-        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-        for name, shape in (("x", x.shape), ("y", None))
-    ]
-    made = helper.make_graph(graph.nodes, "part", ends[:1], ends[1:], graph.initializers)
-    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    y: np.ndarray = open_session(model.SerializeToString(), threads=1).run(None, {"x": x.numpy()})[0]
-    return y
-
-
 def reference(network: DynamicResNet, image: Tensor, policy: Sequence[int]) -> Iterator[tuple[Key, Tensor, Tensor]]:
     """The parts of a pass, with what enters and what leaves each of them."""
-    x, y = image, network.layout.stem(network.backbone, image)
+    x, y = image, network.stem(image)
     yield "stem", x, y
-    for index, (block, option) in enumerate(zip(network.blocks, policy, strict=True)):
-        x = y
-        if bits := network.bits[option]:
-            with block.precision.at(bits):
-                y = block.module(x)
-        else:
-            y = block.skip(block.module, x)
+    for index, option in enumerate(policy):
+        x, y = y, network.run_block(index, y.clone(), option)
         yield (index, option), x, y
     yield "head", y, network.layout.head(network.backbone, y)
 

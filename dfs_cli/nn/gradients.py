@@ -216,7 +216,7 @@ def _effects(
             values - known if row is None else quantize(values, steps[row], low, high).sub_(known)
             for _, row, low, high in rows
         )
-        effects.append(torch.stack([other.mul_(given).flatten(1).sum(dim=1) for other in others], dim=1))
+        effects.append(torch.stack([other.mul_(given).sum(dim=(1, 2, 3)) for other in others], dim=1))
     return torch.cat(effects)
 
 

@@ -210,13 +210,19 @@ def _effects(
     grad: Tensor, x: Tensor, quantized: Tensor, steps: Tensor, rows: tuple[tuple[int, int | None, int, int], ...]
 ) -> Tensor:
     """``<grad, Q_k(x) - quantized>`` for each image and each of K options, (N, K); arguments as in :class:`OtherOptions`."""
-    effects = []
+    effects: list[Tensor] = []
+    change: Tensor | None = None  # used again, where it fits: it stays in the cache
     for given, values, known in groups_of_images(grad, x, quantized):
-        others = (
-            values - known if row is None else quantize(values, steps[row], low, high).sub_(known)
-            for _, row, low, high in rows
-        )
-        effects.append(torch.stack([other.mul_(given).sum(dim=(1, 2, 3)) for other in others], dim=1))
+        if change is None or change.shape != values.shape:
+            change = torch.empty_like(values)
+        columns = []
+        for _, row, low, high in rows:
+            if row is None:
+                torch.sub(values, known, out=change)
+            else:
+                quantize(values, steps[row], low, high, out=change).sub_(known)
+            columns.append(change.mul_(given).sum(dim=(1, 2, 3)))
+        effects.append(torch.stack(columns, dim=1))
     return torch.cat(effects)
 
 

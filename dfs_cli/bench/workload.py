@@ -145,8 +145,7 @@ def untuned_network(
         controller_of(network).force(policies)
     fit_steps(network, images)
     freeze_weights(network)
-    _, channels, height, width = images.shape
-    round_biases(network, (channels, height, width))
+    round_biases(network, size_of_images(images))
     return network
 
 
@@ -262,3 +261,9 @@ def _mean_cost(network: DynamicResNet, table: CostTable, images: Tensor) -> floa
 
 def _random_images(input_size: tuple[int, int, int], seed: int) -> Tensor:
     return torch.randn(LARGE_BATCH, *input_size, generator=torch.Generator().manual_seed(seed))
+
+
+def size_of_images(images: Tensor) -> tuple[int, int, int]:
+    """(C, H, W)."""
+    _, channels, height, width = images.shape
+    return channels, height, width

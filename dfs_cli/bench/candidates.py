@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfs_cli.artifact.packing import packed_tensors
 from dfs_cli.bench.process import bytes_of
-from dfs_cli.bench.workload import Workload
+from dfs_cli.bench.workload import Workload, size_of_images
 from dfs_cli.config import LARGE_BATCH
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.runtime import has_onnx
@@ -168,12 +168,6 @@ def dynamic_graph(workload: Workload) -> tuple[bytes, dict[str, Any]]:
         return content, comparison.to_dict() | {"holds": comparison.holds}
     writer = PartWriter(Parts(workload.network, size))
     return serialise(writer), {"features": writer.features}
-
-
-def size_of_images(images: Tensor) -> tuple[int, int, int]:
-    """(C, H, W)."""
-    _, channels, height, width = images.shape
-    return channels, height, width
 
 
 def deciding_seconds(step: Step) -> float:

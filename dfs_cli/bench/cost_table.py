@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dfs_cli.bench.clock import Lap, in_turns, on_threads
 from dfs_cli.bench.cost_fit import BlockCosts, fit_deciding, largest_error, predict_deciding
 from dfs_cli.bench.machine import describe_machine
-from dfs_cli.bench.workload import untuned_network
+from dfs_cli.bench.workload import size_of_images, untuned_network
 from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
@@ -140,9 +140,8 @@ def measure_costs(
 
 def _network(model: nn.Module, dynamic: DynamicConfig, images: Tensor) -> DynamicResNet:
     """``model`` made dynamic, without tuning, as it would be exported."""
-    input_size = cast(tuple[int, int, int], tuple(images.shape[1:]))
     plan = plan_surgery(model)
-    return untuned_network(model, dynamic, plan_costs(model, dynamic, input_size, plan), plan, images)
+    return untuned_network(model, dynamic, plan_costs(model, dynamic, size_of_images(images), plan), plan, images)
 
 
 def _kinds(network: DynamicResNet, images: Tensor) -> list[str]:
@@ -171,7 +170,7 @@ def _deciding(
 
     network = _network(model, dynamic, images)
     controller = controller_of(network)
-    writer = PartWriter(Parts(network, cast(tuple[int, int, int], tuple(images.shape[1:]))))
+    writer = PartWriter(Parts(network, size_of_images(images)))
     graphs = _DECIDING + _DECIDING // 2
     # For one pass each, and another one where there are two.
     policies = costs.draw(len(dynamic.bits) + 2 * graphs, seed=1)[len(dynamic.bits) :].split(2)

@@ -17,7 +17,7 @@ from dfs_cli.bench.clock import Lap, check_repeats, in_turns, on_threads, percen
 from dfs_cli.bench.machine import describe_machine
 from dfs_cli.bench.process import added_memory, peak_bytes, size_of
 from dfs_cli.bench.verdict import Measured, Verdict, judge
-from dfs_cli.bench.workload import Workload
+from dfs_cli.bench.workload import Workload, size_of_images
 from dfs_cli.config import LARGE_BATCH
 from dfs_cli.observer import Observer
 from dfs_cli.validation import Json
@@ -157,7 +157,7 @@ def bench_inference(
         repeats=repeats,
         options=workload.network.bits,
         gate=workload.gate,
-        image_size=tuple(workload.images.shape[1:]),
+        image_size=size_of_images(workload.images),
         images=len(workload.images),
         decisions=workload.decisions,
         graph=graph,

@@ -259,3 +259,9 @@ def _mean_cost(network: DynamicResNet, table: CostTable, images: Tensor) -> floa
 
 def _random_images(input_size: tuple[int, int, int], seed: int) -> Tensor:
     return torch.randn(LARGE_BATCH, *input_size, generator=torch.Generator().manual_seed(seed))
+
+
+def size_of_images(images: Tensor) -> tuple[int, int, int]:
+    """(C, H, W)."""
+    _, channels, height, width = images.shape
+    return channels, height, width

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dfs_cli.cli import options
-from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.config import (
     COMPARED_IMAGES,
@@ -137,7 +136,6 @@ def bench(
     is_file = model.endswith(".safetensors") or Path(model).is_file()
     _check_given(context, "a converted network" if is_file else "MODEL", data is not None)
     check_range("seed", seed, 0, LARGEST_SEED)
-    keep_freed_memory()
     shares = None if mix is None else parse_mix(mix)
 
     from dfs_cli.outputs import reserve

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from dfs_cli.cli import options
-from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.config import TuningConfig, check_budget
 from dfs_cli.presets import parse_bits
@@ -80,7 +79,6 @@ def bench_tuning(
     from dfs_cli.models.zoo import check_convertible
     from dfs_cli.report.bench import print_tuning
 
-    keep_freed_memory()
     check_convertible(model)
     dynamic = default_dynamic(budget, tuning, gate, preset, fixed_bits, mirror, spend=True)
     module = weights.load(model, seed).model

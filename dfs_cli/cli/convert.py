@@ -14,7 +14,6 @@ import typer
 from dfs_cli.atomic import File
 from dfs_cli.cli import options
 from dfs_cli.cli.long_runs import LongRunOptions, how_to_resume, signals_wait_for
-from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.cli.synthetic import SyntheticOptions
 from dfs_cli.config import SynthesisConfig, check_budget, check_range
@@ -115,7 +114,6 @@ def convert(
     from dfs_cli.outputs import check_writable, reserve
     from dfs_cli.report.terminal import print_conversion
 
-    keep_freed_memory()
     check_convertible(model)
     chosen = synthetic.choose(model, data)
     settings = tuning.config(api.default_tuning(chosen))

@@ -12,7 +12,6 @@ import typer
 
 from dfs_cli.cli import options
 from dfs_cli.cli.long_runs import LongRunOptions, how_to_resume, signals_wait_for
-from dfs_cli.cli.memory import keep_freed_memory
 from dfs_cli.cli.output import Output
 from dfs_cli.comparison.config import BASELINES, SweepConfig
 from dfs_cli.config import check_budget
@@ -84,7 +83,6 @@ def sweep(
     from dfs_cli.report.plot import plot_file, why_not
     from dfs_cli.report.sweep import plot_sweep, points_csv, print_sweep
 
-    keep_freed_memory()
     check_convertible(model)
     join(tuning.device)
     # What lies beside the results of a sweep belongs to it.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dfs_cli.nn.pieces import dot, groups_of_images, pieces
+from dfs_cli.nn.pieces import dot, dots, groups_of_images, pieces
 from dfs_cli.nn.quantization import Convolution, quantize, quantize_codes
 
 
@@ -211,18 +211,18 @@ def _effects(
 ) -> Tensor:
     """``<grad, Q_k(x) - quantized>`` for each image and each of K options, (N, K); arguments as in :class:`OtherOptions`."""
     effects: list[Tensor] = []
-    change: Tensor | None = None  # used again, where it fits: it stays in the cache
+    codes: Tensor | None = None  # used again, where it fits: it stays in the cache
     for given, values, known in groups_of_images(grad, x, quantized):
-        if change is None or change.shape != values.shape:
-            change = torch.empty_like(values)
+        if codes is None or codes.shape != values.shape:
+            codes = torch.empty_like(values)
         columns = []
         for _, row, low, high in rows:
             if row is None:
-                torch.sub(values, known, out=change)
+                columns.append(dots(given, values))
             else:
-                quantize(values, steps[row], low, high, out=change).sub_(known)
-            columns.append(change.mul_(given).sum(dim=(1, 2, 3)))
-        effects.append(torch.stack(columns, dim=1))
+                torch.div(values, steps[row], out=codes).round_().clamp_(low, high)
+                columns.append(dots(given, codes) * steps[row])
+        effects.append(torch.stack(columns, dim=1) - dots(given, known)[:, None])
     return torch.cat(effects)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _VALUES = 1 << 17  # of a piece, for each thread
+_LARGE_IMAGE = 1 << 15  # values from which on a dot product for each image is faster
 
 
 def pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -37,7 +38,16 @@ def groups_of_images(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """The dot product, (), of two tensors of one shape."""
+    if b.dim() == 4 and b.is_contiguous(memory_format=torch.channels_last):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return torch.dot(a.reshape(-1).to(b.dtype), b.reshape(-1))
+
+
+def dots(a: Tensor, b: Tensor) -> Tensor:
+    """The dot product, (N,), of each image of two tensors (N, C, H, W)."""
+    if b[0].numel() < _LARGE_IMAGE:
+        return (a * b).sum(dim=(1, 2, 3))
+    return torch.stack([dot(image, other) for image, other in zip(a.split(1), b.split(1), strict=True)])
 
 
 def _piece(tensor: Tensor) -> int:

@@ -35,9 +35,9 @@ class Int8Lowering(Lowering):
             self.restored.add(self.source)
 
     def run(self) -> str:
-        y = super().run()
         if self.wanted is None:
-            return y
+            return super().run()
+        self.lower()
         return self.graph.add("Transpose", [self._codes(self.result, self.wanted)], perm=_TO_LAST)
 
     def name(self, traced_name: str) -> str:

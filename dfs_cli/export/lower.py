@@ -60,9 +60,15 @@ class Lowering:
         self.done: set[int] = set()
         self.codes: dict[tuple[str, float, int, int], str] = {}
         self.restored: set[str] = set()  # traced values that come from codes
+        self.rounded: dict[str, tuple[str, QuantizedLayer | RoundedFeatures]] = {}  # their codes; restored when needed
 
     def run(self) -> str:
         """Add the nodes; returns the name of the output."""
+        self.lower()
+        return self.name(self.result)
+
+    def lower(self) -> None:
+        """Add the nodes."""
         for node in self.nodes:
             if id(node) in self.done:
                 continue
@@ -76,11 +82,12 @@ class Lowering:
                     self.restored.add(node.output[0])
             else:
                 self._copy(node)
-        return self.name(self.result)
 
     def name(self, traced_name: str) -> str:
         """The name in the graph of a traced value."""
-        if traced_name not in self.names:
+        if traced_name not in self.names and traced_name in self.rounded:
+            self.names[traced_name] = self._restored(*self.rounded[traced_name])
+        elif traced_name not in self.names:
             self.names[traced_name] = self.graph.constant(numpy_helper.to_array(self.values[traced_name]))
         return self.names[traced_name]
 
@@ -109,7 +116,7 @@ class Lowering:
         codes = self._codes(node.input[0], features)
         self.codes[_key(output, features)] = codes
         self.restored.add(output)
-        self.names[output] = self._restored(codes, features)
+        self.rounded[output] = codes, features
 
     def _restored(self, codes: str, features: QuantizedLayer | RoundedFeatures) -> str:
         """``codes`` in floating point."""
@@ -178,7 +185,7 @@ class Lowering:
         given, folded = self._codes(x, layer), layer.folded
         assert folded is not None
         scale = folded.scale.numpy()
-        layer = replace(layer, codes=folded.integer_weight.numpy())
+        layer = replace(layer, codes=folded.weight.numpy())
         if x == self.source and (merged := on_merged_pixels(layer, *self.shape[2:])):
             given, layer = merge_pixels(self.graph, given, *self.shape[1:]), merged
         given = self._restored(given, layer)

@@ -29,7 +29,7 @@ class TensorRTLowering(Lowering):
         layer, x, graph = affine.layer, affine.x, self.graph
         # Some runtimes round the bias to an integer all the same: these codes give it finer units.
         folded = _folded(affine)
-        codes, scale = folded.integer_weight.numpy(), folded.scale.numpy()
+        codes, scale = folded.weight.numpy(), folded.scale.numpy()
         shift = affine.shift if layer.folded is None else folded.bias.numpy() * layer.step * scale
         if _is_lowered(layer):
             shift = shift + MIDDLE * layer.step * scale * codes.reshape(len(codes), -1).sum(axis=1)

@@ -7,14 +7,22 @@ are the same to the last one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.normalisation import FractionalBatchNorm, norm_tensors
-from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, code_range, identity, nearest_integer_bias, quantize_codes
+from dfs_cli.nn.quantization import (
+    BYTE_BITS,
+    LARGEST_BYTE,
+    SMALLEST_STEP,
+    code_range,
+    identity,
+    nearest_integer_bias,
+    quantize_codes,
+)
 
 if TYPE_CHECKING:
     from dfs_cli.nn.layers import FractionalLayer
@@ -25,27 +33,30 @@ else:
 
 # Biases are integers in units of weight scale times input step, times a multiple of up to 127: all within 32 bits.
 _LARGEST_BIAS = 2.0**23
+_LARGEST_EXACT = 2.0**24  # integers up to this one are numbers of single precision
 
 
 class Folded(NamedTuple):
-    """A convolution of codes and the batch-norm behind it, ``scale * step * (multiple * convolution + bias)``.
+    """A convolution of codes and the batch-norm behind it, ``scale * step * (convolution + bias)``.
 
     Args:
-        codes: (C_out, ...), of the weight.
-        multiple: (C_out,), integers, negative where batch-norm's gain is.
+        weight: (C_out, ...), integers within a signed byte.
         bias: (C_out,), integers.
         scale: (C_out,), positive, in single precision.
     """
 
-    codes: Tensor
-    multiple: Tensor
+    weight: Tensor
     bias: Tensor
     scale: Tensor
 
-    @property
-    def integer_weight(self) -> Tensor:
-        """(C_out, ...), codes times multiples, within a signed byte."""
-        return self.codes * self.multiple.reshape(-1, *[1] * (self.codes.dim() - 1))
+    def fits(self, largest: int) -> bool:
+        """Whether single precision holds all sums exactly, in whatever order they are added up.
+
+        Args:
+            largest: of the input's codes.
+        """
+        sums = self.weight.abs().flatten(1).sum(dim=1, dtype=torch.float64) * largest + self.bias.abs()
+        return float(sums.max()) <= _LARGEST_EXACT
 
 
 def fold(codes: Tensor, scale: Tensor, step: float, bits: int, gain: Tensor, shift: Tensor) -> Folded:
@@ -62,27 +73,23 @@ def fold(codes: Tensor, scale: Tensor, step: float, bits: int, gain: Tensor, shi
     sign = torch.where(gain < 0, -1.0, 1.0)
     scale = scale.double() * gain.abs()
     # A channel whose bias outweighs its weight by far would need a bias beyond 32 bits: its weight gets coarser units.
-    least = (shift.abs() / (_LARGEST_BIAS * step)).clamp_min(torch.finfo(torch.float32).tiny)
+    least = (shift.abs() / (_LARGEST_BIAS * step)).clamp_min(SMALLEST_STEP)
     coarser = torch.maximum(scale, least)
     share = (scale / coarser).to(codes.dtype).reshape(-1, *[1] * (codes.dim() - 1))
     room = LARGEST_BYTE // code_range(bits, signed=True)[1]
     bias, multiple = nearest_integer_bias(shift / (coarser * step), room)
-    return Folded((codes * share).round(), (multiple * sign).float(), bias.float(), (coarser / multiple).float())
+    weight = (codes * share).round() * (multiple * sign).to(codes.dtype).reshape(share.shape)
+    return Folded(weight, bias.float(), (coarser / multiple).float())
 
 
 def requantize(sums: Tensor, folded: Folded, step: Tensor, target: Tensor) -> Tensor:
     """The result's codes, as floating point numbers, not yet clipped.
 
     Args:
-        sums: (N, C_out, H, W), the convolution of codes.
+        sums: (N, C_out, H, W), the convolution with its bias; it is overwritten.
         step, target: (), step sizes of input and result.
     """
-    if sums.device.type != "cpu":  # whose convolutions may not be exact
-        sums = sums.round()
-    shape = (1, -1, 1, 1)
-    multiple, bias = (values.to(torch.int32).reshape(shape) for values in (folded.multiple, folded.bias))
-    factor = (step * folded.scale / target).reshape(shape)
-    return sums.to(torch.int32).mul_(multiple).add_(bias).to(torch.float32).mul_(factor).round_()
+    return sums.mul_((step * folded.scale / target).reshape(1, -1, 1, 1)).round_()
 
 
 class IntegerResult(_Layer):
@@ -97,7 +104,7 @@ class IntegerResult(_Layer):
     gives_codes = True
     """Whether it may; see :func:`dfs_cli.surgery.initialise.fit_steps`."""
 
-    _folded: dict[int, tuple[Any, Folded]]
+    _folded: dict[int, tuple[Any, Folded, bool]]
 
     def fold_in(self, norm: FractionalBatchNorm | None, target: FractionalLayer | ByteFeatures | None) -> None:
         """Set ``norm`` and ``target``."""
@@ -131,12 +138,16 @@ class IntegerResult(_Layer):
         return None if self.target is None or isinstance(self.target, ByteFeatures) else self.target.input_gain
 
     def folded(self) -> Folded:
-        """The layer and its batch-norm as integers at the current bitwidth, cached until something of it changes."""
+        """The layer and its batch-norm as integers at the current bitwidth."""
+        return self._fold()[0]
+
+    def _fold(self) -> tuple[Folded, bool]:
+        """These integers, and whether single precision holds their sums; cached until something of it changes."""
         bits, norm, gain = self.precision.bits, self.norm, self._target_gain()
-        weight = self.quantized_weight(bits)
+        weight, limits = self.quantized_weight(bits), self.input_limits(bits)
         tensors = [] if norm is None else [t for t in norm_tensors(norm, bits) if t is not None]
         parts = [self.input_step_logarithm(bits), *tensors, self.bias, gain]
-        key = (weight.key, *(identity(t) for t in parts if t is not None))
+        key = (weight.key, limits, *(identity(t) for t in parts if t is not None))
         cached = self._folded.get(bits)
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
@@ -148,14 +159,32 @@ class IntegerResult(_Layer):
                 if gain is not None:
                     factor, shift = factor * gain.double(), shift * gain.double()
                 step = float(self.input_step(bits))
-                shift = shift.expand_as(factor)
-                cached = self._folded[bits] = key, fold(weight.codes, weight.scale, step, bits, factor, shift)
-        return cached[1]
+                folded = fold(weight.codes, weight.scale, step, bits, factor, shift.expand_as(factor))
+                cached = self._folded[bits] = key, folded, folded.fits(max(map(abs, limits)))
+        return cached[1], cached[2]
 
     def _forward_inference(self, x: Tensor, bits: int) -> Tensor:
         if not self.is_normalised():
             return super()._forward_inference(x, bits)
-        step, target, gain, folded = self.input_step(bits), self._target_step(), self._target_gain(), self.folded()
-        sums = self._apply_weight(quantize_codes(x.float(), step, *self.input_limits(bits)), folded.codes, None)
-        y = requantize(sums, folded, step, target).mul_(target)
+        step, target, gain = self.input_step(bits), self._target_step(), self._target_gain()
+        codes = quantize_codes(x.float(), step, *self.input_limits(bits))
+        y = requantize(self._sums(codes), self.folded(), step, target)
+        if (rounded_by := self._rounded_by()) is not None:
+            y.clamp_(*rounded_by.limits())
+        y.mul_(target)
         return y if gain is None else y / gain.reshape(self.channel_shape())
+
+    def _sums(self, codes: Tensor) -> Tensor:
+        """The convolution of ``codes`` (N, C, H, W) with its bias, all integers, in single precision."""
+        folded, fits = self._fold()
+        is_exact = fits and not torch.is_autocast_enabled(codes.device.type)
+        # Exact sums do not depend on the way in which they are computed, which PyTorch chooses.
+        if is_exact:
+            sums = cast(Tensor, cast(nn.Conv2d, self)._conv_forward(codes, folded.weight, folded.bias))
+        else:
+            sums = self._apply_weight(codes, folded.weight, None)
+        if codes.device.type != "cpu":  # whose convolutions may not be exact
+            sums = sums.round()
+        if is_exact:
+            return sums
+        return sums.to(torch.int32).add_(folded.bias.to(torch.int32).reshape(self.channel_shape())).to(torch.float32)

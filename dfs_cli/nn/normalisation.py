@@ -116,7 +116,9 @@ class FractionalBatchNorm2d(FractionalBatchNorm, nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         bits = self.precision.bits
-        if self.output is None or bits == FULL_BITS or not torch.is_grad_enabled() or self.is_done():
+        if self.is_done():  # and rounded, too
+            return x
+        if self.output is None or bits == FULL_BITS or not torch.is_grad_enabled():
             return self.rounded(self._normalise(x))
         return normalise_quantized(x, norm_tensors(self, bits), self.eps, self.output.step(), *self.output.limits())
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dfs_cli.nn.pieces import pieces
 
-_SMALLEST_STEP = 2.0**-100  # the step size of a channel of zeros
+SMALLEST_STEP = 2.0**-100
+"""The step size of a channel of zeros: arithmetic with much smaller numbers, which are not normal ones, is slow."""
 
 
 def identity(tensor: Tensor) -> tuple[int, int]:
@@ -82,7 +83,7 @@ def byte_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     exactly from ``codes * steps``.
     """
     largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
-    steps = (largest / LARGEST_BYTE).clamp_min(_SMALLEST_STEP).bfloat16().to(weight.dtype)
+    steps = (largest / LARGEST_BYTE).clamp_min(SMALLEST_STEP).bfloat16().to(weight.dtype)
     return quantize_codes(weight, steps, -LARGEST_BYTE, LARGEST_BYTE), steps
 
 

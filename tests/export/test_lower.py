@@ -18,7 +18,7 @@ def test_batch_norm_is_folded_on_integers() -> None:
     codes, steps = torch.tensor([3.0, -7.0, 5.0]).reshape(3, 1, 1, 1), torch.tensor([0.5, 0.25, 1e-30])
     gain, shift = torch.tensor([[2.0, -1.0, 1.0], [0.3125, -0.0625, 1.0]], dtype=torch.float64)
     folded = fold(codes, steps, 0.125, 4, gain, shift)
-    weight, scale, bias = (t.numpy() for t in (folded.integer_weight, folded.scale, folded.bias))
+    weight, scale, bias = (t.numpy() for t in (folded.weight, folded.scale, folded.bias))
     # What the integers stand for: factor * scale * codes, and the shift.
     units = scale * 0.125
     np.testing.assert_allclose((weight[:2].reshape(2) * scale[:2]), [3.0, 1.75])

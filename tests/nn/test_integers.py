@@ -23,10 +23,11 @@ def test_a_folded_convolution_is_the_convolution_and_its_batchnorm(bits: int) ->
     gain, shift = (torch.randn(6, generator=generator).double() for _ in range(2))
     shift[0], gain[1] = 1e6, -gain[1].abs()  # a bias that outweighs its weight, and a negative gain
     folded = fold(codes, scale, float(step), bits, gain, shift)
-    assert float(folded.integer_weight.abs().max()) <= 127 and torch.equal(folded.bias, folded.bias.round())
+    assert float(folded.weight.abs().max()) <= 127 and torch.equal(folded.bias, folded.bias.round())
     sums = torch.nn.functional.conv2d(x, codes).double()
     expected = sums * (scale * step * gain).reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
-    found = requantize(torch.nn.functional.conv2d(x, folded.codes), folded, step, target).double() * target
+    sums = torch.nn.functional.conv2d(x.double(), folded.weight.double(), folded.bias.double()).float()
+    found = requantize(sums, folded, step, target).double() * target
     # Half of a code, and half of the bias's unit.
     tolerance = float(target) / 2 + float(step) * folded.scale.double() / 2
     error = (found - expected).abs().amax(dim=(0, 2, 3))

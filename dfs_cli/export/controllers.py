@@ -113,7 +113,7 @@ class ProbeWriter(ControllerWriter):
             )
 
             def decide(graph: Graph, block: int, _: Pooled | None) -> Test:
-                return graph.equals(graph.add("Gather", [choice, graph.constant(block, np.int64)]))
+                return graph.less(graph.add("Gather", [choice, graph.constant(block, np.int64)]))
 
             view = _write_view(inner, images, controller.views[1])
             second = writer.write_deciding_pass(inner, view, decide, pools=False)

@@ -72,8 +72,8 @@ class GateWriter(ABC):
         return graph.add("Reshape", [decision, graph.constant([1], np.int64)]), list(state)
 
     def test(self, decision: str) -> Test:
-        """The test whether an option is the one that ``decision`` names."""
-        return (lambda graph, option: decision) if self._is_binary else Graph.equals(decision)
+        """The test whether ``decision`` names an option before another one."""
+        return (lambda graph, option: decision) if self._is_binary else Graph.less(decision)
 
     def write_bits(self, graph: Graph, decisions: Sequence[str], bits: Sequence[int]) -> str:
         """The bitwidths (1, L) of ``decisions``."""

@@ -16,7 +16,7 @@ Branch = Callable[["Graph"], Sequence[str]]
 """Adds its nodes to the graph it is given, and returns the names of its outputs."""
 
 Test = Callable[["Graph", int], str]
-"""From the graph and a branch's number to the name of a boolean: whether that branch is chosen."""
+"""From the graph and a branch's number to the name of a boolean: whether a branch before that one is chosen."""
 
 
 class Graph:
@@ -75,24 +75,25 @@ class Graph:
         )
         return outputs
 
-    def choose(self, is_chosen: Test, branches: Sequence[Branch], first: int = 0) -> list[str]:
-        """The outputs of one of ``branches``, by nested ``If`` nodes.
+    def choose(self, is_before: Test, branches: Sequence[Branch], first: int = 0) -> list[str]:
+        """The outputs of one of ``branches``, by a balanced tree of ``If`` nodes.
 
         Args:
-            is_chosen: says whether a branch is chosen; it is not called for the last one.
             first: the number of the first branch.
         """
         if len(branches) == 1:
             return list(branches[0](self))
-        others = branches[1:]
+        middle = len(branches) // 2
         return self.branch(
-            is_chosen(self, first), branches[0], lambda graph: graph.choose(is_chosen, others, first + 1)
+            is_before(self, first + middle),
+            lambda graph: graph.choose(is_before, branches[:middle], first),
+            lambda graph: graph.choose(is_before, branches[middle:], first + middle),
         )
 
     @staticmethod
-    def equals(index: str) -> Test:
-        """The test whether a branch's number is ``index``, the name of an integer tensor of one element."""
-        return lambda graph, value: graph.add("Equal", [index, graph.constant(value, np.int64)])
+    def less(index: str) -> Test:
+        """The test whether ``index``, the name of an integer tensor of one element, is less than a branch's number."""
+        return lambda graph, value: graph.add("Less", [index, graph.constant(value, np.int64)])
 
     def _subgraph(self, build: Branch) -> onnx.GraphProto:
         inner = Graph(self)

@@ -90,7 +90,7 @@ class PartWriter:
         pooled = self.pool(graph, 0, x) if pools else None
         options, last = range(len(self.network.bits)), len(self.network.blocks) - 1
         for block in range(last + 1):
-            is_chosen = decide(graph, block, pooled)
+            is_before = decide(graph, block, pooled)
             mean = "" if pooled is None else pooled.name
 
             def run(inner: Graph, option: int, block: int = block, x: str = x, mean: str = mean) -> list[str]:
@@ -101,7 +101,7 @@ class PartWriter:
                 return [y, mean if self._keeps_input(block, option) else self.pool(inner, block + 1, y).name]
 
             branches = [lambda inner, option=option, run=run: run(inner, option) for option in options]
-            x, *means = graph.choose(is_chosen, branches)
+            x, *means = graph.choose(is_before, branches)
             pooled = Pooled(means[0], self._mean_scale(block + 1)) if means else None
         return self.write(graph, "head", x)
 

@@ -19,6 +19,7 @@ from dfs_cli.cli.synthetic import SyntheticOptions
 from dfs_cli.config import SynthesisConfig, check_budget, check_range
 from dfs_cli.distributed import is_first, join, of_first
 from dfs_cli.errors import BudgetMissedError, ConfigError, DivergedError, LostProcessError, OutputError
+from dfs_cli.presets import PRESETS
 
 if TYPE_CHECKING:
     from dfs_cli.checkpoint import Checkpoint
@@ -117,8 +118,9 @@ def convert(
     check_convertible(model)
     chosen = synthetic.choose(model, data)
     settings = tuning.config(api.default_tuning(chosen))
-    dynamic = network.config(budget, settings)
     costs = _read_costs(objective)
+    measurable = None if objective == "macs" else PRESETS["lowbit"].bits
+    dynamic = network.config(budget, settings, measurable if costs is None else costs.options)
     if dry_run:
         if objective == "latency":
             raise ConfigError(

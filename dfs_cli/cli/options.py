@@ -7,6 +7,7 @@ A record is a dataclass whose fields are options. A command takes a record as on
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -249,12 +250,12 @@ class NetworkOptions:
     mirror: Mirror = None
     spend: Spend = False
 
-    def config(self, budget: float, tuning: TuningConfig) -> DynamicConfig:
-        """The settings for a budget, with nothing left open."""
+    def config(self, budget: float, tuning: TuningConfig, known: Sequence[int] | None = None) -> DynamicConfig:
+        """The settings for a budget, with nothing left open; ``known`` bitwidths have costs on a device."""
         from dfs_cli.conversion.defaults import default_dynamic
 
         options = None if self.bits is None else parse_bits(self.bits)
-        return default_dynamic(budget, tuning, self.gate, options, self.fixed_bits, self.mirror, self.spend)
+        return default_dynamic(budget, tuning, self.gate, options, self.fixed_bits, self.mirror, self.spend, known)
 
 
 @dataclasses.dataclass(frozen=True)

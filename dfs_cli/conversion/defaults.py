@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -16,6 +17,7 @@ from dfs_cli.data.splits import DIGITS, Splits
 from dfs_cli.errors import ConfigError, DataError, UnsupportedModelError
 from dfs_cli.models.cifar import DIGITS_MODEL
 from dfs_cli.models.zoo import is_candidate
+from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.presets import PRESETS, Preset
 from dfs_cli.records import Source
 
@@ -61,12 +63,18 @@ def default_tuning(data: DataConfig | Splits | SynthesisConfig | None = None) ->
     return TuningConfig()
 
 
-def default_options(gate: GateKind, budget: float, spend: bool = False) -> Preset:
+def default_options(gate: GateKind, budget: float, spend: bool = False, known: Sequence[int] | None = None) -> Preset:
     """The options that are needed for a budget.
 
     Up to 8 bits where that is all that a budget can be used for: more bits gain nothing. Where the budget itself is to be
     spent, and 8 bits in every pass do not cost as much, up to floating point.
+
+    Args:
+        known: bitwidths whose costs on a device are known; None: MACs count.
     """
+    if known is not None:
+        few = tuple(bits for bits in known if bits <= BYTE_BITS)
+        return Preset(few if len(few) > 1 else tuple(known))
     up_to_8_bits = _PASSES.get(gate, 1) * mac_cost(max(PRESETS["lowbit"].bits))
     if not spend or LOWEST_SHARE * budget <= up_to_8_bits:
         return PRESETS["lowbit"]
@@ -81,6 +89,7 @@ def default_dynamic(
     fixed_bits: int | None = None,
     mirror: bool | None = None,
     spend: bool = False,
+    known: Sequence[int] | None = None,
 ) -> DynamicConfig:
     """What a converted network is made of, with nothing left open.
 
@@ -89,13 +98,14 @@ def default_dynamic(
         fixed_bits: None: those that belong to the options.
         mirror: None: images are mirrored for the second pass where they are mirrored in tuning, that is, where it does not
             change their class.
+        known: bitwidths whose costs on a device are known; None: MACs count.
 
     Raises:
         ConfigError: mirroring is asked for where there is no second pass.
     """
     if gate != "probe" and mirror is not None:
         raise ConfigError(f"--mirror is for the second pass of --gate probe, not for {gate}")
-    options = options or default_options(gate, budget, spend)
+    options = options or default_options(gate, budget, spend, known)
     return DynamicConfig(
         bits=options.bits,
         fixed_bits=options.fixed_bits if fixed_bits is None else fixed_bits,

@@ -149,7 +149,8 @@ def prepare(
     if not isinstance(data, Splits):
         data = default_images(architecture, data)
     tuning = tuning or default_tuning(data)
-    dynamic = dynamic or default_dynamic(budget, tuning, spend=spend)
+    known = None if costs is None else costs.options
+    dynamic = dynamic or default_dynamic(budget, tuning, spend=spend, known=known)
     device = resolve_device(tuning.device)
     preprocessing = preprocessing or resolve_preprocessing(module)
     plan = plan_surgery(module)

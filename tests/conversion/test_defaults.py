@@ -42,6 +42,15 @@ def test_options_are_those_that_a_budget_can_be_used_for(
     assert default_dynamic(budget, TuningConfig(), gate, spend=spend).bits == PRESETS[preset].bits
 
 
+@pytest.mark.parametrize(
+    ("known", "chosen"), [((0, 4, 8, 32), (0, 4, 8)), ((8, 32), (8, 32)), ((0, 16, 32), (0, 16, 32))]
+)
+def test_where_a_budget_counts_a_devices_costs_options_are_those_that_have_some(
+    known: tuple[int, ...], chosen: tuple[int, ...]
+) -> None:
+    assert default_dynamic(0.9, TuningConfig(), spend=True, known=known).bits == chosen
+
+
 def test_fixed_layers_have_the_bits_that_belong_to_the_options_unless_others_are_named() -> None:
     tuning = TuningConfig()
     assert default_dynamic(0.1, tuning, "rnn", PRESETS["paper"]).fixed_bits == 32

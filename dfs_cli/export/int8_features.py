@@ -33,6 +33,8 @@ class Int8Lowering(Lowering):
         if given is not None:
             del self.names[self.source]
             self.restored.add(self.source)
+            if given.low == 0:
+                self.unsigned.add(self.source)
 
     def run(self) -> str:
         if self.wanted is None:
@@ -43,7 +45,7 @@ class Int8Lowering(Lowering):
     def name(self, traced_name: str) -> str:
         if traced_name == self.source and traced_name not in self.names:
             assert self.given is not None
-            self.names[traced_name] = self._restored(self._planar(), self.given)
+            self.names[traced_name] = self._restored(self._planar(), self.given.step, self.given.zero)
         return super().name(traced_name)
 
     def _planar(self) -> str:

@@ -60,6 +60,7 @@ class Lowering:
         self.done: set[int] = set()
         self.codes: dict[tuple[str, float, int, int], str] = {}
         self.restored: set[str] = set()  # traced values that come from codes
+        self.unsigned: set[str] = set()  # of these, those that come from unsigned ones
         self.rounded: dict[str, tuple[str, QuantizedLayer | RoundedFeatures]] = {}  # their codes; restored when needed
 
     def run(self) -> str:
@@ -78,15 +79,17 @@ class Lowering:
                 self._layer(node)
             elif node.op_type == "Relu" and self._needs_no_relu(node):
                 self.names[node.output[0]] = self.name(node.input[0])
-                if node.input[0] in self.restored:
-                    self.restored.add(node.output[0])
+                for values in (self.restored, self.unsigned):
+                    if node.input[0] in values:
+                        values.add(node.output[0])
             else:
                 self._copy(node)
 
     def name(self, traced_name: str) -> str:
         """The name in the graph of a traced value."""
         if traced_name not in self.names and traced_name in self.rounded:
-            self.names[traced_name] = self._restored(*self.rounded[traced_name])
+            codes, features = self.rounded[traced_name]
+            self.names[traced_name] = self._restored(codes, features.step, _zero(features))
         elif traced_name not in self.names:
             self.names[traced_name] = self.graph.constant(numpy_helper.to_array(self.values[traced_name]))
         return self.names[traced_name]
@@ -116,11 +119,13 @@ class Lowering:
         codes = self._codes(node.input[0], features)
         self.codes[_key(output, features)] = codes
         self.restored.add(output)
+        if features.low == 0:
+            self.unsigned.add(output)
         self.rounded[output] = codes, features
 
-    def _restored(self, codes: str, features: QuantizedLayer | RoundedFeatures) -> str:
+    def _restored(self, codes: str, step: float, zero: int) -> str:
         """``codes`` in floating point."""
-        parameters = [self.graph.constant(features.step, np.float32), self.graph.constant(_zero(features), np.uint8)]
+        parameters = [self.graph.constant(step, np.float32), self.graph.constant(zero, np.uint8)]
         return self.graph.add("DequantizeLinear", [codes, *parameters])
 
     def _needs_no_relu(self, node: onnx.NodeProto) -> bool:
@@ -188,7 +193,7 @@ class Lowering:
         layer = replace(layer, codes=folded.weight.numpy())
         if x == self.source and (merged := on_merged_pixels(layer, *self.shape[2:])):
             given, layer = merge_pixels(self.graph, given, *self.shape[1:]), merged
-        given = self._restored(given, layer)
+        given = self._restored(given, layer.step, self._zero_of(x, layer))
         weight = self._dequantized(layer.codes, scale, np.int8)
         bias = self._dequantized(folded.bias.numpy(), scale * np.float32(layer.step), np.int32)
         return self._convolve("Conv", layer, [given, weight, bias])
@@ -199,7 +204,7 @@ class Lowering:
         Without a quantizer behind it a convolution between dequantize nodes would run in floating point.
         """
         layer, x, factor, shift = affine
-        graph, zero = self.graph, self.graph.constant(_zero(layer), np.uint8)
+        graph, zero = self.graph, self.graph.constant(self._zero_of(x, layer), np.uint8)
         given, scale = self._codes(x, layer), layer.scale.astype(float) * factor * layer.step
         if layer.geometry is None:
             y = graph.add("MatMulInteger", [given, graph.constant(layer.codes.T, np.int8), zero])
@@ -220,8 +225,8 @@ class Lowering:
         return self.graph.add("DequantizeLinear", [self.graph.constant(*given) for given in inputs], axis=0)
 
     def _codes(self, x: str, layer: QuantizedLayer | RoundedFeatures) -> str:
-        """The traced value ``x`` as the layer's codes in unsigned bytes; signed codes are shifted by 128."""
-        graph, zero = self.graph, _zero(layer)
+        """The traced value ``x`` as the layer's codes in unsigned bytes, shifted by :meth:`_zero_of`."""
+        graph, zero = self.graph, self._zero_of(x, layer)
         low, high = layer.low + zero, layer.high + zero
         key = _key(x, layer)
         if key not in self.codes:
@@ -232,10 +237,17 @@ class Lowering:
             codes = graph.add(
                 "QuantizeLinear", [given, graph.constant(layer.step, np.float32), graph.constant(zero, np.uint8)]
             )
-            if (low, high) != (0, 255):
+            if (low, high) != (0, 255) and not (x in self.unsigned and high == 255):
                 codes = graph.add("Clip", [codes, graph.constant(low, np.uint8), graph.constant(high, np.uint8)])
             self.codes[key] = codes
         return self.codes[key]
+
+    def _zero_of(self, x: str, layer: QuantizedLayer | RoundedFeatures) -> int:
+        """The unsigned byte that stands for zero in the codes of the traced value ``x``.
+
+        Few unsigned bits of what has no negative values lie at the upper end, where the runtime clips without a node for it.
+        """
+        return 255 - layer.high if x in self.unsigned and layer.low == 0 else _zero(layer)
 
     def _convolve(self, op: str, layer: QuantizedLayer, inputs: list[str], pads: Sequence[int] | None = None) -> str:
         """Add a convolution.

@@ -112,8 +112,16 @@ class ProbeWriter(ControllerWriter):
                 inner, controller.gate, controller.ceiling, charge, uncertainty, margin, pooled
             )
 
-            def decide(graph: Graph, block: int, _: Pooled | None) -> Test:
-                return graph.less(graph.add("Gather", [choice, graph.constant(block, np.int64)]))
+            # All tests at once, in one node: a node costs microseconds.
+            numbers = range(1, len(bits))
+            is_before = [[inner.name("before") for _ in numbers] for _ in range(blocks)]
+            column = inner.add("Reshape", [choice, inner.constant([blocks, 1], np.int64)])
+            tests = inner.add("Less", [column, inner.constant([list(numbers)], np.int64)])
+            tests = inner.add("Reshape", [tests, inner.constant([-1], np.int64)])
+            inner.add("Split", [tests], [name for names in is_before for name in names], axis=0)
+
+            def decide(graph: Graph, block: int, _: Pooled | None) -> Test:  # noqa: ARG001
+                return lambda _, number: is_before[block][number - 1]
 
             view = _write_view(inner, images, controller.views[1])
             second = writer.write_deciding_pass(inner, view, decide, pools=False)

@@ -59,7 +59,7 @@ class Folded(NamedTuple):
         return float(sums.max()) <= _LARGEST_EXACT
 
 
-def fold(codes: Tensor, scale: Tensor, step: float, bits: int, gain: Tensor, shift: Tensor) -> Folded:
+def fold(codes: Tensor, scale: Tensor, step: float | Tensor, bits: int, gain: Tensor, shift: Tensor) -> Folded:
     """Express ``gain * convolution + shift`` by integers, channel by channel.
 
     The bias becomes an integer in units that grow as the bitwidth falls. Codes of few bits leave room in their bytes: they are
@@ -158,7 +158,7 @@ class IntegerResult(_Layer):
                     shift = shift + self.bias.double() * factor
                 if gain is not None:
                     factor, shift = factor * gain.double(), shift * gain.double()
-                step = float(self.input_step(bits))
+                step = self.input_step(bits).double()  # no number: an accelerator would be waited for
                 folded = fold(weight.codes, weight.scale, step, bits, factor, shift.expand_as(factor))
                 cached = self._folded[bits] = key, folded, folded.fits(max(map(abs, limits)))
         return cached[1], cached[2]

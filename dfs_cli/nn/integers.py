@@ -142,7 +142,10 @@ class IntegerResult(_Layer):
         return self._fold()[0]
 
     def _fold(self) -> tuple[Folded, bool]:
-        """These integers, and whether single precision holds their sums; cached until something of it changes."""
+        """These integers, and whether single precision holds their sums; cached until something of it changes.
+
+        On an accelerator, which would have to be waited for, no sums are looked at.
+        """
         bits, norm, gain = self.precision.bits, self.norm, self._target_gain()
         weight, limits = self.quantized_weight(bits), self.input_limits(bits)
         tensors = [] if norm is None else [t for t in norm_tensors(norm, bits) if t is not None]
@@ -158,9 +161,10 @@ class IntegerResult(_Layer):
                     shift = shift + self.bias.double() * factor
                 if gain is not None:
                     factor, shift = factor * gain.double(), shift * gain.double()
-                step = self.input_step(bits).double()  # no number: an accelerator would be waited for
+                step = self.input_step(bits).double()
                 folded = fold(weight.codes, weight.scale, step, bits, factor, shift.expand_as(factor))
-                cached = self._folded[bits] = key, folded, folded.fits(max(map(abs, limits)))
+                fits = weight.codes.device.type == "cpu" and folded.fits(max(map(abs, limits)))
+                cached = self._folded[bits] = key, folded, fits
         return cached[1], cached[2]
 
     def _forward_inference(self, x: Tensor, bits: int) -> Tensor:

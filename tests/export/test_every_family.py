@@ -120,7 +120,7 @@ def small_model(structure: Structure) -> nn.Module:
 @cache
 def images(size: tuple[int, int, int]) -> Tensor:
     """(4, C, H, W), of different contrast: networks with random weights tell noise of the same contrast hardly apart."""
-    contrast = torch.tensor([0.25, 0.5, 1.0, 2.0])[:, None, None, None]
+    contrast = torch.tensor([1.0, 0.5, 2.0, 0.25])[:, None, None, None]
     return contrast * torch.randn(4, *size, generator=torch.Generator().manual_seed(1))
 
 

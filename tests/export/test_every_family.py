@@ -119,9 +119,12 @@ def small_model(structure: Structure) -> nn.Module:
 
 @cache
 def images(size: tuple[int, int, int]) -> Tensor:
-    """(4, C, H, W), of different contrast: networks with random weights tell noise of the same contrast hardly apart."""
-    contrast = torch.tensor([1.0, 0.5, 2.0, 0.25])[:, None, None, None]
-    return contrast * torch.randn(4, *size, generator=torch.Generator().manual_seed(1))
+    return torch.randn(4, *size, generator=torch.Generator().manual_seed(1))
+
+
+def varied_images(size: tuple[int, int, int]) -> Tensor:
+    """Of different contrast: networks with random weights tell noise of the same contrast hardly apart."""
+    return torch.tensor([0.25, 0.5, 1.0, 2.0])[:, None, None, None] * images(size)
 
 
 def check_close(actual: np.ndarray, expected: Tensor, most: float = 0.01) -> None:
@@ -184,20 +187,20 @@ def check_plain_graphs(parts: Parts, policy: Sequence[int], most: float = 0.5) -
 @torch.no_grad()
 def check_decisions(parts: Parts) -> None:
     """The graph decides as the network does, and computes what the network computes for these decisions."""
-    network, size = parts.network, parts.input_size
+    network, batch = parts.network, varied_images(parts.input_size)
     controller = network.controller
     if isinstance(controller, ProbeController):
         # A threshold between images, not on one of them.
-        values = uncertainty(network.follow(images(size), controller.policy.expand(4, -1))[0]).sort().values
+        values = uncertainty(network.follow(batch, controller.policy.expand(4, -1))[0]).sort().values
         controller.operating_point = float(values[(gap := int(values.diff().argmax())) : gap + 2].mean())
-    results, others = run_everywhere(export_network(PartWriter(parts)), images(size))
+    results, others = run_everywhere(export_network(PartWriter(parts)), batch)
     bits = torch.from_numpy(results[BITS])
     options = torch.full_like(bits, NOT_RUN)
     for option, value in enumerate(network.bits):
         options[bits == value] = option
     decisions = Decisions(options.reshape(len(bits), -1, len(network.blocks)))
-    check_close(results[LOGITS], network.run(images(size), decisions).logits, 0.5)
-    assert int(network.run(images(size)).decisions.equal(decisions).sum()) >= 3
+    check_close(results[LOGITS], network.run(batch, decisions).logits, 0.5)
+    assert int(network.run(batch).decisions.equal(decisions).sum()) >= 3
     assert (others[BITS] == results[BITS]).mean() > 0.75
 
 

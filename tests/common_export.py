@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import controller_of
-from dfs_cli.control.gates import summarise, uncertainty
+from dfs_cli.control.gates import Gate, summarise, uncertainty
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.graph import IR_VERSION, Graph
@@ -53,6 +54,9 @@ def gated_network(
     """A network with a gate before every block, whose decisions depend on the image."""
     network = make_dynamic(model, DynamicConfig(bits=bits, gate=gate), size)  # type: ignore[arg-type]
     spread_gate(network, 1.0)
+    # Where a gate's state is closed its scores are equal, and the last digit would decide: a preference does.
+    preference = cast(Gate, controller_of(network).get_submodule("gate")).preference
+    nn.init.normal_(preference, std=0.1, generator=torch.Generator().manual_seed(1))
     return network
 
 

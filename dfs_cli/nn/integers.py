@@ -172,15 +172,15 @@ class IntegerResult(_Layer):
             return super()._forward_inference(x, bits)
         step, target, gain = self.input_step(bits), self._target_step(), self._target_gain()
         codes = quantize_codes(x.float(), step, *self.input_limits(bits))
-        y = requantize(self._sums(codes), self.folded(), step, target)
+        folded, fits = self._fold()
+        y = requantize(self._sums(codes, folded, fits), folded, step, target)
         if (rounded_by := self._rounded_by()) is not None:
             y.clamp_(*rounded_by.limits())
         y.mul_(target)
         return y if gain is None else y / gain.reshape(self.channel_shape())
 
-    def _sums(self, codes: Tensor) -> Tensor:
+    def _sums(self, codes: Tensor, folded: Folded, fits: bool) -> Tensor:
         """The convolution of ``codes`` (N, C, H, W) with its bias, all integers, in single precision."""
-        folded, fits = self._fold()
         is_exact = fits and not torch.is_autocast_enabled(codes.device.type)
         # Exact sums do not depend on the way in which they are computed, which PyTorch chooses.
         if is_exact:

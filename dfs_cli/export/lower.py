@@ -17,11 +17,8 @@ from onnx import numpy_helper
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.space_to_depth import merge_pixels, on_merged_pixels
-from dfs_cli.export.trace import DOMAIN, ROUNDED, QuantizedLayer, RoundedFeatures, Traced, key_of
-from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution
-
-MIDDLE = LARGEST_BYTE + 1
-"""The unsigned byte that stands for zero where codes are signed."""
+from dfs_cli.export.trace import DOMAIN, MIDDLE, ROUNDED, QuantizedLayer, RoundedFeatures, Traced, key_of
+from dfs_cli.nn.quantization import BYTE_BITS, Convolution
 
 
 class Affine(NamedTuple):
@@ -89,7 +86,7 @@ class Lowering:
         """The name in the graph of a traced value."""
         if traced_name not in self.names and traced_name in self.rounded:
             codes, features = self.rounded[traced_name]
-            self.names[traced_name] = self._restored(codes, features.step, _zero(features))
+            self.names[traced_name] = self._restored(codes, features.step, features.zero)
         elif traced_name not in self.names:
             self.names[traced_name] = self.graph.constant(numpy_helper.to_array(self.values[traced_name]))
         return self.names[traced_name]
@@ -247,7 +244,7 @@ class Lowering:
 
         Few unsigned bits of what has no negative values lie at the upper end, where the runtime clips without a node for it.
         """
-        return 255 - layer.high if x in self.unsigned and layer.low == 0 else _zero(layer)
+        return 255 - layer.high if x in self.unsigned and layer.low == 0 else layer.zero
 
     def _convolve(self, op: str, layer: QuantizedLayer, inputs: list[str], pads: Sequence[int] | None = None) -> str:
         """Add a convolution.
@@ -271,11 +268,6 @@ class Lowering:
 def pads_of(geometry: Convolution) -> tuple[int, ...]:
     """The padding as (top, left, bottom, right)."""
     return geometry.padding * (4 // len(geometry.padding))
-
-
-def _zero(layer: QuantizedLayer | RoundedFeatures) -> int:
-    """The unsigned byte that stands for zero in the layer's input."""
-    return 0 if layer.low == 0 else MIDDLE
 
 
 def _key(x: str, layer: QuantizedLayer | RoundedFeatures) -> tuple[str, float, int, int]:

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import torch
 
-from dfs_cli.export.lower import MIDDLE, Affine, Lowering, pads_of
-from dfs_cli.export.trace import QuantizedLayer, RoundedFeatures
+from dfs_cli.export.lower import Affine, Lowering, pads_of
+from dfs_cli.export.trace import MIDDLE, QuantizedLayer, RoundedFeatures
 from dfs_cli.nn.integers import Folded, fold
 from dfs_cli.nn.quantization import LARGEST_BYTE
 

@@ -23,11 +23,14 @@ from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.integers import Folded
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm, norm_tensors
-from dfs_cli.nn.quantization import BYTE_BITS, Convolution
+from dfs_cli.nn.quantization import BYTE_BITS, LARGEST_BYTE, Convolution
 from dfs_cli.presets import FULL_BITS
 
 OPSET = 17
 DOMAIN, QUANTIZED, ROUNDED = "dfs", "Quantized", "Rounded"
+MIDDLE = LARGEST_BYTE + 1
+"""The unsigned byte that stands for zero where codes are signed."""
+
 _PLAIN_NORMS = {fractional: plain for plain, fractional in FRACTIONAL_NORMS.items()}
 
 
@@ -69,6 +72,11 @@ class QuantizedLayer:
         bias = None if layer.bias is None else layer.bias.detach().cpu().numpy()
         low, high = layer.input_limits(bits)
         return cls(codes.cpu().numpy(), scale.detach().cpu().numpy(), step, low, high, bits, bias, geometry, folded)
+
+    @property
+    def zero(self) -> int:
+        """The unsigned byte that stands for zero in the input."""
+        return 0 if self.low == 0 else MIDDLE
 
 
 @dataclass(frozen=True)

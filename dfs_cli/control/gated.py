@@ -109,11 +109,11 @@ class GatedController(Controller):
         self._operating_point = _FIRST_MULTIPLIER
         cost = min(request.budget, table.dearest)
         if request.is_bound and sensitivity is not None:
-            mix = best_block_mix(table, sensitivity.blocks, cost - table.controller_costs[0])
+            mix = best_block_mix(table, sensitivity.blocks, cost)
             self.ceiling.highest.copy_(mix)
             return TuningTarget(self.ceiling.cost(table, 0))
         if sensitivity is not None and not request.spend:
-            cost = min(cost, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM) + table.controller_costs[0])
+            cost = min(cost, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM))
         return TuningTarget(max(cost, table.cheapest), approached=True)
 
     def _normalise_inputs(self, network: DynamicResNet, images: Tensor) -> None:

@@ -195,7 +195,7 @@ class ProbeController(Controller):
             budget = min(budget, max(min(enough, limit), table.cheapest) / _FIRST_SHARE)
         # No more than what the budget's part allows, no less than what the second pass cannot spend.
         first = max(min(_FIRST_SHARE * budget, limit), min(table.cheapest, budget), budget - dearest)
-        self.policy.copy_(best_block_mix(table, sensitivity.blocks, first - table.controller_costs[0]))
+        self.policy.copy_(best_block_mix(table, sensitivity.blocks, first))
         rest = max(budget - self._first_cost(table), _LEAST_REST * budget)
         share = _SECOND_SHARE
         # The deviation of the cost between images is rest * sqrt((1 - share) / share).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 
 import numpy as np
@@ -140,14 +141,17 @@ def policy_of(table: CostTable) -> Tensor:
     return widest
 
 
-def best_block_mix(table: CostTable, sensitivity: Tensor, cost: float, least: float = 0.0) -> Tensor:
-    """Options (L,) of least total harm in a first pass that costs at most ``cost``, without a controller.
+def best_block_mix(
+    table: CostTable, sensitivity: Tensor, cost: float, least: float = 0.0, passes: Sequence[int] = (0,)
+) -> Tensor:
+    """Options (L,) of least total harm that cost at most ``cost``.
 
     Harms are taken to add up, as in HAWQ-V3 (Yao et al., 2021).
 
     Args:
         sensitivity: (L, K), what each option of each block does to the predictions alone.
         cost, least: at most and at least so much, as fractions of the dense network's cost.
+        passes: which ones the mix is run in, and paid for, deciding included.
 
     Raises:
         ConfigError: no mix costs that.
@@ -155,12 +159,13 @@ def best_block_mix(table: CostTable, sensitivity: Tensor, cost: float, least: fl
     blocks, options = sensitivity.shape
     one_each = np.kron(np.eye(blocks), np.ones(options))
     harm = sensitivity.double().cpu().numpy().ravel()
-    chosen = _choose(harm, table.option_costs[0].numpy().ravel(), one_each, table, cost, least)
+    prices = table.option_costs[list(passes)].sum(dim=0).numpy().ravel()
+    chosen = _choose(harm, prices, one_each, sum(map(table.fixed_cost, passes)), cost, least)
     return torch.from_numpy(chosen.reshape(blocks, options).argmax(axis=1))
 
 
 def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float:
-    """Cost of the cheapest mix per block, in a first pass without a controller, whose total harm is at most ``harm`` nats.
+    """Cost of the cheapest mix per block, in a first pass, whose total harm is at most ``harm`` nats.
 
     Of a pass with every block at its widest where all mixes do more harm.
     """
@@ -171,13 +176,13 @@ def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float
     solution = milp(costs / costs.max(), constraints=constraints, integrality=np.ones(len(costs)), bounds=Bounds(0, 1))
     if not solution.success:  # no mix does so little
         return table.dearest_pass(0)
-    return table.fixed_layers_cost + float(costs @ solution.x.round())
+    return table.fixed_cost(0) + float(costs @ solution.x.round())
 
 
 def mix_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[Tensor, bool]:
     """Options (L,) for each pass, and whether there are two of them, that together cost at most ``budget``.
 
-    Two passes are taken, half of the budget for each, unless one that has all of it does less harm. The answer is the mean of
+    Two passes are taken, alike, unless one that has all of the budget does less harm. The answer is the mean of
     both, so that half of their harm is left; a little harm more is worth the second look.
 
     Args:
@@ -187,18 +192,17 @@ def mix_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[Te
         ConfigError: no mix costs so little.
     """
     harms = sensitivity.double().cpu()
-    first, second = table.controller_costs
-    alone = best_block_mix(table, sensitivity, budget - first)
-    half = (budget - first - second) / 2
-    if half + first < table.cheapest:
+    alone = best_block_mix(table, sensitivity, budget)
+    try:
+        mix = best_block_mix(table, sensitivity, budget, passes=(0, 1))
+    except ConfigError:  # one pass can be paid, not two
         return alone, False
-    mix = best_block_mix(table, sensitivity, half)
     harm_alone, harm_of_each = (float(harms.gather(1, m[:, None]).sum()) for m in (alone, mix))
     return (mix, True) if harm_of_each / 2 <= max(harm_alone, _SECOND_LOOK) else (alone, False)
 
 
 def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float, least: float = 0.0) -> dict[str, int]:
-    """Bitwidths of the blocks' layers, by name, of least total harm that cost at most ``cost``, without a controller; 0 for all
+    """Bitwidths of the blocks' layers, by name, of least total harm that cost at most ``cost`` in a first pass; 0 for all
     layers of a block that is skipped, where skipping is an option.
 
     Args:
@@ -220,22 +224,24 @@ def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float, leas
     harm = sensitivity.layers[:, runs].double().cpu().numpy().ravel()
     skipping = sensitivity.blocks[list(blocks), 0].double().cpu().numpy()
     harms, prices = np.concatenate([harm, skipping]), np.concatenate([costs.ravel(), np.zeros(len(blocks))])
-    chosen = _choose(harms, prices, one_each, table, cost, least)
+    chosen = _choose(harms, prices, one_each, table.fixed_cost(0), cost, least)
     kept = chosen[: costs.size].reshape(costs.shape)
     return {layer.name: int(row @ bits) for layer, row in zip(layers, kept, strict=True)}
 
 
 def _choose(
-    harm: np.ndarray, costs: np.ndarray, one_each: np.ndarray, table: CostTable, cost: float, least: float
+    harm: np.ndarray, costs: np.ndarray, one_each: np.ndarray, fixed: float, cost: float, least: float
 ) -> np.ndarray:
     """Which of V choices to make (V,), solved exactly as an integer program (HiGHS, by SciPy).
 
     Args:
         harm, costs: (V,), of each choice.
         one_each: (R, V), the choices of which exactly one is to be made, a row each.
+        fixed: what is paid besides them.
+        cost, least: at most and at least so much, all together.
     """
-    spendable = cost - table.fixed_layers_cost
-    to_spend = least - table.fixed_layers_cost if least > 0 else -np.inf
+    spendable = cost - fixed
+    to_spend = least - fixed if least > 0 else -np.inf
     # Costs as shares of the largest: the solver's tolerances are absolute.
     scale = (one_each * costs).max(axis=1).sum()
     constraints = [

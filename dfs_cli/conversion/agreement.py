@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.conversion.setup import Setup
+from dfs_cli.distributed import of_first
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.observer import MEASURING, REFITTING, Observer
@@ -56,10 +57,10 @@ def ensure_agreement(
         return Refitted(network, None, {})
     compared = _at_8_bits(network, setup, teacher, images)
     expected = teacher(images)
-    before = after = _agreement(compared, images, expected)
+    before = after = of_first(_agreement(compared, images, expected))
     gains: dict[str, Tensor] = {}
     if before < LEAST_AGREEMENT:
-        harm = measure_alone(compared, setup.plan, setup.table, images, expected)
+        harm = of_first(measure_alone(compared, setup.plan, setup.table, images, expected))
         blamed = [name for name in sorted(harm, key=lambda name: -harm[name]) if not harm[name] <= _HARMLESS]
         refitted = copy.deepcopy(compared)
         gains, after = _refit(refitted, (blamed, list(harm)), images, expected, before, observer)
@@ -114,7 +115,7 @@ def _refit(
         gains = input_gains(network, names, images)
         equalise(network, gains)
         fit_steps(network, images)
-        share = _agreement(network, images, expected)
+        share = of_first(_agreement(network, images, expected))
         if share >= LEAST_AGREEMENT:
             break
     return (gains, share) if share > before else ({}, before)

@@ -45,7 +45,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
     """The dot product, (N,), of each image of two tensors (N, C, H, W)."""
-    if b[0].numel() < _LARGE_IMAGE:
+    if not len(b) or b[0].numel() < _LARGE_IMAGE:
         return (a * b).sum(dim=(1, 2, 3))
     return torch.stack([dot(image, other) for image, other in zip(a.split(1), b.split(1), strict=True)])
 

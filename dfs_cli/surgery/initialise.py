@@ -37,10 +37,12 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
         if isinstance(layer, FractionalLayer):
             layer.fit_weight_steps()
 
-    def observe_output(output: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        cast(ByteFeatures, output).fit(inputs)
-
     handed_on: list[Tensor] = []
+    outputs: dict[ByteFeatures, Tensor] = {}
+
+    def observe_output(output: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        outputs[cast(ByteFeatures, output)] = sampled(inputs[0])
+
     with (
         hooked(network, FractionalLayer, observe_input),
         hooked(network, FractionalBatchNorm, observe_moments),
@@ -49,6 +51,8 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
         network.run_in_full(images, visit=lambda x: handed_on.append(sampled(x)))
     if network.features is not None:
         network.features.fit(handed_on)
+    for output, values in outputs.items():  # in units of the features' step sizes
+        output.fit([values])
 
     def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         norm = cast(FractionalBatchNorm, norm)

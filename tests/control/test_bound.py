@@ -8,6 +8,7 @@ from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Request, Sensitivity, controller_of
 from dfs_cli.control.static import mix_within
 from dfs_cli.cost.decisions import Decisions
+from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
@@ -87,6 +88,19 @@ def test_a_second_pass_is_taken_where_half_of_the_budget_does_little_harm(harm: 
     _, controller, _ = start("probe", 0.1, harm)
     sure = controller.operating_point >= 1e9
     assert sure == (passes == 1)
+
+
+def test_two_passes_keep_the_bound_where_deciding_costs_more_for_each_block_of_the_second() -> None:
+    table = table_of("probe")
+    blocks = {name: (0.0, 1.0, 2.0, 3.0, 4.0) for name in table.blocks}
+    costs = DeviceCosts("tiny", SIZE, "mJ", False, {}, BITS, blocks, 1.0, 40.0, deciding={"probe": ((0.1, 0), (0.2, 1.5))})
+    table = table.on_device(costs, "probe")
+    for budget in (0.4, 0.7, 1.0):
+        mix, has_second = mix_within(table, sensitivity_of(table, 0.001).blocks, budget)
+        assert has_second
+        both = [float(table.pass_cost(mix[None], i)) for i in range(2)]
+        assert 0.8 * budget < sum(both) <= budget + 1e-9
+        assert both[1] > both[0] + 0.03
 
 
 def test_too_small_a_budget_is_refused() -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from dfs_cli.nn.gradients import OtherOptions, fake_quantize, normalise_quantized, quantized_convolution
+from dfs_cli.nn.pieces import dots
 from dfs_cli.nn.quantization import Convolution, best_step, code_range, quantize_codes
 
 
@@ -56,6 +57,12 @@ def test_best_step_is_no_worse_than_covering_the_range(bits: int) -> None:
     assert (error(step) <= error(covering) * 1.001).all()  # rounding of 16-bit sums
     if bits == 2:
         assert (step < covering).all()
+
+
+@pytest.mark.parametrize(("images", "size"), [(3, 4), (3, 200), (0, 4), (0, 200)])
+def test_dot_products_of_each_image(images: int, size: int) -> None:
+    a, b = torch.randn(2, images, 1, size, size, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(dots(a, b), (a * b).sum(dim=(1, 2, 3)))
 
 
 def test_best_step_of_zeros_is_positive() -> None:

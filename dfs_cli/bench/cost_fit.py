@@ -85,31 +85,53 @@ class BlockCosts:
         return rows
 
 
-def fit_deciding(costs: BlockCosts, decisions: Decisions, seconds: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """Seconds of deciding in each pass, from those of whole graphs that decide: in any case, and for each block that runs. A
-    gate pools what such a block hands on, and the runtime cannot join it with its neighbours.
+class Deciding:
+    """What graphs that decide take besides what their blocks do, fitted to times of whole networks.
+
+    Deciding takes some time in each pass, in any case and for each block that runs: a gate pools what such a block hands on,
+    and the runtime cannot join it with its neighbours. A block that runs in both passes takes longer in the second one, see
+    :class:`dfs_cli.cost.device.DeviceCosts`.
 
     Args:
+        costs: of the blocks.
         decisions: what each graph decided.
         seconds: (N,), that it took.
     """
-    measured = np.asarray(seconds)
-    rest = measured - costs.predict(decisions).sum(axis=1)
-    found, _ = nnls(_deciding_rows(decisions) / measured[:, None], rest / measured)
-    return tuple((float(always), float(per_block)) for always, per_block in found.reshape(-1, 2))
 
+    def __init__(self, costs: BlockCosts, decisions: Decisions, seconds: Sequence[float]) -> None:
+        self._costs = costs
+        measured = np.asarray(seconds)
+        rest = measured - costs.predict(decisions).sum(axis=1)
+        self._found, _ = nnls(self._rows(decisions) / measured[:, None], rest / measured)
 
-def predict_deciding(deciding: Sequence[Sequence[float]], decisions: Decisions) -> np.ndarray:
-    """Seconds (N,) of deciding, as :func:`fit_deciding` gives them."""
-    seconds: np.ndarray = _deciding_rows(decisions) @ np.asarray(deciding).ravel()
-    return seconds
+    @property
+    def passes(self) -> list[tuple[float, float]]:
+        """Seconds of deciding in each pass: in any case, and for each block that runs."""
+        found = self._found[:-1].reshape(-1, 2)
+        return [(float(always), float(per_block)) for always, per_block in found]
 
+    @property
+    def crowding(self) -> float:
+        """By which share a block takes longer in the second pass where it ran in the first one."""
+        return float(self._found[-1])
 
-def _deciding_rows(decisions: Decisions) -> np.ndarray:
-    """For each pass, whether it is run, and how many of its blocks run: (N, 2 * P)."""
-    running = (decisions.options > 0).sum(dim=2)
-    rows: np.ndarray = torch.stack([decisions.ran, running], dim=2).flatten(1).double().numpy()
-    return rows
+    def predict(self, decisions: Decisions) -> np.ndarray:
+        """Seconds (N,) of whole graphs."""
+        seconds: np.ndarray = self._costs.predict(decisions).sum(axis=1) + self._rows(decisions) @ self._found
+        return seconds
+
+    def _rows(self, decisions: Decisions) -> np.ndarray:
+        """For each pass, whether it is run and how many of its blocks run, and the seconds of the second pass's blocks that ran
+        in the first one: (N, 2 * P + 1)."""
+        running = decisions.options > 0
+        again = np.zeros(len(running))
+        if decisions.passes > 1:
+            both = running.all(dim=1)
+            options = decisions.in_pass(1).clamp_min(0)
+            seconds = torch.tensor(self._costs.of_blocks(), dtype=torch.float64)
+            again = (seconds.gather(1, options.T).T * both).sum(dim=1).numpy()
+        counts = torch.stack([decisions.ran, running.sum(dim=2)], dim=2).flatten(1).double().numpy()
+        return np.column_stack([counts, again])
 
 
 def fit_non_negative(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:

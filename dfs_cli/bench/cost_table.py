@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.bench.clock import Lap, in_turns, on_threads
-from dfs_cli.bench.cost_fit import BlockCosts, fit_deciding, largest_error, predict_deciding
+from dfs_cli.bench.cost_fit import BlockCosts, Deciding, largest_error
 from dfs_cli.bench.machine import describe_machine
 from dfs_cli.bench.workload import size_of_images, untuned_network
 from dfs_cli.config import DynamicConfig, GateKind
@@ -26,7 +26,7 @@ from dfs_cli.surgery.plan import plan_costs, plan_surgery
 
 _IMAGES = 8  # random: times do not depend on what they show, once decisions are forced
 _PER_UNKNOWN, _CHECKED = 2.5, 12  # policies for each unknown of the fit, and policies that are not in it
-_DECIDING = 8  # policies from which the time of deciding is found; half as many are not in that fit
+_DECIDING = 16  # policies from which the time of deciding is found; half as many are not in that fit
 _LARGEST = (
     1 << 29
 )  # bytes of graphs in memory at a time: the more there are, the longer the time over which each is measured
@@ -133,8 +133,12 @@ def measure_costs(
                 continue
             settings = dynamic.replace(bits=kept, gate=gate)
             found, error = _deciding(model, settings, images, costs.narrowed(kept), clock, observer)
-            passes = tuple((1000 * always, 1000 * per_block) for always, per_block in found)
-            table = table.replace(deciding=table.deciding | {gate: passes}, error=max(table.error or 0.0, error))
+            passes = tuple((1000 * always, 1000 * per_block) for always, per_block in found.passes)
+            table = table.replace(
+                deciding=table.deciding | {gate: passes},
+                crowding=max(table.crowding, found.crowding),  # of the one gate with two passes
+                error=max(table.error or 0.0, error),
+            )
     return table
 
 
@@ -161,9 +165,8 @@ def _deciding(
     costs: BlockCosts,
     clock: Clock,
     observer: Observer,
-) -> tuple[tuple[tuple[float, float], ...], float]:
-    """Seconds of deciding with a gate, as :func:`dfs_cli.bench.cost_fit.fit_deciding` gives them, and the largest error of
-    predictions for graphs that were not in the fit."""
+) -> tuple[Deciding, float]:
+    """What a gate takes, and the largest error of predictions for graphs that were not in the fit."""
     from dfs_cli.export.part_writer import PartWriter
     from dfs_cli.export.parts import Parts
     from dfs_cli.export.write import serialise
@@ -186,9 +189,8 @@ def _deciding(
     fitted, others = (
         _measured(part, dynamic.bits, len(controller.views)) for part in (times[:_DECIDING], times[_DECIDING:])
     )
-    found = fit_deciding(costs, *fitted)
-    predicted = costs.predict(others.decisions).sum(axis=1) + predict_deciding(found, others.decisions)
-    return found, largest_error(predicted.tolist(), others.seconds)
+    found = Deciding(costs, *fitted)
+    return found, largest_error(found.predict(others.decisions).tolist(), others.seconds)
 
 
 def _measured(times: Sequence[Sequence[tuple[Tensor, float]]], bits: tuple[int, ...], passes: int) -> Measured:

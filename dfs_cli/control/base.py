@@ -21,6 +21,8 @@ from dfs_cli.presets import FULL_BITS
 Tell = Callable[[float, float], None]
 """Told an operating point (or cost multiplier) that was tried, and the mean cost at it."""
 
+_MACS = 2e12  # about a minute on a few CPU cores
+
 
 class Need(Enum):
     """What a controller needs to have measured before tuning."""
@@ -41,6 +43,11 @@ class Sensitivity(NamedTuple):
 
     blocks: Tensor
     layers: Tensor | None = None
+
+
+def affordable(images: Tensor, table: CostTable, runs: int) -> Tensor:
+    """As many of ``images`` (N, C, H, W) as so many runs of the network take about a minute for, 16 at least."""
+    return images[: max(16, int(_MACS / (table.dense_macs * runs)))]
 
 
 class Request(NamedTuple):
@@ -162,6 +169,10 @@ class Controller(nn.Module, ABC):
         Args:
             sample: held-out images (N, C, H, W).
         """
+
+    def settle(self, table: CostTable) -> CostTable:
+        """The costs where this controller decides, once it has started: ``table``, or one that is more exact."""
+        return table
 
     def uses_hard_crops(self, spend: bool) -> bool:
         """Whether the operating point is set on harder crops than those of training: where it is a matter of confidence or

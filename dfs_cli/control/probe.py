@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell, join_batches
+from dfs_cli.control.division import divide, divide_by_rule
 from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
-from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, mix_within, sufficient_cost
+from dfs_cli.control.static import mix_within
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import (
     HIGHEST_SHARE,
@@ -20,13 +21,11 @@ from dfs_cli.cost.operating_point import (
     OperatingPoint,
     cheapest_of_the_best,
     find_operating_point,
-    sampling_error,
 )
 from dfs_cli.cost.table import CostTable
 from dfs_cli.distributed import joined_rows, of_first
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
-from dfs_cli.nn.quantization import BYTE_BITS
 
 ALWAYS_REFINE, NEVER_REFINE = -1e9, 1e9
 """Thresholds below and above every uncertainty; finite, so that they can be written as JSON."""
@@ -35,18 +34,6 @@ LEAST_MULTIPLIER = 1e-3
 """So low, a multiplier changes no decision."""
 
 _TRAINED_SHARE = 0.2  # of a batch, at most, takes the second pass in tuning: a step stays cheap
-# Of the budget, what the first pass costs, unless the cheapest mix costs more.
-_FIRST_SHARE = 0.65
-# Of what all costs at 8 bits, more than this for all images is wasted on the first pass: six bits lose next to nothing.
-_FIRST_LIMIT = 0.64
-# The share of images planned for the second pass; more where each would cost more than eight bits do.
-_SECOND_SHARE = 0.2
-# A second pass costs at least this share of the first: a much poorer look has nothing to add.
-_SECOND_LEAST = 0.6
-# Left for the second pass at least, where the first can cost no less than the budget.
-_LEAST_REST = 1e-3
-# Largest share of the budget that the mean cost of two samples may differ by (one standard error), as planned.
-_PLANNED_ERROR = 0.02
 # The middle of the interval that the budget promises: what the gate is sure of on held-out images, it need not be as sure of on
 # new ones.
 _AIM = (LOWEST_SHARE + HIGHEST_SHARE) / 2
@@ -177,35 +164,28 @@ class ProbeController(Controller):
         request: Request,
         sample: Tensor,
     ) -> TuningTarget:
-        """Divide the budget between the passes.
+        """Divide the budget between the passes: see :mod:`dfs_cli.control.division`.
 
-        The first pass gets the best static mix for its part of the budget, the second the mix that the gate's preferences
-        give for what remains, for a share of the images. The fewer images the operating point is set on, the larger that
-        share and the cheaper the second pass: the mean cost of few images says less about others' the more the images differ.
+        The second pass has the mix that the gate's preferences give for its cost. A share of 0 says that one pass for all
+        images is better.
         """
         assert sensitivity is not None, "declared as needed"
         shift_preference(self.gate.preference, sensitivity.blocks)
         if request.is_bound:
             return self._start_within(network, table, sensitivity.blocks, request.budget, sample)
-        dearest, budget, all_8_bit = table.dearest_pass(1), request.budget, table.uniform_cost(BYTE_BITS)
-        limit = _FIRST_LIMIT * all_8_bit
-        if not request.spend:
-            # More bits in the first pass gain nothing.
-            enough = sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)
-            budget = min(budget, max(min(enough, limit), table.cheapest) / _FIRST_SHARE)
-        # No more than what the budget's part allows, no less than what the second pass cannot spend.
-        first = max(min(_FIRST_SHARE * budget, limit), min(table.cheapest, budget), budget - dearest)
-        self.policy.copy_(best_block_mix(table, sensitivity.blocks, first))
-        rest = max(budget - self._first_cost(table), _LEAST_REST * budget)
-        share = _SECOND_SHARE
-        # The deviation of the cost between images is rest * sqrt((1 - share) / share).
-        allowed = _PLANNED_ERROR * budget / (rest * sampling_error(1.0, request.held_out, request.images))
-        share = max(share, 1 / (1 + allowed**2))
-        share = min(1.0, max(share, rest / min(dearest, all_8_bit)))
-        second = max(rest / share, _SECOND_LEAST * (budget - rest))
-        self.cost_multiplier = self._multiplier_for(table, second)
+        if table.device is None:
+            division = divide_by_rule(table, sensitivity.blocks, request)
+        else:
+            division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views[1])
+        self.policy.copy_(division.first)
+        self.cost_multiplier = self._multiplier_for(self.settle(table), division.second)
         self._normalise_input(network, sample)
-        return TuningTarget(second, share=min(1.0, rest / second))
+        return TuningTarget(division.second, share=division.share)
+
+    def settle(self, table: CostTable) -> CostTable:
+        table = table.after(self.policy.cpu())
+        self.option_costs.copy_(table.option_costs)
+        return table
 
     def _start_within(
         self, network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, sample: Tensor
@@ -308,6 +288,8 @@ class ProbeController(Controller):
         self.ceiling.check()
         if not torch.equal(self.policy, self.policy.clamp(0, len(self.bits) - 1)):
             raise ValueError(f"controller.policy: an option is none of the {len(self.bits)} there are")
+        if table.first_runs != table.after(self.policy).first_runs:
+            raise ValueError("controller.policy: not the first pass of the cost table")
 
     def freeze(self) -> None:
         self.tuned_multiplier.copy_(self.multiplier)

@@ -74,18 +74,17 @@ class StaticController(Controller):
 
     def candidates(self, table: CostTable, sensitivity: Sensitivity | None, request: Request) -> list[CostTable]:
         """The best mix per layer and the best mix per block; one where they are the same, or where the other cannot be had.
-        With costs on a device, the best mix per block. Where there is one option, all of that."""
+        Where layers were not measured, the best mix per block. Where there is one option, all of that."""
         if len(table.options) == 1:
             (bits,) = table.options
             return [table.with_layer_bits({layer.name: bits for layer in table.layers if layer.block is not None})]
-        assert sensitivity is not None and sensitivity.layers is not None, "declared as needed"
+        assert sensitivity is not None, "declared as needed"
         budget, least = request.budget, LOWEST_SHARE * request.budget
         if request.is_bound:
             least = 0.0  # and as many bits as there may be: what harm they do to real images is not known
         elif not request.spend:
             budget, least = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)), 0.0
-        # On a device a block's cost is known, not that of its layers.
-        mixes = [] if table.device is not None else [best_layer_mix(table, sensitivity, budget, least)]
+        mixes = [] if sensitivity.layers is None else [best_layer_mix(table, sensitivity, budget, least)]
         with suppress(ConfigError) if mixes else nullcontext():  # blocks are coarser than layers
             options = best_block_mix(table, sensitivity.blocks, budget, least)
             layers = [layer for layer in table.layers if layer.block is not None]

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from dfs_cli.checkpoint import Checkpoint
+from dfs_cli.config import DynamicConfig
 from dfs_cli.conversion.setup import Setup
 from dfs_cli.conversion.stages import Planned, start_tuning, unreadable_log
 from dfs_cli.cost.table import CostTable
@@ -36,12 +37,13 @@ class Progress:
         teacher = copy.deepcopy(setup.model).to(setup.device).eval()
         table = CostTable.from_dict(planned["table"])
         agreement = planned["agreement"] and Agreement.from_dict(planned["agreement"])
-        network = make_dynamic(teacher, setup.dynamic, table, setup.plan).network
+        dynamic = DynamicConfig.from_dict(planned["dynamic"])
+        network = make_dynamic(teacher, dynamic, table, setup.plan).network
         if agreement:
             reserve_gains(network, agreement.refitted)
         unreadable = unreadable_log(setup)
         unreadable.reasons.update(tuning["unreadable"])
-        restored = Planned(network, table, TuningTarget(*planned["target"]), teacher, unreadable, agreement)
+        restored = Planned(network, dynamic, table, TuningTarget(*planned["target"]), teacher, unreadable, agreement)
         state = start_tuning(setup, restored)
         state.load_state_dict(tuning["state"])
         return restored, state
@@ -52,6 +54,7 @@ class Progress:
         self.checkpoint.keep(
             _PLANNED,
             {
+                "dynamic": planned.dynamic.to_dict(),
                 "table": planned.table.to_dict(),
                 "target": tuple(planned.target),
                 "agreement": agreement and agreement.to_dict(),

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dfs_cli.artifact.manifest import Manifest
-from dfs_cli.config import Preprocessing, TuningConfig
+from dfs_cli.config import DynamicConfig, Preprocessing, TuningConfig
 from dfs_cli.control.base import HeldOut, Request, controller_of
 from dfs_cli.conversion.agreement import ensure_agreement
 from dfs_cli.conversion.converted import Converted
@@ -46,6 +46,7 @@ class Planned(NamedTuple):
 
     Args:
         network: the network.
+        dynamic: its options and gate: not what was asked for where one pass for all images is better.
         table: its costs.
         target: what it is tuned for.
         teacher: the original network, on the same device.
@@ -54,6 +55,7 @@ class Planned(NamedTuple):
     """
 
     network: DynamicResNet
+    dynamic: DynamicConfig
     table: CostTable
     target: TuningTarget
     teacher: nn.Module
@@ -93,23 +95,35 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     fit_steps(network, sample)
     verify_conversion(teacher, network, sample[:8])
     network, agreement, gains = ensure_agreement(network, setup, teacher, sample, observer)
-    controller = controller_of(network)
-    sensitivity = measure(controller.needs, network, setup.plan, setup.table, sample)
-    candidates = []
-    for table in controller.candidates(setup.table, sensitivity, setup.request):
-        if table is not setup.table:
-            network = make_dynamic(teacher, setup.dynamic, table, setup.plan).network
-            equalise(network, gains)
-            fit_steps(network, sample)
-        candidates.append((network, table))
-    harms = [divergence(candidate, teacher, sample) for candidate, _ in candidates] if len(candidates) > 1 else [0.0]
-    network, table = candidates[of_first(harms.index(min(harms)))]
-    target = of_first(controller_of(network).start(network, table, sensitivity, setup.request, sample))
+    sensitivity = measure(controller_of(network).needs, network, setup.plan, setup.table, sample)
+
+    def start(network: DynamicResNet, dynamic: DynamicConfig, table: CostTable) -> Planned:
+        """The best candidate, started."""
+        candidates = []
+        for its_table in controller_of(network).candidates(table, sensitivity, setup.request):
+            if its_table is not table:
+                network = make_dynamic(teacher, dynamic, its_table, setup.plan).network
+                equalise(network, gains)
+                fit_steps(network, sample)
+            candidates.append((network, its_table))
+        harms = (
+            [divergence(candidate, teacher, sample) for candidate, _ in candidates] if len(candidates) > 1 else [0.0]
+        )
+        network, table = candidates[of_first(harms.index(min(harms)))]
+        target = of_first(controller_of(network).start(network, table, sensitivity, setup.request, sample))
+        return Planned(network, dynamic, table, target, teacher, unreadable, agreement)
+
+    planned = start(network, setup.dynamic, setup.table)
+    if setup.table.device is not None and setup.table.passes > 1 and not planned.target.share:
+        observer.note("one pass for all images is better than two for this budget: the network is a static one")
+        dynamic, table = setup.dynamic.replace(gate="static", mirror=False), setup.table.without_deciding()
+        planned = start(make_dynamic(teacher, dynamic, table, setup.plan).network, dynamic, table)
+    network = planned.network
     if size() > 1:  # all begin with the same numbers, to the last bit
         point = of_first(network.controller.operating_point)
         network.load_state_dict(of_first({name: tensor.cpu() for name, tensor in network.state_dict().items()}))
         network.controller.operating_point = point
-    return Planned(network, table, target, teacher, unreadable, agreement)
+    return planned._replace(table=controller_of(network).settle(planned.table))
 
 
 def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
@@ -243,11 +257,13 @@ def finish(
         model_args=setup.model_args,
         class_names=() if is_synthetic else setup.splits.class_names,
         preprocessing=setup.preprocessing,
-        dynamic=setup.dynamic,
+        dynamic=planned.dynamic,
         table=table,
         budget=setup.request.budget,
         operating_point=point.value,
-        configuration=setup.configuration.replace(unreadable_training_images=tuple(sorted(planned.unreadable.reasons))),
+        configuration=setup.configuration.replace(
+            dynamic=planned.dynamic, unreadable_training_images=tuple(sorted(planned.unreadable.reasons))
+        ),
         source=setup.source.replace(top1=top1, top5=top5),
         agreement=planned.agreement,
         held_out=Tuned(point.cost, point.top1),

@@ -43,6 +43,8 @@ class DeviceCosts(Json):
         static_int8: of the whole network, quantized to 8 bits by other means; None: not known.
         deciding: by gate, what deciding costs in each of P passes: in any case, and for each block that runs. Measured between
             the options that :meth:`useful` keeps.
+        crowding: by which share of its cost a block is dearer in a second pass where the first one ran it, too: its weights
+            lie in memory twice, and caches hold less.
         error: the largest relative difference between predicted and measured costs, on policies that the costs were not
             fitted to; None: not measured.
 
@@ -70,6 +72,7 @@ class DeviceCosts(Json):
     deciding: dict[GateKind, Annotated[tuple[tuple[Cost, Cost], ...], Field(min_length=1, max_length=2)]] = (
         dataclasses.field(default_factory=dict)
     )
+    crowding: Cost = 0.0
     error: Cost | None = None
 
     def __post_init__(self) -> None:

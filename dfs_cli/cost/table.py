@@ -53,6 +53,8 @@ class CostTable(Json):
             network has none.
         not_counted: operations that have no MACs, and how often they occur.
         device: costs on a device, of these options and this controller, in place of MACs; None: MACs count.
+        first_runs: (L,), whether the first pass of every image runs a block, which makes it dearer in a second one on a device;
+            empty: it may run any.
 
     Raises:
         ConfigError: lengths or indices do not agree.
@@ -72,6 +74,7 @@ class CostTable(Json):
     controller_macs: Annotated[tuple[tuple[Macs, ...], ...], Field(min_length=1)]
     not_counted: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = dataclasses.field(default_factory=dict)
     device: DeviceCosts | None = None
+    first_runs: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.blocks) for row in self.controller_macs):
@@ -84,6 +87,8 @@ class CostTable(Json):
             raise ConfigError("the cost table has no MACs")
         if not self.options or not self.blocks:
             raise ConfigError("the cost table has no options or no blocks")
+        if self.first_runs and len(self.first_runs) != len(self.blocks):
+            raise ConfigError("the cost table has another number of blocks than its first pass")
         if {layer.block for layer in self.layers} - {None} != set(range(len(self.blocks))):
             raise ConfigError("the cost table has a block without layers")
         if not set(self.layer_bits.values()) <= set(self.options):
@@ -143,7 +148,9 @@ class CostTable(Json):
             rows = torch.tensor([self.device.blocks[name] for name in self.blocks], dtype=torch.float64)
             runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
             per_block = torch.tensor([per_block for _, per_block in self._deciding], dtype=torch.float64)
-            return (rows + per_block[:, None, None] * runs) / self.device.dense
+            again = torch.tensor(self.first_runs or (True,) * len(self.blocks), dtype=torch.float64)[:, None]
+            passes = [rows] + [rows * (1 + self.device.crowding * again)] * (self.passes - 1)
+            return (torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense
         options = torch.tensor([mac_cost(b) for b in self.options], dtype=torch.float64)
         option_macs, individual_costs = [0] * len(self.blocks), [0.0] * len(self.blocks)
         for layer in self.layers:
@@ -239,6 +246,16 @@ class CostTable(Json):
             ConfigError: the costs are of another network, of other options, or not of this gate.
         """
         return dataclasses.replace(self, device=costs.narrowed(self.options, gate))
+
+    def after(self, policy: Tensor) -> CostTable:
+        """The costs where the first pass has the options ``policy`` (L,) for every image."""
+        runs = tuple(self.options[i] > 0 for i in policy.tolist())
+        return self if self.device is None else dataclasses.replace(self, first_runs=() if all(runs) else runs)
+
+    def without_deciding(self) -> CostTable:
+        """The costs of the same network with one pass for all images, in which nothing is decided."""
+        device = self.device and self.device.narrowed(self.options, "static")
+        return dataclasses.replace(self, controller_macs=((0,) * len(self.blocks),), device=device, first_runs=())
 
     def check_budget(self, budget: float, spend: bool = False) -> None:
         """Check that decisions can keep ``budget`` and, where it is to be spent, reach it.

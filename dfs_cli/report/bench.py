@@ -120,6 +120,8 @@ def print_costs(console: Console, record: dict[str, Any]) -> None:
     for gate, passes in record["deciding"].items():
         text = "; ".join(f"{always:.4f} and {block:.4f} for each block that runs" for always, block in passes)
         lines.append(f"deciding by {gate}, in each pass: {text}")
+    if record["crowding"]:
+        lines.append(f"a block that runs in both passes: {record['crowding']:.1%} more in the second")
     lines.append(
         f"predicted times of graphs that were not in the fit differ from measured ones by {record['error']:.1%} at most"
     )

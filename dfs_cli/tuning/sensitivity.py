@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dfs_cli.control.base import Need, Sensitivity
+from dfs_cli.control.base import Need, Sensitivity, affordable
 from dfs_cli.cost.table import CostTable
 from dfs_cli.distributed import of_all, share, size, total
 from dfs_cli.nn.features import ByteFeatures
@@ -18,8 +18,6 @@ from dfs_cli.nn.precision import Precision
 from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.surgery.plan import SurgeryPlan
 from dfs_cli.tuning.losses import distillation_loss
-
-_MACS = 2e12  # about a minute on a few CPU cores
 
 
 def measure(
@@ -33,7 +31,9 @@ def measure(
     if len(table.options) == 1:  # there is nothing to choose
         return None
     blocks = measure_blocks(network, table, images)
-    return Sensitivity(blocks, measure_layers(network, plan, table, images) if need is Need.BLOCKS_AND_LAYERS else None)
+    if need is Need.BLOCKS or table.device is not None:  # on a device a block's cost is known, not that of its layers
+        return Sensitivity(blocks)
+    return Sensitivity(blocks, measure_layers(network, plan, table, images))
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def measure_alone(
     """
     layers = {name: network.backbone.get_submodule(name) for name in (*plan.branch, *plan.fixed)}
     bits = {name: _byte_bits(layer.bitwidths) for name, layer in layers.items() if layer.bitwidths}  # type: ignore
-    images = _affordable(images, table, len(bits))
+    images = affordable(images, table, len(bits))
     harm = {}
     for name in bits:
         with layer_at(network, plan, name, bits[name]) as kept:
@@ -136,7 +136,7 @@ def divergence(network: DynamicResNet, original: torch.nn.Module, images: Tensor
 
 def _share_of_affordable(images: Tensor, table: CostTable, runs: int) -> Tensor:
     """This process's share of the images."""
-    images = _affordable(images, table, runs)
+    images = affordable(images, table, runs)
     own = share(len(images))
     return images[own.start : own.stop]
 
@@ -147,7 +147,3 @@ def _mean(harm: Tensor, images: int) -> Tensor:
         return harm
     counts = of_all(images)
     return (total(harm.double() * images) / sum(counts)).to(harm)
-
-
-def _affordable(images: Tensor, table: CostTable, runs: int) -> Tensor:
-    return images[: max(16, int(_MACS / (table.dense_macs * runs)))]

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dfs_cli.bench.cost_fit import BlockCosts, fit_deciding, largest_error, predict_deciding
+from dfs_cli.bench.cost_fit import BlockCosts, Deciding, largest_error
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 
 KINDS, OPTIONS = ["wide", "wide", "narrow", "wide", "narrow"], (0, 4, 8)
@@ -61,20 +61,23 @@ def test_some_of_the_options(costs: BlockCosts) -> None:
 
 
 def test_deciding_is_what_is_left(costs: BlockCosts) -> None:
-    """In the first pass 0.1 and nothing for each block that runs, in the second one 0.2 and 0.01."""
+    """In the first pass 0.1 and nothing for each block that runs, in the second one 0.2 and 0.01, and a quarter more for what
+    the first one ran, too."""
     passes = [
         [[1, 2, 0, 0, 1], [NOT_RUN] * 5],
         [[0] * 5, [NOT_RUN] * 5],
         [[2] * 5, [0, 1, 0, 1, 0]],
         [[0] * 5, [2] * 5],
+        [[1, 0, 0, 0, 2], [2, 1, 0, 0, 1]],
     ]
     decisions = Decisions(torch.tensor(passes))
-    deciding = np.array([0.1, 0.1, 0.1 + 0.2 + 0.02, 0.1 + 0.2 + 0.05])
+    again = np.array([0, 0, 0.3 + 0.3, 0, 0.2 + 0.05])
+    deciding = np.array([0.1, 0.1, 0.1 + 0.2 + 0.02, 0.1 + 0.2 + 0.05, 0.1 + 0.2 + 0.03]) + 0.25 * again
     seconds = (costs.predict(decisions).sum(axis=1) + deciding).tolist()
-    found = fit_deciding(costs, decisions, seconds)
-    assert np.array(found) == pytest.approx(np.array([[0.1, 0.0], [0.2, 0.01]]), abs=1e-9)
-    whole = costs.predict(decisions).sum(axis=1) + predict_deciding(found, decisions)
-    assert whole == pytest.approx(np.array(seconds))
+    found = Deciding(costs, decisions, seconds)
+    assert np.array(found.passes) == pytest.approx(np.array([[0.1, 0.0], [0.2, 0.01]]), abs=1e-9)
+    assert found.crowding == pytest.approx(0.25)
+    assert found.predict(decisions) == pytest.approx(np.array(seconds))
     assert costs.predict(decisions)[0, 1] == 0  # a pass that is not run takes no time
 
 

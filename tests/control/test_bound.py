@@ -92,7 +92,7 @@ def test_a_second_pass_is_taken_where_half_of_the_budget_does_little_harm(harm: 
 
 def test_two_passes_keep_the_bound_where_deciding_costs_more_for_each_block_of_the_second() -> None:
     table = table_of("probe")
-    blocks = dict.fromkeys(table.blocks, (0.0, 1.0, 2.0, 3.0, 4.0))
+    blocks: dict[str, tuple[float, ...]] = dict.fromkeys(table.blocks, (0.0, 1.0, 2.0, 3.0, 4.0))
     costs = DeviceCosts(
         "tiny", SIZE, "mJ", False, {}, BITS, blocks, 1.0, 40.0, deciding={"probe": ((0.1, 0), (0.2, 1.5))}
     )

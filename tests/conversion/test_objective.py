@@ -105,8 +105,8 @@ def test_the_table_lies_in_the_file(tmp_path: Path) -> None:
     assert loaded.manifest == made.manifest
     device = loaded.manifest.table.device
     assert device is not None and device.measured and device.machine == {"processor": "abacus"}
-    moved = dfs_cli.recalibrate(loaded, 0.4, DATA)
-    assert moved.manifest.held_out is not None and moved.manifest.held_out.cost <= 0.4
+    moved = dfs_cli.recalibrate(loaded, 0.49, DATA)
+    assert moved.manifest.held_out is not None and moved.manifest.held_out.cost <= 0.49
 
 
 def test_budgets_out_of_reach_are_refused() -> None:

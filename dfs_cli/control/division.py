@@ -1,0 +1,130 @@
+"""How a budget is divided between a first pass for all images and a second one for some."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfs_cli.control.base import Request, affordable
+from dfs_cli.control.gates import uncertainty
+from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost
+from dfs_cli.cost.decisions import Decisions
+from dfs_cli.cost.operating_point import sampling_error
+from dfs_cli.cost.table import CostTable
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import View
+from dfs_cli.nn.quantization import BYTE_BITS
+
+# Of the budget, what the first pass costs, unless the cheapest mix costs more.
+_FIRST_SHARE = 0.65
+# Of what all costs at 8 bits, more than this for all images is wasted on the first pass: six bits lose next to nothing.
+_FIRST_LIMIT = 0.64
+# The share of images planned for the second pass; more where each would cost more than eight bits do.
+_SECOND_SHARE = 0.2
+# A second pass costs at least this share of the first: a much poorer look has nothing to add.
+_SECOND_LEAST = 0.6
+# Left for the second pass at least, where the first can cost no less than the budget.
+_LEAST_REST = 1e-3
+# Largest share of the budget that the mean cost of two samples may differ by (one standard error), as planned.
+_PLANNED_ERROR = 0.02
+# How many mixes are tried for a first and for a second pass where costs are those of a device.
+_FIRSTS, _SECONDS = 8, 3
+# Two passes leave at most this share of the harm of one, or are not worth deciding about.
+_WORTH = 0.9
+
+
+class Division(NamedTuple):
+    """A budget, divided.
+
+    Args:
+        first: (L,), the options of the first pass.
+        second: cost of a second pass.
+        share: of the images, how many take it; 0: one pass for all is better.
+    """
+
+    first: Tensor
+    second: float
+    share: float
+
+
+def divide_by_rule(table: CostTable, harm: Tensor, request: Request) -> Division:
+    """The best static mix for the first pass's part of the budget, and what remains for a share of the images.
+
+    The fewer images the operating point is set on, the larger that share and the cheaper the second pass: the mean cost of few
+    images says less about others' the more the images differ. The rule is for costs that fall with the square of the bitwidth,
+    where a good first look costs little.
+
+    Args:
+        harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
+    """
+    dearest, budget, all_8_bit = table.dearest_pass(1), request.budget, table.uniform_cost(BYTE_BITS)
+    limit = _FIRST_LIMIT * all_8_bit
+    if not request.spend:
+        # More bits in the first pass gain nothing.
+        enough = sufficient_cost(table, harm, NEGLIGIBLE_HARM)
+        budget = min(budget, max(min(enough, limit), table.cheapest) / _FIRST_SHARE)
+    # No more than what the budget's part allows, no less than what the second pass cannot spend.
+    cost = max(min(_FIRST_SHARE * budget, limit), min(table.cheapest, budget), budget - dearest)
+    first = best_block_mix(table, harm, cost)
+    rest = max(budget - float(table.pass_cost(first[None], 0)), _LEAST_REST * budget)
+    share = _SECOND_SHARE
+    # The deviation of the cost between images is rest * sqrt((1 - share) / share).
+    allowed = _PLANNED_ERROR * budget / (rest * sampling_error(1.0, request.held_out, request.images))
+    share = max(share, 1 / (1 + allowed**2))
+    share = min(1.0, max(share, rest / min(dearest, all_8_bit)))
+    second = max(rest / share, _SECOND_LEAST * (budget - rest))
+    return Division(first, second, min(1.0, rest / second))
+
+
+@torch.no_grad()
+def divide(
+    network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, images: Tensor, view: View
+) -> Division:
+    """The division whose answers are closest to the network's own at its widest, both views averaged, as measured before
+    tuning. On a device a narrow or short first pass may save nothing, and one pass for all images may be best.
+
+    Args:
+        harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
+        images: (N, C, H, W), held out; for large networks fewer are used.
+        view: what the second pass sees.
+    """
+    images = affordable(images, table, _FIRSTS + 2 * _SECONDS)
+    seen = view.of(images)
+
+    def run(x: Tensor, policy: Tensor) -> Tensor:
+        return network.follow(x, policy.to(x.device).expand(len(x), -1))[0]
+
+    widest = torch.full((len(table.blocks),), len(table.options) - 1)
+    wanted = (run(images, widest).softmax(dim=1) + run(seen, widest).softmax(dim=1)) / 2
+
+    def harm_of(logits: Tensor) -> float:
+        return float(F.kl_div(logits.log_softmax(dim=1), wanted, reduction="batchmean"))
+
+    alone = best_block_mix(table.without_deciding(), harm, budget)
+    best, least = Division(alone, 0.0, 0.0), _WORTH * harm_of(run(images, alone))
+    seconds = [(mix, run(seen, mix)) for mix in _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), _SECONDS)]
+    for first in _mixes(table, harm, 0, table.cheapest, _FIRSTS, budget):
+        rest = budget - table.cost(Decisions.alike(first, 1)).item()
+        looked = run(images, first)
+        order = uncertainty(looked).argsort(descending=True)
+        for second, again in seconds:
+            cost = float(table.after(first).pass_cost(second[None], 1))
+            share = min(1.0, rest / cost)
+            rows = order[: round(share * len(images))]
+            left = harm_of(looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2))
+            if left < least:
+                best, least = Division(first, cost, share), left
+    return best
+
+
+def _mixes(
+    table: CostTable, harm: Tensor, index: int, least: float, count: int, most: float = torch.inf
+) -> list[Tensor]:
+    """Different options (L,) of least harm for a pass, at costs from ``least`` to ``most``, or to that of its dearest."""
+    cheapest = table.fixed_cost(index) + float(table.option_costs[index].min(dim=1).values.sum())
+    costs = torch.linspace(max(least, cheapest), min(most, table.dearest_pass(index)), count, dtype=torch.float64)
+    mixes = [best_block_mix(table, harm, cost, passes=(index,)) for cost in costs.tolist()]
+    return list({tuple(mix.tolist()): mix for mix in mixes}.values())

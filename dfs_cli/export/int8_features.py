@@ -65,16 +65,22 @@ class Int8Lowering(Lowering):
             super()._copy(node)
             return
         _, channels, height, width = self.shape
-        sums = pool_codes(self.graph, self.x, self.given.zero, channels, height, width)
+        sums = pool_codes(self.graph, self.x, self.given.zero, channels, height, width, axes=2)
         mean = self.graph.add("Mul", [sums, self.graph.constant(self.given.step / (height * width), np.float32)])
+        readers, output = self.readers[node.output[0]], node.output[0]
+        if output != self.result and [reader.op_type for reader in readers] == ["Flatten"]:  # it is flat already
+            self.done.add(id(readers[0]))
+            self.names[readers[0].output[0]] = mean
+            return
         shape = self.graph.constant([1, channels, 1, 1], np.int64)
-        self.names[node.output[0]] = self.graph.add("Reshape", [mean, shape])
+        self.names[output] = self.graph.add("Reshape", [mean, shape])
 
 
-def pool_codes(graph: Graph, codes: str, zero: int, channels: int, height: int, width: int) -> str:
-    """The sums (1, 1, C) over the pixels of ``codes`` (1, H, W, C), of which ``zero`` stands for zero, as floating point
-    numbers, exact up to 2**24."""
-    rows = graph.add("Reshape", [codes, graph.constant([1, height * width, channels], np.int64)])
-    ones = graph.constant(np.ones((1, 1, height * width)), np.uint8)
+def pool_codes(graph: Graph, codes: str, zero: int, channels: int, height: int, width: int, axes: int = 3) -> str:
+    """The sums over the pixels of ``codes`` (1, H, W, C), of which ``zero`` stands for zero, as floating point numbers, exact
+    up to 2**24: (1, C) or, of three axes, (1, 1, C)."""
+    outer = [1] * (axes - 2)
+    rows = graph.add("Reshape", [codes, graph.constant([*outer, height * width, channels], np.int64)])
+    ones = graph.constant(np.ones((*outer, 1, height * width)), np.uint8)
     zeros = [graph.constant(value, np.uint8) for value in (0, zero)] if zero else []
     return graph.add("Cast", [graph.add("MatMulInteger", [ones, rows, *zeros])], to=TensorProto.FLOAT)

@@ -46,7 +46,8 @@ class TensorRTLowering(Lowering):
     def _codes(self, x: str, layer: QuantizedLayer | RoundedFeatures) -> str:
         """The traced value ``x`` rounded to the layer's codes, in floating point."""
         graph = self.graph
-        y = self._clipped(x, layer)
+        # Quantizers clip to a signed byte by themselves.
+        y = self.name(x) if layer.low < -LARGEST_BYTE else self._clipped(x, layer)
         if _is_lowered(layer):
             if isinstance(layer, QuantizedLayer) and layer.geometry is not None and any(layer.geometry.padding):
                 top, left, bottom, right = pads_of(layer.geometry)

@@ -20,7 +20,7 @@ from dfs_cli.nn.gain import GainedInput
 from dfs_cli.nn.gradients import OtherOptions, fake_quantize, quantized_convolution
 from dfs_cli.nn.integers import IntegerResult
 from dfs_cli.nn.precision import Precision
-from dfs_cli.nn.quantization import BYTE_BITS, Convolution, best_step, code_range, identity, quantize_codes
+from dfs_cli.nn.quantization import BYTE_BITS, Convolution, best_step, code_range, identity, input_range, quantize_codes
 from dfs_cli.presets import FULL_BITS
 
 # For a single image with at most this many values PyTorch uses another CPU convolution, which rounds differently.
@@ -86,7 +86,7 @@ class FractionalLayer(GainedInput):
     def input_limits(self, bits: int) -> tuple[int, int]:
         """The lowest and the highest code of the input at a bitwidth."""
         source = self._source_at(bits)
-        return code_range(bits, self.is_signed()) if source is None else source.limits()
+        return input_range(bits, self.is_signed()) if source is None else source.limits()
 
     def set_input_gain(self, gain: Tensor) -> None:
         super().set_input_gain(gain)

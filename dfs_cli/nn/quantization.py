@@ -25,6 +25,11 @@ def code_range(bits: int, signed: bool) -> tuple[int, int]:
     return 0, 2**bits - 1
 
 
+def input_range(bits: int, signed: bool) -> tuple[int, int]:
+    """The lowest and highest code of a layer's input: signed ones fill a byte, so that runtimes need not clip them."""
+    return (-LARGEST_BYTE - 1, LARGEST_BYTE) if signed and bits == BYTE_BITS else code_range(bits, signed)
+
+
 def quantize_codes(x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     """Integer codes of ``x`` (as floating point numbers): ``round(x / step)`` within [``low``, ``high``]."""
     if step.numel() > 1 or (torch.is_grad_enabled() and (x.requires_grad or step.requires_grad)):

@@ -103,7 +103,7 @@ def divide(
     def harm_of(logits: Tensor) -> float:
         return float(F.kl_div(logits.log_softmax(dim=1), wanted, reduction="batchmean"))
 
-    alone = best_block_mix(table.without_deciding(), harm, budget)
+    alone = best_block_mix(table.without_deciding(), harm, table.most_in_one_pass(budget))
     best, least = Division(alone, 0.0, 0.0), _WORTH * harm_of(run(images, alone))
     seconds = [(mix, run(seen, mix)) for mix in _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), _SECONDS)]
     for first in _mixes(table, harm, 0, table.cheapest, _FIRSTS, budget):

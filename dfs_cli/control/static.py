@@ -79,9 +79,12 @@ class StaticController(Controller):
             (bits,) = table.options
             return [table.with_layer_bits({layer.name: bits for layer in table.layers if layer.block is not None})]
         assert sensitivity is not None, "declared as needed"
-        budget, least = request.budget, LOWEST_SHARE * request.budget
+        budget, least = table.most_in_one_pass(request.budget), LOWEST_SHARE * request.budget
         if request.is_bound:
-            least = 0.0  # and as many bits as there may be: what harm they do to real images is not known
+            budget, least = (
+                request.budget,
+                0.0,
+            )  # and as many bits as there may be: what harm they do to real images is not known
         elif not request.spend:
             budget, least = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)), 0.0
         mixes = [] if sensitivity.layers is None else [best_layer_mix(table, sensitivity, budget, least)]

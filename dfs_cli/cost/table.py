@@ -15,7 +15,7 @@ from torch import Tensor
 from dfs_cli.config import GateKind
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.device import STATIC_BITS, DeviceCosts
-from dfs_cli.cost.operating_point import LOWEST_SHARE
+from dfs_cli.cost.operating_point import HIGHEST_SHARE, LOWEST_SHARE
 from dfs_cli.cost.weighting import UNIT, mac_cost
 from dfs_cli.errors import ConfigError
 from dfs_cli.validation import Json, validated
@@ -246,6 +246,11 @@ class CostTable(Json):
             ConfigError: the costs are of another network, of other options, or not of this gate.
         """
         return dataclasses.replace(self, device=costs.narrowed(self.options, gate))
+
+    def most_in_one_pass(self, budget: float) -> float:
+        """What a pass for all images may cost. Measured times are no more exact than the share by which a budget may be
+        exceeded."""
+        return budget * (HIGHEST_SHARE if self.device and self.device.measured else 1.0)
 
     def after(self, policy: Tensor) -> CostTable:
         """The costs where the first pass has the options ``policy`` (L,) for every image."""

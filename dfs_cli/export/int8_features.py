@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import TensorProto
 
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.lower import Lowering
@@ -66,7 +65,8 @@ class Int8Lowering(Lowering):
             return
         _, channels, height, width = self.shape
         sums = pool_codes(self.graph, self.x, self.given.zero, channels, height, width, axes=2)
-        mean = self.graph.add("Mul", [sums, self.graph.constant(self.given.step / (height * width), np.float32)])
+        scale = self.graph.constant(self.given.step / (height * width), np.float32)
+        mean = self.graph.add("DequantizeLinear", [sums, scale])
         readers, output = self.readers[node.output[0]], node.output[0]
         if output != self.result and [reader.op_type for reader in readers] == ["Flatten"]:  # it is flat already
             self.done.add(id(readers[0]))
@@ -77,10 +77,10 @@ class Int8Lowering(Lowering):
 
 
 def pool_codes(graph: Graph, codes: str, zero: int, channels: int, height: int, width: int, axes: int = 3) -> str:
-    """The sums over the pixels of ``codes`` (1, H, W, C), of which ``zero`` stands for zero, as floating point numbers, exact
-    up to 2**24: (1, C) or, of three axes, (1, 1, C)."""
+    """The sums over the pixels of ``codes`` (1, H, W, C), of which ``zero`` stands for zero, as integers of 32 bits: (1, C) or,
+    of three axes, (1, 1, C)."""
     outer = [1] * (axes - 2)
     rows = graph.add("Reshape", [codes, graph.constant([*outer, height * width, channels], np.int64)])
     ones = graph.constant(np.ones((*outer, 1, height * width)), np.uint8)
     zeros = [graph.constant(value, np.uint8) for value in (0, zero)] if zero else []
-    return graph.add("Cast", [graph.add("MatMulInteger", [ones, rows, *zeros])], to=TensorProto.FLOAT)
+    return graph.add("MatMulInteger", [ones, rows, *zeros])

@@ -205,15 +205,14 @@ class Lowering:
         given, scale = self._codes(x, layer), layer.scale.astype(float) * factor * layer.step
         if layer.geometry is None:
             y = graph.add("MatMulInteger", [given, graph.constant(layer.codes.T, np.int8), zero])
-        else:
-            # Kernels for unsigned weights are much faster.
-            weight = graph.constant(layer.codes + MIDDLE, np.uint8)
-            y = self._convolve("ConvInteger", layer, [given, weight, zero, graph.constant(MIDDLE, np.uint8)])
-        shape = [1, -1, *[1] * (layer.codes.ndim - 2)]
-        y = graph.add(
-            "Mul", [graph.add("Cast", [y], to=onnx.TensorProto.FLOAT), graph.constant(scale.reshape(shape), np.float32)]
-        )
-        return graph.add("Add", [y, graph.constant(shift.reshape(shape), np.float32)])
+            y = graph.add("DequantizeLinear", [y, graph.constant(scale, np.float32)], axis=1)
+            return graph.add("Add", [y, graph.constant(shift, np.float32)])
+        # Kernels for unsigned weights are much faster.
+        weight = graph.constant(layer.codes + MIDDLE, np.uint8)
+        y = self._convolve("ConvInteger", layer, [given, weight, zero, graph.constant(MIDDLE, np.uint8)])
+        y = graph.add("Cast", [y], to=onnx.TensorProto.FLOAT)
+        y = graph.add("Mul", [y, graph.constant(scale.reshape(1, -1, 1, 1), np.float32)])
+        return graph.add("Add", [y, graph.constant(shift.reshape(1, -1, 1, 1), np.float32)])
 
     def _dequantized(self, codes: np.ndarray, scale: np.ndarray, dtype: Any) -> str:
         """An initializer of integers with a scale per channel."""

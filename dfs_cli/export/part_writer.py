@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from onnx import TensorProto
 
 from dfs_cli.export.graph import Graph, Test
 from dfs_cli.export.int8_features import Int8Lowering, pool_codes
@@ -62,7 +63,8 @@ class PartWriter:
             mean = graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)
             mean = graph.add("Unsqueeze", [mean, graph.constant([0], np.int64)])
         else:
-            mean = pool_codes(graph, x, given.zero, *self.parts.features[block].shape[1:])
+            sums = pool_codes(graph, x, given.zero, *self.parts.features[block].shape[1:])
+            mean = graph.add("Cast", [sums], to=TensorProto.FLOAT)
         return Pooled(mean, self._mean_scale(block))
 
     def write_pass(self, graph: Graph, images: str, policy: Sequence[int]) -> tuple[str, str]:

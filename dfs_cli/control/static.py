@@ -81,10 +81,8 @@ class StaticController(Controller):
         assert sensitivity is not None, "declared as needed"
         budget, least = table.most_in_one_pass(request.budget), LOWEST_SHARE * request.budget
         if request.is_bound:
-            budget, least = (
-                request.budget,
-                0.0,
-            )  # and as many bits as there may be: what harm they do to real images is not known
+            # As many bits as there may be: what harm they do to real images is not known.
+            budget, least = request.budget, 0.0
         elif not request.spend:
             budget, least = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)), 0.0
         mixes = [] if sensitivity.layers is None else [best_layer_mix(table, sensitivity, budget, least)]

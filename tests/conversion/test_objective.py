@@ -4,8 +4,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import dfs_cli
+from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import DataConfig, DynamicConfig, GateKind, TuningConfig
 from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
@@ -81,6 +83,35 @@ def test_the_static_rival_obeys_the_same_table() -> None:
     # 15 ms pay for what always runs and six blocks of 2 ms; the seventh would need 16 ms.
     assert manifest.validation is not None and manifest.validation.cost <= 14 / 30 + 1e-9
     assert set(manifest.table.layer_bits.values()) <= {0, 8}
+
+
+def test_where_one_pass_is_best_the_network_is_a_static_one(tmp_path: Path) -> None:
+    # 20 ms pay for all blocks at 8 bits, and not for the 0.1 ms of being unsure.
+    made, told = converted("probe", 20 / 30)
+    assert sum("one pass for all images is better" in text for text in told) == 1
+    manifest = made.manifest
+    assert manifest.dynamic.gate == "static" and manifest.table.passes == 1 and not manifest.dynamic.mirror
+    assert set(manifest.table.layer_bits.values()) == {8}
+    assert manifest.validation is not None and manifest.validation.cost == pytest.approx(20 / 30)
+    assert manifest.configuration is not None and manifest.configuration.dynamic == manifest.dynamic
+    dfs_cli.save(made, tmp_path / "model.safetensors")
+    assert dfs_cli.load(tmp_path / "model.safetensors").manifest == manifest
+
+
+def test_a_run_that_became_static_goes_on_as_such(tmp_path: Path) -> None:
+    def run(checkpoint: Checkpoint) -> Converted:
+        dynamic = DynamicConfig((0, 8), gate="probe")
+        return convert(
+            "resnet20_digits", 20 / 30, DATA, dynamic=dynamic, tuning=TUNING, costs=COSTS, checkpoint=checkpoint
+        )
+
+    path = tmp_path / "c"
+    whole = run(Checkpoint(path, minutes=0.0))
+    again = run(Checkpoint(path, resume=True))
+    first, second = (made.manifest.replace(validation=None) for made in (whole, again))  # it has a speed, too
+    assert first == second and first.dynamic.gate == "static"
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, again.network.state_dict()[name]), name
 
 
 def test_report_and_profile_read_the_same_table() -> None:

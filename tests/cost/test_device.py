@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,32 @@ def test_a_table_on_a_device_by_hand() -> None:
     assert table.uniform_cost(8) == 7 / 20 and table.uniform_cost(4) == pytest.approx(0.05 + 0.25)
     assert "mJ" in table.unit and "mJ" in table.scale and PLANNED.scale == "dense 32-bit"
     assert CostTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_what_runs_in_both_passes_costs_more_in_the_second() -> None:
+    table = PLANNED.on_device(COSTS.replace(crowding=0.5), "probe")
+    # Until the first pass is known, it may run all blocks.
+    assert table.option_costs[0].tolist() == [[0, 0.1, 0.1], [0, 0.15, 0.2]]
+    crowded, alone = [0, 0.175, 0.175], [0, 0.125, 0.125]
+    assert table.option_costs[1].tolist() == [crowded, pytest.approx([0, 0.25, 0.325])]
+    assert table.after(torch.tensor([1, 2])) == table
+    after = table.after(torch.tensor([0, 2]))
+    assert after.option_costs[1].tolist() == [alone, pytest.approx([0, 0.25, 0.325])]
+    assert after.after(torch.tensor([2, 2])) == table and PLANNED.after(torch.tensor([0, 2])) == PLANNED
+    assert CostTable.from_dict(json.loads(json.dumps(after.to_dict()))) == after
+    with pytest.raises(ConfigError, match="another number of blocks than its first pass"):
+        dataclasses.replace(after, first_runs=(True,))
+
+
+def test_without_deciding_a_table_is_that_of_a_static_network() -> None:
+    static = CostTable((0, 4, 8), ("a", "b"), LAYERS, ((0, 0),))
+    after = PLANNED.on_device(COSTS, "probe").after(torch.tensor([0, 2]))
+    assert after.without_deciding() == static.on_device(COSTS, "static")
+    assert PLANNED.without_deciding() == static
+    # Measured costs are no more exact than what a budget may be exceeded by.
+    assert PLANNED.most_in_one_pass(0.5) == after.most_in_one_pass(0.5) == 0.5
+    measured = PLANNED.on_device(COSTS.replace(measured=True), "probe")
+    assert measured.most_in_one_pass(0.5) == pytest.approx(0.505)
 
 
 def test_a_static_network_decides_nothing() -> None:

@@ -1,0 +1,83 @@
+"""How a budget is divided where costs are those of a device."""
+
+import pytest
+import torch
+from common import SIZE, make_dynamic, tiny_resnet
+
+from dfs_cli.config import DynamicConfig
+from dfs_cli.control.base import Request, Sensitivity, controller_of
+from dfs_cli.control.division import Division, divide
+from dfs_cli.cost.decisions import Decisions
+from dfs_cli.cost.device import DeviceCosts
+from dfs_cli.cost.table import CostTable
+from dfs_cli.nn.passes import View
+from dfs_cli.surgery.initialise import fit_steps
+from dfs_cli.surgery.plan import plan_costs
+
+pytestmark = pytest.mark.medium
+
+CONFIG = DynamicConfig(bits=(0, 4, 8), gate="probe", mirror=True)
+MODEL = tiny_resnet()
+# What each option does to the predictions, the later blocks more.
+HARM = torch.outer(torch.arange(1.0, 6.0), torch.tensor([0.4, 0.05, 0.0]))
+
+
+def costs_of(blocks: tuple[float, ...]) -> CostTable:
+    """Each of five blocks costs so much, all that always runs 1, the dense network 40; deciding 0.2 and 0.5."""
+    table = plan_costs(MODEL, CONFIG, SIZE)
+    costs = DeviceCosts(
+        "tiny", SIZE, "ms", True, {}, CONFIG.bits, dict.fromkeys(table.blocks, blocks), 1.0, 40.0,
+        deciding={"probe": ((0.2, 0.0), (0.5, 0.1))}, crowding=0.25,
+    )  # fmt: skip
+    return table.on_device(costs, "probe")
+
+
+def divided(table: CostTable, budget: float, mirrored: bool = True) -> Division:
+    torch.manual_seed(0)
+    network, images = make_dynamic(MODEL, CONFIG), torch.randn(64, *SIZE)
+    fit_steps(network, images)
+    return divide(network.eval(), table, HARM, budget, images, View(mirrored=mirrored))
+
+
+def test_where_bits_save_nothing_one_pass_is_best_and_more_is_spent_on_second_looks() -> None:
+    table = costs_of((0.0, 4.0, 4.0))
+    whole = 21 / 40  # five blocks, and what always runs
+    alone = divided(table, whole)
+    assert alone.share == 0 and alone.first.tolist() == [2] * 5, "two passes would have to skip blocks"
+    # A measured budget may be exceeded by as much as is promised.
+    assert divided(table, whole / 1.009).first.tolist() == [2] * 5
+    assert 0 in divided(table, whole / 1.02).first.tolist()
+    both = divided(table, 1.5 * whole)
+    assert both.first.tolist() == [2] * 5
+    first = table.cost(Decisions.alike(both.first, 1)).item()
+    assert first == pytest.approx(21.2 / 40) and both.second == pytest.approx((1 + 0.5 + 5 * (5.0 + 0.1)) / 40)
+    assert both.share == pytest.approx((1.5 * whole - first) / both.second)
+
+
+def test_without_another_view_a_second_look_at_the_same_is_worth_nothing() -> None:
+    assert divided(costs_of((0.0, 4.0, 4.0)), 0.9, mirrored=False).share == 0
+
+
+def test_where_bits_save_a_second_pass_may_have_its_share() -> None:
+    table = costs_of((0.0, 1.0, 4.0))
+    for budget in (0.3, 0.45, 0.6):
+        division = divided(table, budget)
+        first = table.cost(Decisions.alike(division.first, 1)).item()
+        assert 0 < division.share <= 1 and first + division.share * division.second <= budget + 1e-9
+
+
+def test_the_probe_starts_with_the_division_and_its_costs_are_those_after_the_first_pass() -> None:
+    table = costs_of((0.0, 1.0, 4.0))
+    torch.manual_seed(0)
+    network, images = make_dynamic(MODEL, CONFIG, table=table), torch.randn(64, *SIZE)
+    fit_steps(network, images)
+    controller = controller_of(network.eval())
+    target = controller.start(network, table, Sensitivity(HARM), Request(0.3, True, 64, 64), images)
+    settled = controller.settle(table)
+    low, high = controller.movable(settled)
+    assert low + target.share * target.cost == pytest.approx(0.3)
+    assert high == pytest.approx(low + settled.dearest_pass(1))
+    assert torch.equal(controller.option_costs, settled.option_costs)
+    controller.check(settled)
+    with pytest.raises(ValueError, match="not the first pass"):
+        controller.check(table.after((controller.policy == 0).long()))

@@ -80,4 +80,4 @@ def test_the_probe_starts_with_the_division_and_its_costs_are_those_after_the_fi
     assert torch.equal(controller.option_costs, settled.option_costs)
     controller.check(settled)
     with pytest.raises(ValueError, match="not the first pass"):
-        controller.check(table.after((controller.policy == 0).long()))
+        controller.check(table.after(torch.zeros(5, dtype=torch.long)))

@@ -178,10 +178,13 @@ def check_plain_graphs(parts: Parts, policy: Sequence[int], most: float = 0.5) -
         for key, x, y in reference(network, batch[:1], policy):
             check_close(run_part(writer, key, x), y)
         model = export_static(writer, decisions)
-        # Without its transformations OpenVINO 2026.4 cannot compile such graphs with group normalisation.
-        for results in run_everywhere(model, batch, exact=not tensorrt):
+        kinds = {node.op_type for node in model.graph.node}
+        assert not tensorrt or kinds <= TENSORRT_TAKES
+        # Without its transformations OpenVINO 2026.4 cannot compile such graphs with group normalisation; with them, on
+        # processors without AMX, it computes something else for those of Res2Net.
+        exact = not tensorrt or "InstanceNormalization" not in kinds
+        for results in run_everywhere(model, batch, exact):
             check_close(results[LOGITS], expected, most)
-        assert not tensorrt or {node.op_type for node in model.graph.node} <= TENSORRT_TAKES
 
 
 @torch.no_grad()

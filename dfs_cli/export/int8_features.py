@@ -66,12 +66,13 @@ class Int8Lowering(Lowering):
         _, channels, height, width = self.shape
         sums = pool_codes(self.graph, self.x, self.given.zero, channels, height, width, axes=2)
         scale = self.graph.constant(self.given.step / (height * width), np.float32)
-        mean = self.graph.add("DequantizeLinear", [sums, scale])
         readers, output = self.readers[node.output[0]], node.output[0]
         if output != self.result and [reader.op_type for reader in readers] == ["Flatten"]:  # it is flat already
             self.done.add(id(readers[0]))
-            self.names[readers[0].output[0]] = mean
+            self.names[readers[0].output[0]] = self.graph.add("DequantizeLinear", [sums, scale])
             return
+        # Not dequantized: ONNX Runtime would compute what follows on integers, and round otherwise.
+        mean = self.graph.add("Mul", [self.graph.add("Cast", [sums], to=onnx.TensorProto.FLOAT), scale])
         shape = self.graph.constant([1, channels, 1, 1], np.int64)
         self.names[output] = self.graph.add("Reshape", [mean, shape])
 

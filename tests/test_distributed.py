@@ -95,8 +95,9 @@ def test_another_budget_gives_the_same_network(artifact: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("gate", ["static", "probe", "rnn"])
 def test_a_conversion_gives_what_one_process_gives(gate: str, tmp_path: Path) -> None:
-    # The budget is spent: of points that are equally good on a few held-out images, the last digit decides which is taken.
-    arguments = [*CONVERT, "--steps", "12", "--gate", gate, "--spend", "--json"]
+    # With many points that are equally good on a few held-out images, the last digit would decide which is taken.
+    spent = ["--spend", "-b", "0.05"] if gate == "rnn" else []
+    arguments = [*CONVERT, "--steps", "12", "--gate", gate, *spent, "--json"]
     one = run([*ONE, *arguments, "-o", "one.safetensors", "--log-file", "one.csv"], tmp_path)
     two = run([*TWO, *arguments, "-o", "two.safetensors", "--log-file", "two.csv"], tmp_path)
     expected, found = (json.loads(done.stdout) for done in (one, two))

@@ -100,9 +100,8 @@ class Deciding:
 
     def __init__(self, costs: BlockCosts, decisions: Decisions, seconds: Sequence[float]) -> None:
         self._costs = costs
-        measured = np.asarray(seconds)
-        rest = measured - costs.predict(decisions).sum(axis=1)
-        self._found, _ = nnls(self._rows(decisions) / measured[:, None], rest / measured)
+        of_blocks = costs.predict(decisions).sum(axis=1)
+        self._found = fit_non_negative(self._rows(decisions), np.asarray(seconds), of_blocks)
 
     @property
     def passes(self) -> list[tuple[float, float]]:
@@ -134,10 +133,10 @@ class Deciding:
         return np.column_stack([counts, again])
 
 
-def fit_non_negative(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Costs (U,), none negative, whose sums by ``rows`` (N, U) are closest to ``seconds`` (N,), relative to these (Lawson and
-    Hanson, 1974, by SciPy)."""
-    found, _ = nnls(rows / seconds[:, None], np.ones(len(seconds)))
+def fit_non_negative(rows: np.ndarray, seconds: np.ndarray, known: np.ndarray | float = 0.0) -> np.ndarray:
+    """Costs (U,), none negative, whose sums by ``rows`` (N, U), with what is ``known`` (N,), are closest to ``seconds`` (N,),
+    relative to these (Lawson and Hanson, 1974, by SciPy)."""
+    found, _ = nnls(rows / seconds[:, None], 1 - known / seconds)
     costs: np.ndarray = found
     return costs
 

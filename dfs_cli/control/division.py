@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -11,7 +13,6 @@ from torch.nn import functional as F
 from dfs_cli.control.base import Request, affordable
 from dfs_cli.control.gates import uncertainty
 from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost
-from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.operating_point import sampling_error
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
@@ -34,6 +35,9 @@ _PLANNED_ERROR = 0.02
 _FIRSTS, _SECONDS = 8, 3
 # Two passes leave at most this share of the harm of one, or are not worth deciding about.
 _WORTH = 0.9
+
+Policy = tuple[int, ...]
+"""The option of each of L blocks."""
 
 
 class Division(NamedTuple):
@@ -92,39 +96,39 @@ def divide(
         view: what the second pass sees.
     """
     images = affordable(images, table, _FIRSTS + 2 * _SECONDS)
-    seen = view.of(images)
+    shown = (images, view.of(images))
 
-    def run(x: Tensor, policy: Tensor) -> Tensor:
-        return network.follow(x, policy.to(x.device).expand(len(x), -1))[0]
+    @cache
+    def answers(index: int, policy: Policy) -> Tensor:
+        """The logits (N, classes) of a pass."""
+        options = torch.tensor(policy, device=images.device)
+        return network.follow(shown[index], options.expand(len(images), -1))[0]
 
-    widest = torch.full((len(table.blocks),), len(table.options) - 1)
-    wanted = (run(images, widest).softmax(dim=1) + run(seen, widest).softmax(dim=1)) / 2
+    widest = (len(table.options) - 1,) * len(table.blocks)
+    wanted = (answers(0, widest).softmax(dim=1) + answers(1, widest).softmax(dim=1)) / 2
 
     def harm_of(logits: Tensor) -> float:
         return float(F.kl_div(logits.log_softmax(dim=1), wanted, reduction="batchmean"))
 
     alone = best_block_mix(table.without_deciding(), harm, table.most_in_one_pass(budget))
-    best, least = Division(alone, 0.0, 0.0), _WORTH * harm_of(run(images, alone))
-    seconds = [(mix, run(seen, mix)) for mix in _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), _SECONDS)]
-    for first in _mixes(table, harm, 0, table.cheapest, _FIRSTS, budget):
-        rest = budget - table.cost(Decisions.alike(first, 1)).item()
-        looked = run(images, first)
-        order = uncertainty(looked).argsort(descending=True)
-        for second, again in seconds:
-            cost = float(table.after(first).pass_cost(second[None], 1))
-            share = min(1.0, rest / cost)
-            rows = order[: round(share * len(images))]
-            left = harm_of(looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2))
-            if left < least:
-                best, least = Division(first, cost, share), left
+    best, least = Division(alone, 0.0, 0.0), _WORTH * harm_of(answers(0, tuple(alone.tolist())))
+    firsts = _mixes(table, harm, 0, table.cheapest, budget, _FIRSTS)
+    seconds = _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), torch.inf, _SECONDS)
+    for first, second in product(firsts, seconds):
+        policies = torch.tensor([first, second])
+        cost = float(table.after(policies[0]).pass_cost(policies[1:], 1))
+        share = min(1.0, (budget - float(table.pass_cost(policies[:1], 0))) / cost)
+        looked, again = answers(0, first), answers(1, second)
+        rows = uncertainty(looked).argsort(descending=True)[: round(share * len(images))]
+        left = harm_of(looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2))
+        if left < least:
+            best, least = Division(policies[0], cost, share), left
     return best
 
 
-def _mixes(
-    table: CostTable, harm: Tensor, index: int, least: float, count: int, most: float = torch.inf
-) -> list[Tensor]:
-    """Different options (L,) of least harm for a pass, at costs from ``least`` to ``most``, or to that of its dearest."""
-    cheapest = table.fixed_cost(index) + float(table.option_costs[index].min(dim=1).values.sum())
-    costs = torch.linspace(max(least, cheapest), min(most, table.dearest_pass(index)), count, dtype=torch.float64)
-    mixes = [best_block_mix(table, harm, cost, passes=(index,)) for cost in costs.tolist()]
-    return list({tuple(mix.tolist()): mix for mix in mixes}.values())
+def _mixes(table: CostTable, harm: Tensor, index: int, least: float, most: float, count: int) -> list[Policy]:
+    """Different mixes of least harm for a pass, at costs from ``least`` to ``most``, and no more than there can be."""
+    low, high = max(least, table.cheapest_pass(index)), min(most, table.dearest_pass(index))
+    costs = torch.linspace(low, high, count, dtype=torch.float64).tolist()
+    mixes = (best_block_mix(table, harm, cost, passes=(index,)) for cost in costs)
+    return list(dict.fromkeys(tuple(mix.tolist()) for mix in mixes))

@@ -191,7 +191,11 @@ class CostTable(Json):
     @property
     def cheapest(self) -> float:
         """The smallest cost that any decision can have: of the first pass alone."""
-        return self.fixed_cost(0) + float(self.option_costs[0].min(dim=1).values.sum())
+        return self.cheapest_pass(0)
+
+    def cheapest_pass(self, index: int) -> float:
+        """The smallest cost of a pass."""
+        return self.fixed_cost(index) + float(self.option_costs[index].min(dim=1).values.sum())
 
     def dearest_pass(self, index: int) -> float:
         """The largest cost of a pass."""

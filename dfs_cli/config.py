@@ -73,6 +73,8 @@ class DynamicConfig(Json):
         embedding: width of the gate's input.
         hidden: width of the gate's hidden state.
         mirror: with the probe gate, show the second pass the mirrored image.
+        first_view: with the probe gate, height and width of the images that the first pass sees, as a share of the full ones;
+            None: the full ones, or what is best by the costs on a device.
 
     Raises:
         ConfigError: a value is of another type or out of range, or two contradict each other.
@@ -89,6 +91,7 @@ class DynamicConfig(Json):
     embedding: Annotated[int, Field(ge=1, le=4096)] = 10
     hidden: Annotated[int, Field(ge=1, le=4096)] = 10
     mirror: bool = False
+    first_view: Annotated[float, Field(ge=0.25, le=1)] | None = None
 
     def __post_init__(self) -> None:
         for bits in self.bits:
@@ -102,6 +105,15 @@ class DynamicConfig(Json):
         _check_bitwidth(self.fixed_bits)
         if self.mirror and self.gate != "probe":
             raise ConfigError(f"mirror is for the second pass of the probe gate, not for {self.gate}")
+        if self.first_view is not None and self.gate != "probe":
+            raise ConfigError(f"first-view is for the first pass of the probe gate, not for {self.gate}")
+        if self.first_scale != 1 and FULL_BITS in (*self.bits, self.fixed_bits):
+            raise ConfigError(f"first-view {self.first_scale:g} needs --bits and --fixed-bits below {FULL_BITS}")
+
+    @property
+    def first_scale(self) -> float:
+        """Of what the first pass sees."""
+        return 1.0 if self.first_view is None else self.first_view
 
 
 @validated

@@ -19,7 +19,7 @@ from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.runtime import has_onnx
 from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.nn.network import Choose, DynamicResNet
-from dfs_cli.nn.passes import Output, TuningTarget
+from dfs_cli.nn.passes import FULL_VIEW, Output, TuningTarget, View
 
 OWN, INT8 = "ort-dfs", "ort-int8-static"
 """The names of the network that is measured, and of static int8, in ONNX Runtime."""
@@ -73,7 +73,9 @@ class ObservedNetwork(DynamicResNet):
         self.deciding_seconds += time.perf_counter() - began
         return output
 
-    def run_pass(self, images: Tensor, choose: Choose, explored: float = 0.0) -> tuple[Tensor, Tensor]:
+    def run_pass(
+        self, images: Tensor, choose: Choose, explored: float = 0.0, view: View = FULL_VIEW
+    ) -> tuple[Tensor, Tensor]:
         """See :meth:`dfs_cli.nn.network.DynamicResNet.run_pass`."""
 
         def observed(block: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -83,7 +85,7 @@ class ObservedNetwork(DynamicResNet):
             return choice
 
         began = time.perf_counter()
-        result = super().run_pass(images, observed, explored)
+        result = super().run_pass(images, observed, explored, view)
         self.deciding_seconds -= time.perf_counter() - began
         return result
 

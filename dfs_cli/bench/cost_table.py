@@ -18,11 +18,15 @@ from dfs_cli.bench.workload import size_of_images, untuned_network
 from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import controller_of
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
-from dfs_cli.cost.device import DeviceCosts
+from dfs_cli.cost.device import DeviceCosts, ViewCosts
 from dfs_cli.export.runtime import require_onnx
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.observer import Observer
+from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.plan import plan_costs, plan_surgery
+
+SMALLER = (0.75, 0.625)
+"""Scales of smaller images that a first pass may see: the multiplications are 0.56 and 0.39 of those of the full size."""
 
 _IMAGES = 8  # random: times do not depend on what they show, once decisions are forced
 _PER_UNKNOWN, _CHECKED = 2.5, 12  # policies for each unknown of the fit, and policies that are not in it
@@ -89,27 +93,26 @@ def measure_costs(
     """
     require_onnx()
     from dfs_cli.export.baselines import export_dense, quantize_dense
-    from dfs_cli.export.part_writer import PartWriter
-    from dfs_cli.export.parts import Parts
-    from dfs_cli.export.write import serialise
 
     observer = observer or Observer()
     options = tuple(sorted({0, *dynamic.bits}))
     images = torch.randn(_IMAGES, *input_size, generator=torch.Generator().manual_seed(seed))
     with on_threads(threads):
         observer.stage("graphs for the cost table", None)
-        network = _network(model, dynamic.replace(bits=options, gate="ff", mirror=False), images)
-        write = functools.partial(serialise, PartWriter(Parts(network, input_size)))
-        costs = BlockCosts(_kinds(network, images), options)
-        count = round(_PER_UNKNOWN * costs.unknowns)
-        policies = costs.draw(count + _CHECKED, seed)
+        settings = dynamic.replace(bits=options, gate="ff", mirror=False, first_view=None)
+        network = _network(model, settings, images)
+        kinds = _kinds(network, images)
         dense = export_dense(model, input_size)
         clock = Clock(dense, images[:1], threads)
-        jobs = [Job(lambda p=p: write(Decisions.of_pass(p[None]))) for p in policies]  # type: ignore[misc]
-        jobs.append(Job(lambda: quantize_dense(dense, images)))
-        *seconds, int8 = (times[0][1] for times in clock.measure(jobs, observer))
-        costs.fit(policies[:count], seconds[:count])
-        predicted = costs.predict(Decisions.of_pass(policies[count:])).sum(axis=1).tolist()
+        costs, error, int8 = _of_one_pass(
+            network,
+            input_size,
+            BlockCosts(kinds, options),
+            seed,
+            clock,
+            observer,
+            lambda: quantize_dense(dense, images),
+        )
         table = DeviceCosts(
             model=name or type(model).__name__,
             image_size=input_size,
@@ -117,21 +120,26 @@ def measure_costs(
             measured=True,
             machine=describe_machine() | {"runtime": "ONNX Runtime, single images", "threads": str(threads)},
             options=options,
-            blocks={
-                block.name: tuple(1000 * cost for cost in row)
-                for block, row in zip(network.blocks, costs.of_blocks(), strict=True)
-            },
+            blocks=_by_block(network, costs),
             fixed=1000 * costs.fixed,
             dense=1000 * clock.dense,
             static_int8=1000 * int8,
-            error=largest_error(predicted, seconds[count:]),
+            error=error,
         )
+        if "probe" in gates and FULL_BITS not in (*options, dynamic.fixed_bits):
+            for scale in SMALLER:
+                looks = _network(model, settings.replace(gate="probe", first_view=scale), images)
+                smaller, error, _ = _of_one_pass(
+                    looks, input_size, BlockCosts(kinds, options), seed, clock, observer, lambda: dense
+                )
+                view = ViewCosts(scale, _by_block(network, smaller), 1000 * smaller.fixed)
+                table = table.replace(smaller=(*table.smaller, view), error=max(table.error or 0.0, error))
         # The fewer options there are, the less is decided: those that the planner leaves out do not count.
         kept = table.useful(options)
         for gate in gates:
             if gate == "static":
                 continue
-            settings = dynamic.replace(bits=kept, gate=gate)
+            settings = dynamic.replace(bits=kept, gate=gate, first_view=None)
             found, error = _deciding(model, settings, images, costs.narrowed(kept), clock, observer)
             passes = tuple((1000 * always, 1000 * per_block) for always, per_block in found.passes)
             table = table.replace(
@@ -140,6 +148,44 @@ def measure_costs(
                 error=max(table.error or 0.0, error),
             )
     return table
+
+
+def _of_one_pass(
+    network: DynamicResNet,
+    input_size: tuple[int, int, int],
+    costs: BlockCosts,
+    seed: int,
+    clock: Clock,
+    observer: Observer,
+    other: Callable[[], bytes],
+) -> tuple[BlockCosts, float, float]:
+    """Fit the costs of blocks in the first pass of ``network``, nothing decided.
+
+    Args:
+        costs: to be fitted.
+        other: another graph, which is timed beside them.
+
+    Returns:
+        The costs, the largest error of predictions for policies that they were not fitted to, and the other graph's seconds.
+    """
+    from dfs_cli.export.part_writer import PartWriter
+    from dfs_cli.export.parts import Parts
+    from dfs_cli.export.write import serialise
+
+    write = functools.partial(serialise, PartWriter(Parts(network, input_size)))
+    count = round(_PER_UNKNOWN * costs.unknowns)
+    policies = costs.draw(count + _CHECKED, seed)
+    jobs = [Job(lambda p=p: write(Decisions.of_pass(p[None]))) for p in policies]  # type: ignore[misc]
+    *seconds, others = (times[0][1] for times in clock.measure([*jobs, Job(other)], observer))
+    costs.fit(policies[:count], seconds[:count])
+    predicted = costs.predict(Decisions.of_pass(policies[count:])).sum(axis=1).tolist()
+    return costs, largest_error(predicted, seconds[count:]), others
+
+
+def _by_block(network: DynamicResNet, costs: BlockCosts) -> dict[str, tuple[float, ...]]:
+    """Milliseconds of each option of each block, by the block's name."""
+    rows = zip(network.blocks, costs.of_blocks(), strict=True)
+    return {block.name: tuple(1000 * cost for cost in row) for block, row in rows}
 
 
 def _network(model: nn.Module, dynamic: DynamicConfig, images: Tensor) -> DynamicResNet:

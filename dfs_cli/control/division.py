@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_c
 from dfs_cli.cost.operating_point import sampling_error
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.passes import View
+from dfs_cli.nn.passes import FULL_VIEW, View
 from dfs_cli.nn.quantization import BYTE_BITS
 
 # Of the budget, what the first pass costs, unless the cheapest mix costs more.
@@ -85,7 +86,7 @@ def divide_by_rule(table: CostTable, harm: Tensor, request: Request) -> Division
 
 @torch.no_grad()
 def divide(
-    network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, images: Tensor, view: View
+    network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, images: Tensor, views: Sequence[View]
 ) -> Division:
     """The division whose answers are closest to the network's own at its widest, both views averaged, as measured before
     tuning. On a device a narrow or short first pass may save nothing, and one pass for all images may be best.
@@ -93,32 +94,31 @@ def divide(
     Args:
         harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
         images: (N, C, H, W), held out; for large networks fewer are used.
-        view: what the second pass sees.
+        views: what the two passes see.
     """
     images = affordable(images, table, _FIRSTS + 2 * _SECONDS)
-    shown = (images, view.of(images))
 
     @cache
-    def answers(index: int, policy: Policy) -> Tensor:
+    def answers(view: View, policy: Policy) -> Tensor:
         """The logits (N, classes) of a pass."""
         options = torch.tensor(policy, device=images.device)
-        return network.follow(shown[index], options.expand(len(images), -1))[0]
+        return network.follow(images, options.expand(len(images), -1), view=view)[0]
 
     widest = (len(table.options) - 1,) * len(table.blocks)
-    wanted = (answers(0, widest).softmax(dim=1) + answers(1, widest).softmax(dim=1)) / 2
+    wanted = (answers(FULL_VIEW, widest).softmax(dim=1) + answers(views[1], widest).softmax(dim=1)) / 2
 
     def harm_of(logits: Tensor) -> float:
         return float(F.kl_div(logits.log_softmax(dim=1), wanted, reduction="batchmean"))
 
     alone = best_block_mix(table.without_deciding(), harm, table.most_in_one_pass(budget))
-    best, least = Division(alone, 0.0, 0.0), _WORTH * harm_of(answers(0, tuple(alone.tolist())))
+    best, least = Division(alone, 0.0, 0.0), _WORTH * harm_of(answers(FULL_VIEW, tuple(alone.tolist())))
     firsts = _mixes(table, harm, 0, table.cheapest, budget, _FIRSTS)
     seconds = _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), torch.inf, _SECONDS)
     for first, second in product(firsts, seconds):
         policies = torch.tensor([first, second])
         cost = float(table.after(policies[0]).pass_cost(policies[1:], 1))
         share = min(1.0, (budget - float(table.pass_cost(policies[:1], 0))) / cost)
-        looked, again = answers(0, first), answers(1, second)
+        looked, again = answers(views[0], first), answers(views[1], second)
         rows = uncertainty(looked).argsort(descending=True)[: round(share * len(images))]
         left = harm_of(looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2))
         if left < least:

@@ -34,5 +34,5 @@ def create_controller(config: DynamicConfig, table: CostTable, channels: Sequenc
     if config.gate == "static":
         return StaticController(table)
     if config.gate == "probe":
-        return ProbeController(table, SecondPassGate(channels, features, config), config.mirror)
+        return ProbeController(table, SecondPassGate(channels, features, config), config.mirror, config.first_scale)
     return GatedController(table, _GATES[config.gate](channels, config))

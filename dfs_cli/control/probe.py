@@ -58,6 +58,7 @@ class ProbeController(Controller):
     Args:
         gate: scores the second pass's options.
         mirror: show the second pass the mirrored image.
+        first_view: height and width of the images that the first pass sees, as a share of the full ones.
     """
 
     needs = Need.BLOCKS
@@ -66,8 +67,8 @@ class ProbeController(Controller):
     multiplier: Tensor
     tuned_multiplier: Tensor
 
-    def __init__(self, table: CostTable, gate: SecondPassGate, mirror: bool) -> None:
-        super().__init__(table, (View(), View(mirrored=mirror)))
+    def __init__(self, table: CostTable, gate: SecondPassGate, mirror: bool, first_view: float = 1.0) -> None:
+        super().__init__(table, (View(scale=first_view), View(mirrored=mirror)))
         self.gate = gate
         self.ceiling = Ceiling(self.blocks, len(self.bits))
         self.register_buffer("policy", torch.full((self.blocks,), len(self.bits) - 1))
@@ -107,7 +108,7 @@ class ProbeController(Controller):
         operating point; at most a fifth of the batch, drawn from them, so that a step stays cheap.
         """
         first_choice = self.policy.expand(len(images), -1) if decisions is None else decisions.in_pass(0)
-        first, features = network.follow(images, first_choice)
+        first, features = network.follow(images, first_choice, view=self.views[0])
         first_decisions = Decisions.of_pass(first_choice)
         if decisions is not None and decisions.passes == 1:
             return Output(first, first_decisions, (Answer(None, first),))
@@ -127,7 +128,7 @@ class ProbeController(Controller):
         choice = scores.argmax(dim=2) if decisions is None else entering(decisions.in_pass(1))
         probs = scores.softmax(dim=2) if self.training else None
         explored = target.explored if target else 0.0
-        second, _ = network.follow(self.views[1].of(entering(images)), choice, probs, explored)
+        second, _ = network.follow(entering(images), choice, probs, explored, self.views[1])
         both = (self.logit_weights[0] * entering(first.detach()) + self.logit_weights[1] * second).to(first.dtype)
         return Output(
             both if all_refined else first.index_copy(0, rows, both),
@@ -176,7 +177,7 @@ class ProbeController(Controller):
         if table.device is None:
             division = divide_by_rule(table, sensitivity.blocks, request)
         else:
-            division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views[1])
+            division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views)
         self.policy.copy_(division.first)
         self.cost_multiplier = self._multiplier_for(self.settle(table), division.second)
         self._normalise_input(network, sample)
@@ -202,7 +203,7 @@ class ProbeController(Controller):
 
     def _normalise_input(self, network: DynamicResNet, sample: Tensor) -> None:
         """Scale the gate's input to what the first pass finds in ``sample`` (N, C, H, W)."""
-        logits, features = network.follow(sample, self.policy.expand(len(sample), -1))
+        logits, features = network.follow(sample, self.policy.expand(len(sample), -1), view=self.views[0])
         self.gate.normalise_input(summarise(logits, features))
 
     def _first_cost(self, table: CostTable) -> float:

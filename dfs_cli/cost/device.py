@@ -27,6 +27,19 @@ Text = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 @validated
+class ViewCosts(Json):
+    """What a pass costs that sees smaller images; see :class:`DeviceCosts` for the arguments that are not here.
+
+    Args:
+        scale: height and width of the images, as a share of the full ones.
+    """
+
+    scale: Annotated[float, Field(gt=0, lt=1)]
+    blocks: Annotated[dict[Text, tuple[Cost, ...]], Field(min_length=1)]
+    fixed: Cost
+
+
+@validated
 class DeviceCosts(Json):
     """What a network's parts cost on a device, for one image, all in the same unit.
 
@@ -43,6 +56,7 @@ class DeviceCosts(Json):
         static_int8: of the whole network, quantized to 8 bits by other means; None: not known.
         deciding: by gate, what deciding costs in each of P passes: in any case, and for each block that runs. Measured between
             the options that :meth:`useful` keeps.
+        smaller: the same for a first pass that sees smaller images, of different scales.
         crowding: by which share of its cost a block is dearer in a second pass where the first one ran it, too: its weights
             lie in memory twice, and caches hold less.
         error: the largest relative difference between predicted and measured costs, on policies that the costs were not
@@ -72,15 +86,42 @@ class DeviceCosts(Json):
     deciding: dict[GateKind, Annotated[tuple[tuple[Cost, Cost], ...], Field(min_length=1, max_length=2)]] = (
         dataclasses.field(default_factory=dict)
     )
+    smaller: tuple[ViewCosts, ...] = ()
     crowding: Cost = 0.0
     error: Cost | None = None
 
     def __post_init__(self) -> None:
         if list(self.options) != sorted(set(self.options)):
             raise ConfigError("options: expected different bitwidths in ascending order")
-        for name, costs in self.blocks.items():
-            if len(costs) != len(self.options):
-                raise ConfigError(f"blocks.{name}: {len(costs)} costs for {len(self.options)} options")
+        for blocks in (self.blocks, *(view.blocks for view in self.smaller)):
+            for name, costs in blocks.items():
+                if len(costs) != len(self.options):
+                    raise ConfigError(f"blocks.{name}: {len(costs)} costs for {len(self.options)} options")
+            if blocks.keys() != self.blocks.keys():
+                raise ConfigError("smaller: the costs are of other blocks")
+        if len(set(self.scales)) != len(self.scales):
+            raise ConfigError("smaller: a scale is repeated")
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Of the smaller images whose costs are known."""
+        return tuple(view.scale for view in self.smaller)
+
+    def at(self, scale: float) -> DeviceCosts | ViewCosts:
+        """The costs of a pass that sees images of a scale.
+
+        Raises:
+            ConfigError: they are not known.
+        """
+        for view in self.smaller:
+            if view.scale == scale:
+                return view
+        if scale != 1:
+            known = ", ".join(f"{known:g}" for known in (1, *self.scales))
+            raise ConfigError(
+                f"the costs say nothing about a first view of {scale:g}, only of {known}: measure it, too"
+            )
+        return self
 
     def useful(self, options: Sequence[int]) -> tuple[int, ...]:
         """Of some options, those that no wider one is as cheap as, over all blocks.
@@ -102,11 +143,11 @@ class DeviceCosts(Json):
         column = self.options.index(bits)
         return sum(costs[column] for costs in self.blocks.values())
 
-    def narrowed(self, options: Sequence[int], gate: GateKind) -> DeviceCosts:
-        """The costs of some options and one gate alone.
+    def narrowed(self, options: Sequence[int], gate: GateKind, scale: float = 1.0) -> DeviceCosts:
+        """The costs of some options, one gate and one size of the first pass's images alone.
 
         Raises:
-            ConfigError: an option or the gate has no cost.
+            ConfigError: one of them has no cost.
         """
         if gate != "static" and gate not in self.deciding:
             known = ", ".join(("static", *self.deciding))
@@ -116,10 +157,16 @@ class DeviceCosts(Json):
         for bits in options:
             self._total(bits)
         columns = [self.options.index(bits) for bits in options]
+
+        def of(blocks: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+            return {name: tuple(costs[i] for i in columns) for name, costs in blocks.items()}
+
+        view = self.at(scale)
         return self.replace(
             options=tuple(options),
-            blocks={name: tuple(costs[i] for i in columns) for name, costs in self.blocks.items()},
+            blocks=of(self.blocks),
             deciding={} if gate == "static" else {gate: self.deciding[gate]},
+            smaller=() if view is self else (view.replace(blocks=of(view.blocks)),),
         )
 
 

@@ -32,12 +32,18 @@ class LayerCost(Json):
         macs: multiply-accumulates.
         block: index of the residual block whose option it follows; None: it always runs.
         bits: the layer's individual bitwidth, whichever option its block has, unless skipped; None: the option's.
+        first_macs: multiply-accumulates in a first pass that sees smaller images; None: as many.
     """
 
     name: str
     macs: Macs
     block: Annotated[int, Field(ge=0)] | None = None
     bits: Annotated[int, Field(ge=0, le=32)] | None = None
+    first_macs: Macs | None = None
+
+    def macs_in(self, is_first: bool) -> int:
+        """Its MACs in the first pass, or in one that sees the full images."""
+        return self.macs if self.first_macs is None or not is_first else self.first_macs
 
 
 @validated
@@ -53,6 +59,7 @@ class CostTable(Json):
             network has none.
         not_counted: operations that have no MACs, and how often they occur.
         device: costs on a device, of these options and this controller, in place of MACs; None: MACs count.
+        first_view: height and width of the images that the first pass sees, as a share of the full ones.
         first_runs: (L,), whether the first pass of every image runs a block, which makes it dearer in a second one on a device;
             empty: it may run any.
 
@@ -74,6 +81,7 @@ class CostTable(Json):
     controller_macs: Annotated[tuple[tuple[Macs, ...], ...], Field(min_length=1)]
     not_counted: dict[str, Annotated[int, Field(ge=0, lt=2**63)]] = dataclasses.field(default_factory=dict)
     device: DeviceCosts | None = None
+    first_view: Annotated[float, Field(gt=0, le=1)] = 1.0
     first_runs: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,6 +117,7 @@ class CostTable(Json):
             raise ConfigError(f"the costs of deciding are not those of one gate with {self.passes} passes")
         if not costs.fixed and not any(map(any, costs.blocks.values())):
             raise ConfigError("the costs are all zero")
+        costs.at(self.first_view)
 
     @property
     def passes(self) -> int:
@@ -144,24 +153,35 @@ class CostTable(Json):
     @cached_property
     def option_costs(self) -> Tensor:
         """Cost of each option of each block in each pass, (P, L, K) in float64."""
-        if self.device is not None:
-            rows = torch.tensor([self.device.blocks[name] for name in self.blocks], dtype=torch.float64)
-            runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
-            per_block = torch.tensor([per_block for _, per_block in self._deciding], dtype=torch.float64)
-            again = torch.tensor(self.first_runs or (True,) * len(self.blocks), dtype=torch.float64)[:, None]
-            passes = [rows] + [rows * (1 + self.device.crowding * again)] * (self.passes - 1)
-            return (torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense
+        if self.device is None:
+            first, full = (self._options_of(is_first) for is_first in (True, False))
+            return torch.stack([first] + [full] * (self.passes - 1))
+        first, full = (self._on_device(is_first) for is_first in (True, False))
+        runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
+        per_block = torch.tensor([per_block for _, per_block in self._deciding], dtype=torch.float64)
+        again = torch.tensor(self.first_runs or (True,) * len(self.blocks), dtype=torch.float64)[:, None]
+        passes = [first] + [full * (1 + self.device.crowding * again)] * (self.passes - 1)
+        return (torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense
+
+    def _on_device(self, is_first: bool) -> Tensor:
+        """What each option of each block costs on the device, (L, K), in its unit, nothing decided; see :meth:`_options_of`."""
+        assert self.device is not None, "asked for where there are its costs"
+        blocks = self.device.at(self.first_view if is_first else 1.0).blocks
+        return torch.tensor([blocks[name] for name in self.blocks], dtype=torch.float64)
+
+    def _options_of(self, is_first: bool) -> Tensor:
+        """Bit-weighted MACs of each option of each block, as fractions, in the first pass or in one that sees the full images,
+        (L, K)."""
         options = torch.tensor([mac_cost(b) for b in self.options], dtype=torch.float64)
         option_macs, individual_costs = [0] * len(self.blocks), [0.0] * len(self.blocks)
         for layer in self.layers:
             if layer.block is not None and layer.bits is None:
-                option_macs[layer.block] += layer.macs
+                option_macs[layer.block] += layer.macs_in(is_first)
             elif layer.block is not None and layer.bits is not None:
-                individual_costs[layer.block] += layer.macs * mac_cost(layer.bits)
+                individual_costs[layer.block] += layer.macs_in(is_first) * mac_cost(layer.bits)
         runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
         costs = torch.tensor(option_macs, dtype=torch.float64)[:, None] / self.dense_macs * options
-        costs += torch.tensor(individual_costs, dtype=torch.float64)[:, None] / self.dense_macs * runs
-        return costs.expand(self.passes, -1, -1)
+        return costs + torch.tensor(individual_costs, dtype=torch.float64)[:, None] / self.dense_macs * runs
 
     @cached_property
     def controller_costs(self) -> tuple[float, ...]:
@@ -177,16 +197,23 @@ class CostTable(Json):
         return nothing if self.device is None else next(iter(self.device.deciding.values()), nothing)
 
     @cached_property
-    def fixed_layers_cost(self) -> float:
-        """Cost of the fixed layers, which every pass runs."""
+    def fixed_layers_costs(self) -> tuple[float, ...]:
+        """Cost of the fixed layers, which every pass runs, in each pass, (P,)."""
+        return tuple(self._fixed_of(index == 0) for index in range(self.passes))
+
+    def _fixed_of(self, is_first: bool) -> float:
         if self.device is not None:
-            return self.device.fixed / self.device.dense
-        fixed = sum(layer.macs * mac_cost(layer.bits) for layer in self.layers if layer.block is None and layer.bits)
+            return self.device.at(self.first_view if is_first else 1.0).fixed / self.device.dense
+        fixed = sum(
+            layer.macs_in(is_first) * mac_cost(layer.bits)
+            for layer in self.layers
+            if layer.block is None and layer.bits
+        )
         return fixed / self.dense_macs
 
     def fixed_cost(self, index: int) -> float:
         """Cost of a pass for an image that takes it, whatever its blocks' options: fixed layers and controller."""
-        return self.fixed_layers_cost + self.controller_costs[index]
+        return self.fixed_layers_costs[index] + self.controller_costs[index]
 
     @property
     def cheapest(self) -> float:
@@ -238,7 +265,7 @@ class CostTable(Json):
         if bits == STATIC_BITS and self.device.static_int8 is not None:
             return self.device.static_int8 / self.device.dense
         column = max([i for i, option in enumerate(self.options) if option <= bits], default=0)
-        return self.fixed_layers_cost + float(self.option_costs[0, :, column].sum())
+        return self._fixed_of(False) + float(self._on_device(False)[:, column].sum()) / self.device.dense
 
     def on_device(self, costs: DeviceCosts, gate: GateKind) -> CostTable:
         """The same network with costs on a device.
@@ -249,7 +276,7 @@ class CostTable(Json):
         Raises:
             ConfigError: the costs are of another network, of other options, or not of this gate.
         """
-        return dataclasses.replace(self, device=costs.narrowed(self.options, gate))
+        return dataclasses.replace(self, device=costs.narrowed(self.options, gate, self.first_view))
 
     def most_in_one_pass(self, budget: float) -> float:
         """What a pass for all images may cost. Measured times are no more exact than the share by which a budget may be
@@ -264,7 +291,11 @@ class CostTable(Json):
     def without_deciding(self) -> CostTable:
         """The costs of the same network with one pass for all images, in which nothing is decided."""
         device = self.device and self.device.narrowed(self.options, "static")
-        return dataclasses.replace(self, controller_macs=((0,) * len(self.blocks),), device=device, first_runs=())
+        layers = tuple(dataclasses.replace(layer, first_macs=None) for layer in self.layers)
+        controller_macs = ((0,) * len(self.blocks),)
+        return dataclasses.replace(
+            self, layers=layers, controller_macs=controller_macs, device=device, first_view=1.0, first_runs=()
+        )
 
     def check_budget(self, budget: float, spend: bool = False) -> None:
         """Check that decisions can keep ``budget`` and, where it is to be spent, reach it.

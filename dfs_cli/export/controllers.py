@@ -24,7 +24,6 @@ from dfs_cli.export.gates import (
 )
 from dfs_cli.export.graph import Graph, Test
 from dfs_cli.export.part_writer import PartWriter, Pooled
-from dfs_cli.nn.passes import View
 
 
 class Results(NamedTuple):
@@ -101,13 +100,14 @@ class ProbeWriter(ControllerWriter):
     def decide(self, graph: Graph, writer: PartWriter, images: str, point: str) -> Results:
         controller, bits, blocks = self._controller, writer.network.bits, len(writer.network.blocks)
         policy = controller.policy.tolist()
-        first, features = writer.write_pass(graph, images, policy)
+        looks, looks_again = (writer.seeing(view) for view in controller.views)
+        first, features = looks.write_pass(graph, images, policy)
         uncertainty, margin = write_uncertainty(graph, first, writer.parts.classes)
         is_unsure = graph.add("Squeeze", [graph.add("Greater", [uncertainty, point])])
 
         def refine(inner: Graph) -> list[str]:
             charge = controller.cost_multiplier * controller.option_costs[1].cpu().numpy()
-            pooled = writer.pool(inner, blocks, features)
+            pooled = looks.pool(inner, blocks, features)
             choice = write_second_pass_gate(
                 inner, controller.gate, controller.ceiling, charge, uncertainty, margin, pooled
             )
@@ -123,8 +123,7 @@ class ProbeWriter(ControllerWriter):
             def decide(graph: Graph, block: int, _: Pooled | None) -> Test:  # noqa: ARG001
                 return lambda _, number: is_before[block][number - 1]
 
-            view = _write_view(inner, images, controller.views[1])
-            second = writer.write_deciding_pass(inner, view, decide, pools=False)
+            second = looks_again.write_deciding_pass(inner, images, decide, pools=False)
             row = inner.add("Reshape", [choice, inner.constant([1, blocks], np.int64)])
             return [self._add_logits(inner, first, second), look_up_bits(inner, bits, row)]
 
@@ -136,11 +135,11 @@ class ProbeWriter(ControllerWriter):
         return Results(logits, graph.add("Concat", [graph.constant(first_bits, np.int64), second_bits], axis=1))
 
     def follow(self, graph: Graph, writer: PartWriter, images: str, decisions: Decisions) -> str:
-        first = super().follow(graph, writer, images, decisions)
+        looks, looks_again = (writer.seeing(view) for view in self._controller.views)
+        first = super().follow(graph, looks, images, decisions)
         if decisions.passes == 1 or not decisions.ran[0, 1]:
             return first
-        view = _write_view(graph, images, self._controller.views[1])
-        second, _ = writer.write_pass(graph, view, _policy(decisions, 1))
+        second, _ = looks_again.write_pass(graph, images, _policy(decisions, 1))
         return self._add_logits(graph, first, second)
 
     def _add_logits(self, graph: Graph, first: str, second: str) -> str:
@@ -177,11 +176,3 @@ def _policy(decisions: Decisions, index: int) -> list[int]:
     """The options (L,) of the first image in a pass."""
     policy: list[int] = decisions.in_pass(index)[0].tolist()
     return policy
-
-
-def _write_view(graph: Graph, images: str, view: View) -> str:
-    """What a pass sees of ``images`` (1, C, H, W)."""
-    if not view.mirrored:
-        return images
-    numbers = [graph.constant([i], np.int64) for i in (-1, np.iinfo(np.int64).min, 3)]
-    return graph.add("Slice", [images, *numbers, numbers[0]])

@@ -13,6 +13,7 @@ from dfs_cli.export.int8_features import Int8Lowering, pool_codes
 from dfs_cli.export.parts import Key, Parts
 from dfs_cli.export.tensorrt import TensorRTLowering
 from dfs_cli.export.trace import RoundedFeatures
+from dfs_cli.nn.passes import View
 
 
 class Pooled(NamedTuple):
@@ -32,16 +33,27 @@ class PartWriter:
     Args:
         parts: of the network.
         tensorrt: write what TensorRT's importer takes, see :mod:`dfs_cli.export.tensorrt`.
+        view: what a pass over the parts sees, of their scale; None: no more than that is done.
     """
 
-    def __init__(self, parts: Parts, tensorrt: bool = False) -> None:
+    def __init__(self, parts: Parts, tensorrt: bool = False, view: View | None = None) -> None:
         self.parts, self.network = parts, parts.network
         self._tensorrt = tensorrt
+        self.view = view or parts.view
+        self._seeing: dict[View, PartWriter] = {self.view: self}
         stream = None if tensorrt else self.network.features
         self._formats = [
             None if stream is None else RoundedFeatures.of(stream.at(position))
             for position in range(len(parts.features))
         ]
+
+    def seeing(self, view: View) -> PartWriter:
+        """The writer of the same network's parts for what another pass sees."""
+        if view not in self._seeing:
+            has_parts = view.scale == self.parts.view.scale
+            parts = self.parts if has_parts else Parts(self.network, self.parts.input_size, view.scale)
+            self._seeing[view] = PartWriter(parts, self._tensorrt, view)
+        return self._seeing[view]
 
     @property
     def features(self) -> str:
@@ -68,7 +80,7 @@ class PartWriter:
         return Pooled(mean, self._mean_scale(block))
 
     def write_pass(self, graph: Graph, images: str, policy: Sequence[int]) -> tuple[str, str]:
-        """Add one pass over ``images`` with fixed options.
+        """Add one pass over what is seen of ``images``, with fixed options.
 
         Args:
             policy: (L,), option indices.
@@ -76,19 +88,19 @@ class PartWriter:
         Returns:
             The logits, and the features before the head.
         """
-        x = self.write(graph, "stem", images)
+        x = self.write(graph, "stem", self._write_view(graph, images))
         for block, option in enumerate(policy):
             x = self.write(graph, (block, option), x)
         return self.write(graph, "head", x), x
 
     def write_deciding_pass(self, graph: Graph, images: str, decide: Decide, pools: bool) -> str:
-        """Add one pass over ``images`` with an ``If`` for every decision; returns the logits.
+        """Add one pass over what is seen of ``images``, with an ``If`` for every decision; returns the logits.
 
         Args:
             decide: gives the test for a block's options.
             pools: whether ``decide`` needs the mean of a block's input; otherwise it gets None.
         """
-        x = self.write(graph, "stem", images)
+        x = self.write(graph, "stem", self._write_view(graph, images))
         pooled = self.pool(graph, 0, x) if pools else None
         options, last = range(len(self.network.bits)), len(self.network.blocks) - 1
         for block in range(last + 1):
@@ -106,6 +118,18 @@ class PartWriter:
             x, *means = graph.choose(is_before, branches)
             pooled = Pooled(means[0], self._mean_scale(block + 1)) if means else None
         return self.write(graph, "head", x)
+
+    def _write_view(self, graph: Graph, images: str) -> str:
+        """What a pass sees of ``images`` (1, C, H, W)."""
+        view = self.view
+        if view.scale != 1:
+            channels, *sides = self.parts.input_size
+            size = graph.constant([1, channels, *view.size_of(*sides)], np.int64)
+            images = graph.add("Resize", [images, "", "", size], mode="linear")
+        if view.mirrored:
+            numbers = [graph.constant([i], np.int64) for i in (-1, np.iinfo(np.int64).min, 3)]
+            images = graph.add("Slice", [images, *numbers, numbers[0]])
+        return images
 
     def _mean_scale(self, block: int) -> float:
         """The factor that turns the result of :meth:`pool` into a mean."""

@@ -104,7 +104,7 @@ class IntegerResult(_Layer):
     gives_codes = True
     """Whether it may; see :func:`dfs_cli.surgery.initialise.fit_steps`."""
 
-    _folded: dict[int, tuple[Any, Folded, bool]]
+    _folded: dict[tuple[int, int], tuple[Any, Folded, bool]]  # by bitwidth and size of the images
 
     def fold_in(self, norm: FractionalBatchNorm | None, target: FractionalLayer | ByteFeatures | None) -> None:
         """Set ``norm`` and ``target``."""
@@ -151,7 +151,8 @@ class IntegerResult(_Layer):
         tensors = [] if norm is None else [t for t in norm_tensors(norm, bits) if t is not None]
         parts = [self.input_step_logarithm(bits), *tensors, self.bias, gain]
         key = (weight.key, limits, *(identity(t) for t in parts if t is not None))
-        cached = self._folded.get(bits)
+        place = bits, self.precision.viewpoint.index
+        cached = self._folded.get(place)
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 factor, shift = torch.ones_like(weight.scale, dtype=torch.float64), weight.scale.new_zeros(()).double()
@@ -164,7 +165,7 @@ class IntegerResult(_Layer):
                 step = self.input_step(bits).double()
                 folded = fold(weight.codes, weight.scale, step, bits, factor, shift.expand_as(factor))
                 fits = weight.codes.device.type == "cpu" and folded.fits(max(map(abs, limits)))
-                cached = self._folded[bits] = key, folded, fits
+                cached = self._folded[place] = key, folded, fits
         return cached[1], cached[2]
 
     def _forward_inference(self, x: Tensor, bits: int) -> Tensor:

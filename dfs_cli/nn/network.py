@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.features import ByteFeatures, Stream
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
-from dfs_cli.nn.passes import Output, TuningTarget, View
+from dfs_cli.nn.passes import FULL_VIEW, Output, TuningTarget, View
 from dfs_cli.nn.pooling import pools_after_one_convolution
 from dfs_cli.nn.precision import Precision, Routing
 from dfs_cli.presets import FULL_BITS
@@ -91,7 +91,7 @@ class DynamicResNet(nn.Module):
         backbone: the model whose layers were replaced by fractional ones.
         layout: its stem and head.
         blocks: its residual blocks, in order.
-        fixed: the precision of the fixed layers.
+        fixed: the precision of the fixed layers, which has the viewpoint of all layers.
         bits: the K options, ascending bitwidths.
         controller: chooses the options, a :class:`dfs_cli.control.base.Controller`.
         features: what blocks hand on as bytes; None: floating point numbers.
@@ -158,19 +158,27 @@ class DynamicResNet(nn.Module):
         """
         return self.controller.run(self, images, decisions, target)
 
-    def run_pass(self, images: Tensor, choose: Choose, explored: float = 0.0) -> tuple[Tensor, Tensor]:
+    def seeing(self, view: View) -> AbstractContextManager[None]:
+        """Let the layers see images of the size of ``view`` within the context."""
+        return self.fixed.viewpoint.at(int(view.scale != 1))
+
+    def run_pass(
+        self, images: Tensor, choose: Choose, explored: float = 0.0, view: View = FULL_VIEW
+    ) -> tuple[Tensor, Tensor]:
         """One pass over ``images`` (N, C, H, W), with the options that ``choose`` returns block by block.
 
         Args:
             explored: see :class:`dfs_cli.nn.passes.TuningTarget`.
+            view: what the pass sees of the images.
 
         Returns:
             Logits (N, classes) and the features (N, C', H', W') before the head.
         """
-        x = self.stem(images)
-        for i, block in enumerate(self.blocks):
-            x = self._route(block, x, *choose(i, x), explored)
-        return self.layout.head(self.backbone, x), x
+        with self.seeing(view):
+            x = self.stem(view.of(images))
+            for i, block in enumerate(self.blocks):
+                x = self._route(block, x, *choose(i, x), explored)
+            return self.layout.head(self.backbone, x), x
 
     @torch.no_grad()
     def run_block(self, index: int, x: Tensor, option: int) -> Tensor:
@@ -186,14 +194,19 @@ class DynamicResNet(nn.Module):
         return logits
 
     def follow(
-        self, images: Tensor, options: Tensor, probs: Tensor | None = None, explored: float = 0.0
+        self,
+        images: Tensor,
+        options: Tensor,
+        probs: Tensor | None = None,
+        explored: float = 0.0,
+        view: View = FULL_VIEW,
     ) -> tuple[Tensor, Tensor]:
         """One pass over ``images`` (N, C, H, W) with known ``options`` (N, L), which were chosen with ``probs`` (N, L, K).
 
         One device synchronisation, not one per block. Returns as :meth:`run_pass`.
         """
         known = options.cpu()
-        return self.run_pass(images, lambda i, _: (known[:, i], None if probs is None else probs[:, i]), explored)
+        return self.run_pass(images, lambda i, _: (known[:, i], None if probs is None else probs[:, i]), explored, view)
 
     def stem(self, images: Tensor) -> Tensor:
         """The first block's input, in the memory layout of ``images``."""

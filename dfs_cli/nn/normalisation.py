@@ -1,9 +1,10 @@
-"""Batch normalisation with separate statistics and affine parameters for each bitwidth.
+"""Batch normalisation with separate statistics and affine parameters for each bitwidth, and each size of the images.
 
 Quantization shifts the mean and the variance of a convolution's output, more with fewer bits; normalisation per bitwidth
-corrects that (AdaBits, Jin et al., 2020; Any-Precision DNNs, Yu et al., 2021). In floating point the original's
-statistics and parameters are used. Statistics are set once, before tuning, and then kept: a group of images may be too
-small to estimate them.
+corrects that (AdaBits, Jin et al., 2020; Any-Precision DNNs, Yu et al., 2021). So does another size of the images (Touvron et
+al., 2019, arXiv 1906.06423). In floating point the original's statistics and
+parameters are used. Statistics are set once, before tuning, and then kept: a group of images may be too small to estimate
+them.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class NormTensors(NamedTuple):
 class FractionalBatchNorm(_Norm):
     """Shared by :class:`FractionalBatchNorm2d` and :class:`FractionalBatchNormAct2d`.
 
-    ``bit_weight``, ``bit_bias``, ``bit_mean`` and ``bit_var`` are (Q, C), a row for each of Q quantized bitwidths. ``output``
-    rounds what goes out; None: nothing does. ``is_done`` tells whether the convolution before has normalised already.
+    ``bit_weight``, ``bit_bias``, ``bit_mean`` and ``bit_var`` are (S * Q, C), for each of S sizes of the images a row for each
+    of Q quantized bitwidths. ``output`` rounds what goes out; None: nothing does. ``is_done`` tells whether the convolution
+    before has normalised already.
     """
 
     bit_weight: nn.Parameter
@@ -80,7 +82,7 @@ class FractionalBatchNorm(_Norm):
         new._parameters, new._buffers = dict(norm._parameters), dict(norm._buffers)
         new.bitwidths, new.precision, new.output = precision.quantized, precision, None
         new.is_done = _never
-        rows = len(new.bitwidths)
+        rows = precision.viewpoint.sizes * len(new.bitwidths)
         for name, source in (("bit_weight", new.weight), ("bit_bias", new.bias)):
             new.register_parameter(name, nn.Parameter(source.detach().repeat(rows, 1)))
         assert new.running_mean is not None and new.running_var is not None
@@ -88,9 +90,13 @@ class FractionalBatchNorm(_Norm):
         new.register_buffer("bit_var", new.running_var.repeat(rows, 1))
         return new
 
+    def row(self, bits: int) -> int:
+        """The row of a bitwidth for the images as they are seen at present."""
+        return self.precision.viewpoint.index * len(self.bitwidths) + self.bitwidths.index(bits)
+
     @torch.no_grad()
     def fold_statistics(self) -> None:
-        """Fold each bitwidth's statistics into its affine parameters, and reset the tensors that only floating point uses."""
+        """Fold each row's statistics into its affine parameters, and reset the tensors that only floating point uses."""
         factor = ((1 + self.eps) / (self.bit_var + self.eps)).sqrt()
         self.bit_bias.sub_(self.bit_mean * self.bit_weight / (self.bit_var + self.eps).sqrt())
         self.bit_weight.mul_(factor)
@@ -140,21 +146,22 @@ FRACTIONAL_NORMS: dict[type[nn.Module], type[FractionalBatchNorm]] = {
 def norm_tensors(norm: nn.BatchNorm2d, bits: int) -> NormTensors:
     """The tensors, not copies, with which ``norm``, fractional or not, normalises at a bitwidth."""
     if isinstance(norm, FractionalBatchNorm) and bits != FULL_BITS:
-        row = norm.bitwidths.index(bits)
+        row = norm.row(bits)
         return NormTensors(norm.bit_mean[row], norm.bit_var[row], norm.bit_weight[row], norm.bit_bias[row])
     assert norm.running_mean is not None and norm.running_var is not None
     return NormTensors(norm.running_mean, norm.running_var, norm.weight, norm.bias)
 
 
 def match_statistics(norm: FractionalBatchNorm, row: int, expected: tuple[Tensor, Tensor], x: Tensor) -> None:
-    """Set a bitwidth's statistics from a sample of its input.
+    """Set a row of the statistics from a sample of its input.
 
-    The original's statistics are corrected by the difference that the bitwidth makes on the sample: the sampling error cancels.
+    The original's statistics are corrected by the difference that bitwidth and size make on the sample: the sampling error
+    cancels.
 
     Args:
-        row: index of the bitwidth among the Q quantized ones.
-        expected: mean and variance (C,) of the sample in floating point.
-        x: (N, C, H, W), the sample at that bitwidth.
+        row: see :meth:`FractionalBatchNorm.row`.
+        expected: mean and variance (C,) of the sample in floating point and at full size.
+        x: (N, C, H, W), the sample at that bitwidth and size.
     """
     mean, variance = moments(x)
     assert norm.running_mean is not None and norm.running_var is not None

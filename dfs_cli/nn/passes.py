@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from dfs_cli.cost.decisions import Decisions
 
@@ -16,13 +17,26 @@ class View:
 
     Args:
         mirrored: the images are flipped along their width.
+        scale: their height and width, as a share of the full ones.
     """
 
     mirrored: bool = False
+    scale: float = 1.0
 
     def of(self, images: Tensor) -> Tensor:
-        """The view of ``images`` (N, C, H, W)."""
+        """The view of ``images`` (N, C, H, W): smaller ones are interpolated (bilinear)."""
+        if self.scale != 1:
+            size = self.size_of(images.shape[2], images.shape[3])
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         return images.flip(-1) if self.mirrored else images
+
+    def size_of(self, *sides: int) -> tuple[int, ...]:
+        """Height and width of the view of images with these ones."""
+        return tuple(max(1, round(self.scale * side)) for side in sides)
+
+
+FULL_VIEW = View()
+"""The images as they are."""
 
 
 class Answer(NamedTuple):

@@ -1,4 +1,4 @@
-"""The current bitwidth of layers: set here and nowhere else."""
+"""The current bitwidth of layers, and the view that they see: set here and nowhere else."""
 
 from __future__ import annotations
 
@@ -24,15 +24,38 @@ class Routing:
     bits: tuple[int, ...]
 
 
+class Viewpoint:
+    """Which size of the images the layers that share this object see.
+
+    Args:
+        sizes: how many there are; the first one is the full size.
+    """
+
+    def __init__(self, sizes: int = 1) -> None:
+        self.sizes = sizes
+        self.index = 0
+
+    @contextmanager
+    def at(self, index: int) -> Iterator[None]:
+        """See the images at a size within the context; the previous setting is restored after it."""
+        before, self.index = self.index, index
+        try:
+            yield
+        finally:
+            self.index = before
+
+
 class Precision:
     """The bitwidth that the layers sharing this object run at.
 
     Args:
         options: the bitwidths that may be set, 2..16 or 32; outside :meth:`at` it is the widest.
+        viewpoint: of the network; None: all views have the same size.
     """
 
-    def __init__(self, options: tuple[int, ...]) -> None:
+    def __init__(self, options: tuple[int, ...], viewpoint: Viewpoint | None = None) -> None:
         self.options = options
+        self.viewpoint = viewpoint or Viewpoint()
         self.bits = max(options)
         self.routing: Routing | None = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -63,8 +64,9 @@ def layer_rows(table: CostTable, evaluation: Evaluation) -> list[LayerRow]:
             None if layer.block is None else table.blocks[layer.block],
             layer.macs,
             evaluation.passes,
-            layer_shares(table, evaluation, layer),
+            layer_shares(table, evaluation.choices, layer),
             table.dense_macs,
+            _work(table, evaluation, layer),
         )
         for layer in table.layers
     ]
@@ -72,7 +74,7 @@ def layer_rows(table: CostTable, evaluation: Evaluation) -> list[LayerRow]:
         _divide(table, evaluation, rows)
     macs = [sum(row) for row in table.controller_macs]
     mean_macs = sum(m * share for m, share in zip(macs, evaluation.pass_shares, strict=True))
-    gate = _row("gate", None, sum(macs), mean_macs / max(1, sum(macs)), {FULL_BITS: 1.0}, table.dense_macs)
+    gate = _row("gate", None, sum(macs), mean_macs / max(1, sum(macs)), {FULL_BITS: 1.0}, table.dense_macs, mean_macs)
     gate["dense_share"] = 0.0  # the dense network has no gate
     if table.device is not None:
         shares = zip(table.controller_costs, evaluation.pass_shares, strict=True)
@@ -84,7 +86,8 @@ def _divide(table: CostTable, evaluation: Evaluation, rows: list[LayerRow]) -> N
     """Costs on a device are known for whole blocks, and for all that always runs: divide them among the layers by MACs."""
     choices = torch.tensor(evaluation.choices, dtype=torch.float64) / evaluation.images
     means: dict[int | None, float] = dict(enumerate((choices * table.option_costs).sum(dim=(0, 2)).tolist()))
-    means[None] = table.fixed_layers_cost * evaluation.passes
+    fixed = zip(table.fixed_layers_costs, evaluation.pass_shares, strict=True)
+    means[None] = sum(cost * share for cost, share in fixed)
     macs: dict[int | None, int] = {}
     for layer in table.layers:
         macs[layer.block] = macs.get(layer.block, 0) + layer.macs
@@ -92,11 +95,24 @@ def _divide(table: CostTable, evaluation: Evaluation, rows: list[LayerRow]) -> N
         row["mean_cost"] = means[layer.block] * layer.macs / (macs[layer.block] or 1)
 
 
-def layer_shares(table: CostTable, evaluation: Evaluation, layer: LayerCost) -> dict[int, float]:
-    """The share of a layer's runs, over all images and passes, at each bitwidth; at 0, runs in which its block is skipped."""
+def _work(table: CostTable, evaluation: Evaluation, layer: LayerCost) -> float:
+    """Bit-weighted multiply-accumulates of an image in a layer, in the mean: a first pass may see smaller images."""
+    total = 0.0
+    for index, share in enumerate(evaluation.pass_shares):
+        shares = layer_shares(table, evaluation.choices[index : index + 1], layer) if share else {}
+        total += share * layer.macs_in(index == 0) * sum(part * mac_cost(bits) for bits, part in shares.items())
+    return total
+
+
+def layer_shares(table: CostTable, choices: Sequence[Sequence[Sequence[int]]], layer: LayerCost) -> dict[int, float]:
+    """The share of a layer's runs, over all images and passes, at each bitwidth; at 0, runs in which its block is skipped.
+
+    Args:
+        choices: (P, L, K), see :class:`dfs_cli.records.Evaluation`.
+    """
     if layer.block is None:
         return {layer.bits or FULL_BITS: 1.0}
-    totals = [sum(counts) for counts in zip(*(blocks[layer.block] for blocks in evaluation.choices), strict=True)]
+    totals = [sum(counts) for counts in zip(*(blocks[layer.block] for blocks in choices), strict=True)]
     shares = {bits: n / sum(totals) for bits, n in zip(table.options, totals, strict=True)}
     if layer.bits is None:
         return shares
@@ -104,8 +120,15 @@ def layer_shares(table: CostTable, evaluation: Evaluation, layer: LayerCost) -> 
     return ({0: skipped} if skipped else {}) | ({layer.bits or FULL_BITS: 1 - skipped} if skipped < 1 else {})
 
 
-def _row(name: str, block: str | None, macs: int, runs: float, histogram: dict[int, float], dense: int) -> LayerRow:
-    bitweighted = macs * runs * sum(share * mac_cost(bits) for bits, share in histogram.items())
+def _row(
+    name: str,
+    block: str | None,
+    macs: int,
+    runs: float,
+    histogram: dict[int, float],
+    dense: int,
+    bitweighted: float,
+) -> LayerRow:
     return LayerRow(
         name=name,
         block=block,
@@ -145,7 +168,7 @@ def block_shares(table: CostTable, evaluation: Evaluation) -> list[dict[int, flo
     layers = [layer for layer in table.layers if layer.block is not None]
     blocks = []
     for block in range(len(table.blocks)):
-        rows = [layer_shares(table, evaluation, layer) for layer in layers if layer.block == block]
+        rows = [layer_shares(table, evaluation.choices, layer) for layer in layers if layer.block == block]
         blocks.append({bits: sum(row.get(bits, 0.0) for row in rows) / len(rows) for bits in table.options})
     return blocks
 
@@ -282,7 +305,7 @@ def plan_record(name: str, table: CostTable, budget: float) -> dict[str, Any]:
         "dense_macs": table.dense_macs,
         "reachable_budgets": [table.cheapest, table.dearest],
         "cost_all_8_bit": table.uniform_cost(8),
-        "fixed_layers_cost": table.fixed_layers_cost,
+        "fixed_layers_cost": table.fixed_layers_costs[-1],
         "gate_cost": sum(table.controller_costs),
         "options": list(table.options),
         "blocks": [

@@ -96,7 +96,7 @@ def print_plan(console: Console, name: str, table: CostTable, budget: float) -> 
     for block, macs, costs in zip(table.blocks, table.block_macs, table.option_costs[-1].tolist(), strict=True):
         grid.add_row(block, f"{macs / 1e6:.2f}", *(f"{cost:.4f}" for cost in costs))
     always = sum(layer.macs for layer in table.layers if layer.block is None)
-    grid.add_row("always", f"{always / 1e6:.2f}", f"{table.fixed_layers_cost:.4f}")
+    grid.add_row("always", f"{always / 1e6:.2f}", f"{table.fixed_layers_costs[-1]:.4f}")
     gate_macs, gate_cost = sum(map(sum, table.controller_macs)), sum(table.controller_costs)
     if gate_macs:
         grid.add_row("gate", f"{gate_macs / 1e6:.2f}", f"{gate_cost:.4f}")

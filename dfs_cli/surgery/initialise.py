@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.features import ByteFeatures, sampled
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.normalisation import FractionalBatchNorm, match_statistics, moments
+from dfs_cli.nn.passes import FULL_VIEW, View
 from dfs_cli.presets import FULL_BITS
 
 
@@ -57,11 +58,12 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
     def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         norm = cast(FractionalBatchNorm, norm)
         if (bits := norm.precision.bits) != FULL_BITS:
-            match_statistics(norm, norm.bitwidths.index(bits), expected[norm], inputs[0])
+            match_statistics(norm, norm.row(bits), expected[norm], inputs[0])
 
+    scales = dict.fromkeys(view.scale for view in (FULL_VIEW, *network.controller.views))
     with hooked(network, FractionalBatchNorm, match), _normalising_apart(network):
-        for policy in network.controller.policies():
-            network.run(images, Decisions.alike(policy, len(images)))
+        for policy, scale in product(network.controller.policies(), scales):
+            network.follow(images, policy.expand(len(images), -1), view=View(scale=scale))
     network.train(was_training)
 
 

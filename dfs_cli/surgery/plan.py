@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.factory import controller_macs
-from dfs_cli.cost.count import count_macs
+from dfs_cli.cost.count import MacCount, count_macs
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.errors import UnsupportedModelError, first_line
 from dfs_cli.nn.layers import CONVOLUTIONS
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS
+from dfs_cli.nn.passes import View
 from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.dataflow import Dataflow, dataflow_of
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS, family_names
@@ -143,16 +144,24 @@ def plan_costs(
         UnsupportedModelError: as :func:`plan_surgery`; or the model cannot run at that size.
     """
     plan = plan or plan_surgery(model)
-    try:
-        count = count_macs(model, input_size)
-    except RuntimeError as error:
-        what = f"the model cannot run on images of size {input_size}"
-        raise UnsupportedModelError(f"{what}: {first_line(error)}") from None
+    count = _count(model, input_size)
+    first: dict[str, int] = {}
+    if config.first_scale != 1:
+        height, width = View(scale=config.first_scale).size_of(*input_size[1:])
+        first = _count(model, (input_size[0], height, width)).layers
     layers = tuple(
-        LayerCost(name, macs, block=plan.branch[name])
+        LayerCost(name, macs, block=plan.branch[name], first_macs=first.get(name))
         if name in plan.branch
-        else LayerCost(name, macs, bits=config.fixed_bits if name in plan.fixed else FULL_BITS)
+        else LayerCost(name, macs, None, config.fixed_bits if name in plan.fixed else FULL_BITS, first.get(name))
         for name, macs in count.layers.items()
     )
     macs = controller_macs(config, plan.channels, plan.features)
-    return CostTable(config.bits, plan.blocks, layers, macs, count.not_counted)
+    return CostTable(config.bits, plan.blocks, layers, macs, count.not_counted, first_view=config.first_scale)
+
+
+def _count(model: nn.Module, input_size: tuple[int, int, int]) -> MacCount:
+    try:
+        return count_macs(model, input_size)
+    except RuntimeError as error:
+        what = f"the model cannot run on images of size {input_size}"
+        raise UnsupportedModelError(f"{what}: {first_line(error)}") from None

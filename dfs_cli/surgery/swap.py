@@ -20,7 +20,7 @@ from dfs_cli.nn.linear import FractionalLinear
 from dfs_cli.nn.network import Block, DynamicResNet
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS, FractionalBatchNorm
 from dfs_cli.nn.pooling import MaxPool2d
-from dfs_cli.nn.precision import Precision
+from dfs_cli.nn.precision import Precision, Viewpoint
 from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.dataflow import Dataflow
@@ -56,12 +56,13 @@ def make_dynamic(model: nn.Module, config: DynamicConfig, table: CostTable, plan
         raise UnsupportedModelError("the cost table belongs to another model: its blocks differ")
     device = next(model.parameters()).device
     backbone = copy.deepcopy(model)
-    fixed = Precision((config.fixed_bits,))
+    viewpoint = Viewpoint(1 if config.first_scale == 1 else 2)
+    fixed = Precision((config.fixed_bits,), viewpoint)
     options = tuple(bits for bits in config.bits if bits)
-    block_precisions = [Precision(options) for _ in plan.blocks]
+    block_precisions = [Precision(options, viewpoint) for _ in plan.blocks]
     precisions = {name: block_precisions[block] for name, block in plan.branch.items()}
     # A block that is always skipped keeps its layers at the fewest bits.
-    precisions |= {name: Precision((bits or min(options),)) for name, bits in table.layer_bits.items()}
+    precisions |= {name: Precision((bits or min(options),), viewpoint) for name, bits in table.layer_bits.items()}
     replaced: Replaced = {}
     for name in (*plan.branch, *plan.fixed):
         _replace(backbone, name, precisions.get(name, fixed), replaced)

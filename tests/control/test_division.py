@@ -36,7 +36,7 @@ def divided(table: CostTable, budget: float, mirrored: bool = True) -> Division:
     torch.manual_seed(0)
     network, images = make_dynamic(MODEL, CONFIG), torch.randn(64, *SIZE)
     fit_steps(network, images)
-    return divide(network.eval(), table, HARM, budget, images, View(mirrored=mirrored))
+    return divide(network.eval(), table, HARM, budget, images, (View(), View(mirrored=mirrored)))
 
 
 def test_where_bits_save_nothing_one_pass_is_best_and_more_is_spent_on_second_looks() -> None:

@@ -84,7 +84,7 @@ def test_a_table_on_a_device_by_hand() -> None:
     table = PLANNED.on_device(COSTS, "probe")
     # Blocks in the order of the network, as fractions of the dense 20 mJ; the second pass pays half a mJ for each that runs.
     assert table.option_costs.tolist() == [[[0, 0.1, 0.1], [0, 0.15, 0.2]], [[0, 0.125, 0.125], [0, 0.175, 0.225]]]
-    assert table.fixed_layers_cost == 0.05 and list(table.controller_costs) == [0, 0.05]
+    assert table.fixed_layers_costs[-1] == 0.05 and list(table.controller_costs) == [0, 0.05]
     assert (table.cheapest, table.dearest) == pytest.approx((0.05, 0.35 + 0.45))
     decisions = Decisions(torch.tensor([[[2, 1], [NOT_RUN, NOT_RUN]], [[2, 1], [0, 2]]]))
     assert table.cost(decisions).tolist() == pytest.approx([0.3, 0.3 + 0.1 + 0.225])

@@ -107,6 +107,16 @@ Gate = Annotated[
         "block; or the best static mix of bitwidths.",
     ),
 ]  # fmt: skip
+FirstView = Annotated[
+    float | None,
+    typer.Option(
+        "--first-view",
+        metavar="SHARE",
+        help="With the probe gate, height and width of the images that the first pass sees, as a share of the full ones "
+        "(default: 1; with costs on a device, what is best by them).",
+        rich_help_panel=NETWORK,
+    ),
+]
 Mirror = Annotated[
     bool | None,
     _option(
@@ -248,6 +258,7 @@ class NetworkOptions:
     fixed_bits: FixedBits = None
     gate: Gate = "probe"
     mirror: Mirror = None
+    first_view: FirstView = None
     spend: Spend = False
 
     def config(self, budget: float, tuning: TuningConfig, known: Sequence[int] | None = None) -> DynamicConfig:
@@ -255,7 +266,8 @@ class NetworkOptions:
         from dfs_cli.conversion.defaults import default_dynamic
 
         options = None if self.bits is None else parse_bits(self.bits)
-        return default_dynamic(budget, tuning, self.gate, options, self.fixed_bits, self.mirror, self.spend, known)
+        dynamic = default_dynamic(budget, tuning, self.gate, options, self.fixed_bits, self.mirror, self.spend, known)
+        return dynamic.replace(first_view=self.first_view)
 
 
 @dataclasses.dataclass(frozen=True)

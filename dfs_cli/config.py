@@ -73,6 +73,7 @@ class DynamicConfig(Json):
         embedding: width of the gate's input.
         hidden: width of the gate's hidden state.
         mirror: with the probe gate, show the second pass the mirrored image.
+        alike: with the probe gate, the second pass has the same bitwidths for all images that take it: nothing is decided.
         first_view: with the probe gate, height and width of the images that the first pass sees, as a share of the full ones;
             None: the full ones, or what is best by the costs on a device.
 
@@ -91,6 +92,7 @@ class DynamicConfig(Json):
     embedding: Annotated[int, Field(ge=1, le=4096)] = 10
     hidden: Annotated[int, Field(ge=1, le=4096)] = 10
     mirror: bool = False
+    alike: bool = False
     first_view: Annotated[float, Field(ge=0.25, le=1)] | None = None
 
     def __post_init__(self) -> None:
@@ -107,6 +109,8 @@ class DynamicConfig(Json):
             raise ConfigError(f"mirror is for the second pass of the probe gate, not for {self.gate}")
         if self.first_view is not None and self.gate != "probe":
             raise ConfigError(f"first-view is for the first pass of the probe gate, not for {self.gate}")
+        if self.alike and self.gate != "probe":
+            raise ConfigError(f"alike is for the second pass of the probe gate, not for {self.gate}")
         if self.first_scale != 1 and FULL_BITS in (*self.bits, self.fixed_bits):
             raise ConfigError(f"first-view {self.first_scale:g} needs --bits and --fixed-bits below {FULL_BITS}")
 

@@ -67,7 +67,7 @@ def probe_network(
     network = make_dynamic(model, DynamicConfig(bits=bits, gate="probe", mirror=mirror), size)
     spread_gate(network, 4.0)
     controller = controller_of(network)
-    assert isinstance(controller, ProbeController)
+    assert isinstance(controller, ProbeController) and controller.gate is not None
     controller.policy.copy_(torch.arange(len(network.blocks)) % len(bits))
     with torch.no_grad():
         logits, features = network.follow(images(40, size), controller.policy.expand(40, -1))

@@ -139,7 +139,7 @@ def measure_costs(
         for gate in gates:
             if gate == "static":
                 continue
-            settings = dynamic.replace(bits=kept, gate=gate, first_view=None)
+            settings = dynamic.replace(bits=kept, gate=gate, alike=gate == "probe", first_view=None)
             found, error = _deciding(model, settings, images, costs.narrowed(kept), clock, observer)
             passes = tuple((1000 * always, 1000 * per_block) for always, per_block in found.passes)
             table = table.replace(

@@ -47,7 +47,12 @@ class Sensitivity(NamedTuple):
 
 def affordable(images: Tensor, table: CostTable, runs: int) -> Tensor:
     """As many of ``images`` (N, C, H, W) as so many runs of the network take about a minute for, 16 at least."""
-    return images[: max(16, int(_MACS / (table.dense_macs * runs)))]
+    return images[: affordable_images(table, runs, len(images))]
+
+
+def affordable_images(table: CostTable, runs: int, images: int) -> int:
+    """How many they are of so many."""
+    return min(images, max(16, int(_MACS / (table.dense_macs * runs))))
 
 
 class Request(NamedTuple):

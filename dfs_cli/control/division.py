@@ -46,11 +46,13 @@ class Division(NamedTuple):
 
     Args:
         first: (L,), the options of the first pass.
+        again: (L,), a mix for the second one; None: any that costs ``second``.
         second: cost of a second pass.
         share: of the images, how many take it; 0: one pass for all is better.
     """
 
     first: Tensor
+    again: Tensor | None
     second: float
     share: float
 
@@ -81,15 +83,16 @@ def divide_by_rule(table: CostTable, harm: Tensor, request: Request) -> Division
     share = max(share, 1 / (1 + allowed**2))
     share = min(1.0, max(share, rest / min(dearest, all_8_bit)))
     second = max(rest / share, _SECOND_LEAST * (budget - rest))
-    return Division(first, second, min(1.0, rest / second))
+    return Division(first, None, second, min(1.0, rest / second))
 
 
 @torch.no_grad()
 def divide(
     network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, images: Tensor, views: Sequence[View]
 ) -> Division:
-    """The division whose answers are closest to the network's own at its widest, both views averaged, as measured before
-    tuning. On a device a narrow or short first pass may save nothing, and one pass for all images may be best.
+    """The division whose answers are closest to the network's own at its widest, both full views averaged, as measured before
+    tuning. On a device a narrow or short first pass may save nothing, and one pass for all images may be best; but smaller
+    images need tuning before they can be compared with that.
 
     Args:
         harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
@@ -111,7 +114,9 @@ def divide(
         return float(F.kl_div(logits.log_softmax(dim=1), wanted, reduction="batchmean"))
 
     alone = best_block_mix(table.without_deciding(), harm, table.most_in_one_pass(budget))
-    best, least = Division(alone, 0.0, 0.0), _WORTH * harm_of(answers(FULL_VIEW, tuple(alone.tolist())))
+    best, least = Division(alone, None, 0.0, 0.0), torch.inf
+    if views[0].scale == 1:
+        least = _WORTH * harm_of(answers(FULL_VIEW, tuple(alone.tolist())))
     firsts = _mixes(table, harm, 0, table.cheapest, budget, _FIRSTS)
     seconds = _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), torch.inf, _SECONDS)
     for first, second in product(firsts, seconds):
@@ -122,7 +127,7 @@ def divide(
         rows = uncertainty(looked).argsort(descending=True)[: round(share * len(images))]
         left = harm_of(looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2))
         if left < least:
-            best, least = Division(policies[0], cost, share), left
+            best, least = Division(policies[0], policies[1], cost, share), left
     return best
 
 

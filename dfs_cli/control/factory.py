@@ -24,6 +24,8 @@ def controller_macs(config: DynamicConfig, channels: Sequence[int], features: in
     """
     if config.gate == "static":
         return ((0,) * len(channels),)
+    if config.gate == "probe" and config.alike:
+        return ((0,) * len(channels),) * 2
     if config.gate == "probe":
         return (0,) * len(channels), SecondPassGate.macs(channels, features, config)
     return (_GATES[config.gate].macs(channels, config),)
@@ -34,5 +36,6 @@ def create_controller(config: DynamicConfig, table: CostTable, channels: Sequenc
     if config.gate == "static":
         return StaticController(table)
     if config.gate == "probe":
-        return ProbeController(table, SecondPassGate(channels, features, config), config.mirror, config.first_scale)
+        gate = None if config.alike else SecondPassGate(channels, features, config)
+        return ProbeController(table, gate, config.mirror, config.first_scale)
     return GatedController(table, _GATES[config.gate](channels, config))

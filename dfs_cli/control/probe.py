@@ -2,7 +2,8 @@
 
 Cost falls with the square of the bitwidth, so a low-bit pass is nearly free, and its own confidence tells difficult
 images from easy ones far better than any block's features do. An image whose first answer is sure is done; for the
-others a gate that sees that answer chooses the bitwidths of a second pass, and the logits of both passes are added up.
+others a gate that sees that answer chooses the bitwidths of a second pass, and the logits of both passes are added up. On a
+device, where deciding costs more than it saves, the second pass has one policy, too.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class ProbeController(Controller):
     """Two passes: one policy for all images, then a second look at those whose answer is not sure.
 
     The first pass runs every image with ``policy`` (L,), one option per block. Images whose :func:`uncertainty` is above
-    ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``; the answer is
+    ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``, or are those of
+    ``second_policy`` (L,), where there is no gate; the answer is
     then the sum of both passes' logits, weighted by ``logit_weights``. No block has a dearer option in the second pass than
     ``ceiling`` says. A mirrored second pass is a second view, which tells
     more than a second look at the same.
@@ -56,22 +58,25 @@ class ProbeController(Controller):
     before.
 
     Args:
-        gate: scores the second pass's options.
+        gate: scores the second pass's options; None: they are the same for all images.
         mirror: show the second pass the mirrored image.
         first_view: height and width of the images that the first pass sees, as a share of the full ones.
     """
 
     needs = Need.BLOCKS
-    gate: SecondPassGate
+    gate: SecondPassGate | None
     policy: Tensor
+    second_policy: Tensor
     multiplier: Tensor
     tuned_multiplier: Tensor
 
-    def __init__(self, table: CostTable, gate: SecondPassGate, mirror: bool, first_view: float = 1.0) -> None:
+    def __init__(self, table: CostTable, gate: SecondPassGate | None, mirror: bool, first_view: float = 1.0) -> None:
         super().__init__(table, (View(scale=first_view), View(mirrored=mirror)))
         self.gate = gate
         self.ceiling = Ceiling(self.blocks, len(self.bits))
-        self.register_buffer("policy", torch.full((self.blocks,), len(self.bits) - 1))
+        widest = torch.full((self.blocks,), len(self.bits) - 1)
+        self.register_buffer("policy", widest)
+        self.register_buffer("second_policy", widest.clone(), persistent=gate is None)
         self.register_buffer("multiplier", torch.zeros((), dtype=torch.float64))
         self.register_buffer("tuned_multiplier", torch.zeros((), dtype=torch.float64))
         self.logit_weights = nn.Parameter(torch.tensor([0.5, 0.5]))
@@ -121,12 +126,9 @@ class ProbeController(Controller):
         def entering(tensor: Tensor) -> Tensor:
             return tensor if all_refined else tensor[rows]
 
-        scores = self.gate(summarise(entering(first.detach()), entering(features.detach())))
-        # Not self.cost_multiplier, a number: an accelerator would be waited for.
-        scores = scores - self.multiplier * self.option_costs[1].to(scores.dtype)
-        scores = scores.masked_fill(self.ceiling.forbidden(), -torch.inf)
-        choice = scores.argmax(dim=2) if decisions is None else entering(decisions.in_pass(1))
-        probs = scores.softmax(dim=2) if self.training else None
+        choice, probs = self._choose(entering(first.detach()), entering(features.detach()))
+        if decisions is not None:
+            choice = entering(decisions.in_pass(1))
         explored = target.explored if target else 0.0
         second, _ = network.follow(entering(images), choice, probs, explored, self.views[1])
         both = (self.logit_weights[0] * entering(first.detach()) + self.logit_weights[1] * second).to(first.dtype)
@@ -135,6 +137,21 @@ class ProbeController(Controller):
             first_decisions.followed_by(choice if all_refined else not_run.index_copy(0, rows, choice)),
             (Answer(None, first), Answer(rows, both, probs)),
         )
+
+    def _choose(self, first: Tensor, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The options (N, L) of the second pass and, in training, the gate's probabilities (N, L, K).
+
+        Args:
+            first: (N, classes), the logits of the first pass.
+            features: (N, C, H, W), those before its head.
+        """
+        if self.gate is None:
+            return self.second_policy.expand(len(first), -1), None
+        scores = self.gate(summarise(first, features))
+        # Not self.cost_multiplier, a number: an accelerator would be waited for.
+        scores = scores - self.multiplier * self.option_costs[1].to(scores.dtype)
+        scores = scores.masked_fill(self.ceiling.forbidden(), -torch.inf)
+        return scores.argmax(dim=2), scores.softmax(dim=2) if self.training else None
 
     def _unsure(self, first: Tensor, decisions: Decisions | None, target: TuningTarget | None) -> Tensor:
         """(N,), whether an image takes the second pass, from the first one's logits (N, classes).
@@ -171,7 +188,8 @@ class ProbeController(Controller):
         images is better.
         """
         assert sensitivity is not None, "declared as needed"
-        shift_preference(self.gate.preference, sensitivity.blocks)
+        if self.gate is not None:
+            shift_preference(self.gate.preference, sensitivity.blocks)
         if request.is_bound:
             return self._start_within(network, table, sensitivity.blocks, request.budget, sample)
         if table.device is None:
@@ -179,7 +197,11 @@ class ProbeController(Controller):
         else:
             division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views)
         self.policy.copy_(division.first)
-        self.cost_multiplier = self._multiplier_for(self.settle(table), division.second)
+        table = self.settle(table)
+        if self.gate is not None:
+            self.cost_multiplier = self._multiplier_for(self.gate.preference, table, division.second)
+        elif division.again is not None:
+            self._repeat_with(division.again)
         self._normalise_input(network, sample)
         return TuningTarget(division.second, share=division.share)
 
@@ -195,14 +217,21 @@ class ProbeController(Controller):
         would, it has the whole budget, and no image is refined."""
         mix, has_second = mix_within(table, harm, budget)
         self.policy.copy_(mix)
-        self.ceiling.highest.copy_(mix)
+        self._repeat_with(mix)
         self.operating_point = -_SURE if has_second else NEVER_REFINE
         self.cost_multiplier = LEAST_MULTIPLIER
         self._normalise_input(network, sample)
         return TuningTarget(self.ceiling.cost(table, 1), share=float(has_second))
 
+    def _repeat_with(self, mix: Tensor) -> None:
+        """Let no block of the second pass have a dearer option than in ``mix`` (L,); without a gate these are its options."""
+        self.ceiling.highest.copy_(mix)
+        self.second_policy.copy_(mix)
+
     def _normalise_input(self, network: DynamicResNet, sample: Tensor) -> None:
         """Scale the gate's input to what the first pass finds in ``sample`` (N, C, H, W)."""
+        if self.gate is None:
+            return
         logits, features = network.follow(sample, self.policy.expand(len(sample), -1), view=self.views[0])
         self.gate.normalise_input(summarise(logits, features))
 
@@ -210,9 +239,10 @@ class ProbeController(Controller):
         """Cost of the first pass."""
         return table.cost(Decisions.alike(self.policy.cpu(), 1)).item()
 
-    def _multiplier_for(self, table: CostTable, cost: float) -> float:
-        """The multiplier, positive, at which the gate's preferences alone make the second pass cost at most ``cost``."""
-        preference = self.gate.preference.detach().double().cpu()
+    @staticmethod
+    def _multiplier_for(preference: Tensor, table: CostTable, cost: float) -> float:
+        """The multiplier, positive, at which a second pass by the gate's ``preference`` (L, K) alone costs at most ``cost``."""
+        preference = preference.detach().double().cpu()
 
         def cost_at(multiplier: float) -> Tensor:
             return table.pass_cost((preference - multiplier * table.option_costs[1]).argmax(dim=1)[None], 1)
@@ -245,7 +275,7 @@ class ProbeController(Controller):
 
         outputs, costs = run_all(float(self.tuned_multiplier))
         target = _AIM * request.budget
-        if request.spend and float(costs.mean()) <= target:
+        if request.spend and float(costs.mean()) <= target and self.gate is not None:
             point = find_operating_point(lambda value: run_all(value)[1], target, start=self.cost_multiplier)
             self.cost_multiplier, self.operating_point = point.value, ALWAYS_REFINE
             return OperatingPoint(ALWAYS_REFINE, point.cost)
@@ -287,8 +317,10 @@ class ProbeController(Controller):
     def check(self, table: CostTable) -> None:
         super().check(table)
         self.ceiling.check()
-        if not torch.equal(self.policy, self.policy.clamp(0, len(self.bits) - 1)):
-            raise ValueError(f"controller.policy: an option is none of the {len(self.bits)} there are")
+        for name in ("policy", "second_policy"):
+            policy = getattr(self, name)
+            if not torch.equal(policy, policy.clamp(0, len(self.bits) - 1)):
+                raise ValueError(f"controller.{name}: an option is none of the {len(self.bits)} there are")
         if table.first_runs != table.after(self.policy).first_runs:
             raise ValueError("controller.policy: not the first pass of the cost table")
 
@@ -301,6 +333,10 @@ class ProbeController(Controller):
         """The first pass alone; a second one, at another operating point, has the last of the policies."""
         rows = torch.atleast_2d(policies)
         self.policy.copy_(rows[0])
+        self.operating_point = NEVER_REFINE
+        if self.gate is None:
+            self._repeat_with(rows[-1])
+            return
         nn.init.zeros_(self.gate.head.weight)
         self.gate.preference.copy_(nn.functional.one_hot(rows[-1], self.gate.options))
-        self.cost_multiplier, self.operating_point = 0.0, NEVER_REFINE
+        self.cost_multiplier = 0.0

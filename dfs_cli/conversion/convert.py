@@ -7,7 +7,7 @@ from torch import nn
 from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SynthesisConfig, TuningConfig
 from dfs_cli.control.base import controller_of
-from dfs_cli.conversion import stages
+from dfs_cli.conversion import planning, stages
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.resume import Progress
 from dfs_cli.conversion.setup import Setup, prepare
@@ -96,7 +96,7 @@ def run(
             planned, state = restored
             observer.note(f"going on after step {state.step} of {state.total_steps}")
         else:
-            planned = stages.make_network(setup, observer)
+            planned = planning.make_network(setup, observer)
             state = stages.start_tuning(setup, planned)
             progress.begin(planned, state)
         if original is None and setup.synthesis is None:

@@ -70,6 +70,8 @@ class Setup:
         synthesis: how many images were made, and how; None: they are real.
         splits: the images.
         plan, table: what the surgery will do, and what options cost before anything is decided.
+        alternatives: settings and costs of the networks that can be made, the first ones as above: on a device, of several
+            sizes of what the first pass sees, and of a static one, of which that is made which promises most.
         device: where to compute.
         steps_per_epoch: of tuning.
     """
@@ -87,6 +89,7 @@ class Setup:
     splits: Splits
     plan: SurgeryPlan
     table: CostTable
+    alternatives: tuple[tuple[DynamicConfig, CostTable], ...]
     device: torch.device
     steps_per_epoch: int
     configuration: Configuration = field(init=False)
@@ -156,10 +159,9 @@ def prepare(
     plan = plan_surgery(module)
     if costs is not None:
         dynamic = _without_dominated(dynamic, costs, observer)
-    table = plan_costs(module, dynamic, preprocessing.input_size, plan)
-    if costs is not None:
-        table = table.on_device(costs, dynamic.gate)
-    table.check_budget(budget, spend)
+    alternatives = _alternatives(module, dynamic, preprocessing, plan, costs)
+    dynamic, table = alternatives[0]
+    min((table for _, table in alternatives), key=lambda table: table.cheapest).check_budget(budget, spend)
     synthesis = None
     if isinstance(data, SynthesisConfig):
         if spend:
@@ -197,19 +199,40 @@ def prepare(
         splits=splits,
         plan=plan,
         table=table,
+        alternatives=alternatives,
         device=device,
         steps_per_epoch=len(splits.train) // batch_size,
     )
 
 
+def _alternatives(
+    model: nn.Module,
+    dynamic: DynamicConfig,
+    preprocessing: Preprocessing,
+    plan: SurgeryPlan,
+    costs: DeviceCosts | None,
+) -> tuple[tuple[DynamicConfig, CostTable], ...]:
+    """See :class:`Setup`."""
+    size = preprocessing.input_size
+    if costs is None or dynamic.gate != "probe":
+        table = plan_costs(model, dynamic, size, plan)
+        return ((dynamic, table if costs is None else table.on_device(costs, dynamic.gate)),)
+    scales = (1.0, *costs.scales) if dynamic.first_view is None else (dynamic.first_scale,)
+    dynamics = [dynamic.replace(first_view=scale) for scale in scales]
+    tables = [plan_costs(model, dynamic, size, plan).on_device(costs, dynamic.gate) for dynamic in dynamics]
+    static = dynamic.replace(gate="static", mirror=False, alike=False, first_view=None)
+    return (*zip(dynamics, tables, strict=True), (static, tables[0].without_deciding()))
+
+
 def _without_dominated(dynamic: DynamicConfig, costs: DeviceCosts, observer: Observer) -> DynamicConfig:
-    """The settings without options that a wider one is as cheap as."""
+    """The settings without options that a wider one is as cheap as. In time, deciding costs more than it saves in a second
+    pass."""
     useful = costs.useful(dynamic.bits)
     if left_out := [bits for bits in dynamic.bits if bits not in useful]:
         observer.note(
             f"options of {','.join(map(str, left_out))} bits are left out: {','.join(map(str, useful))} bits cost no more there"
         )
-    return dynamic.replace(bits=useful)
+    return dynamic.replace(bits=useful, alike=costs.measured and dynamic.gate == "probe")
 
 
 def _make_splits(

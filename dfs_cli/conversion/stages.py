@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import DynamicConfig, Preprocessing, TuningConfig
 from dfs_cli.control.base import HeldOut, Request, controller_of
-from dfs_cli.conversion.agreement import ensure_agreement
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.setup import Setup, eval_batch, hard_crops
 from dfs_cli.cost.operating_point import OperatingPoint
@@ -24,18 +23,14 @@ from dfs_cli.cost.table import CostTable
 from dfs_cli.data.images import Batch, Images, UnreadableLog
 from dfs_cli.data.loading import EpochSampler, eval_loader, load_all, train_loader
 from dfs_cli.data.preprocessing import train_transform
-from dfs_cli.distributed import joined_rows, of_first, rank, share, size
+from dfs_cli.distributed import joined_rows, rank, share, size
 from dfs_cli.evaluation.chance import chance_hint
 from dfs_cli.evaluation.evaluate import evaluate_accuracy, evaluate_network
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import TuningTarget
-from dfs_cli.observer import MEASURING, Observer
+from dfs_cli.observer import Observer
 from dfs_cli.records import Agreement, StepRecord, Tuned
-from dfs_cli.surgery.equalise import equalise
-from dfs_cli.surgery.initialise import fit_steps
-from dfs_cli.surgery.swap import make_dynamic, verify_conversion
 from dfs_cli.tuning.loop import seed_everything, tune
-from dfs_cli.tuning.sensitivity import divergence, measure
 from dfs_cli.tuning.state import TuningState, start_state
 
 _TIMED_STEPS = 8
@@ -80,50 +75,6 @@ def own_generators(seed: int) -> Iterator[None]:
 def unreadable_log(setup: Setup) -> UnreadableLog:
     """Of the training images, held-out ones among them."""
     return UnreadableLog("training", len(setup.splits.train) + len(setup.splits.calibration))
-
-
-def make_network(setup: Setup, observer: Observer) -> Planned:
-    """Surgery, step sizes, agreement with the original, sensitivities, and the controller's start."""
-    teacher = copy.deepcopy(setup.model).to(setup.device).eval()
-    splits = setup.splits
-    unreadable = unreadable_log(setup)
-    network = make_dynamic(teacher, setup.dynamic, setup.table, setup.plan).network
-    some = splits.calibration.spread(eval_batch(setup.preprocessing))
-    observer.stage("loading held-out images", len(some))
-    (sample, *_), _ = load_all(some, len(some), setup.workers, setup.device, unreadable, observer.advance)
-    observer.stage(MEASURING, None)
-    fit_steps(network, sample)
-    verify_conversion(teacher, network, sample[:8])
-    network, agreement, gains = ensure_agreement(network, setup, teacher, sample, observer)
-    sensitivity = measure(controller_of(network).needs, network, setup.plan, setup.table, sample)
-
-    def start(network: DynamicResNet, dynamic: DynamicConfig, table: CostTable) -> Planned:
-        """The best candidate, started."""
-        candidates = []
-        for its_table in controller_of(network).candidates(table, sensitivity, setup.request):
-            if its_table is not table:
-                network = make_dynamic(teacher, dynamic, its_table, setup.plan).network
-                equalise(network, gains)
-                fit_steps(network, sample)
-            candidates.append((network, its_table))
-        harms = (
-            [divergence(candidate, teacher, sample) for candidate, _ in candidates] if len(candidates) > 1 else [0.0]
-        )
-        network, table = candidates[of_first(harms.index(min(harms)))]
-        target = of_first(controller_of(network).start(network, table, sensitivity, setup.request, sample))
-        return Planned(network, dynamic, table, target, teacher, unreadable, agreement)
-
-    planned = start(network, setup.dynamic, setup.table)
-    if setup.table.device is not None and setup.table.passes > 1 and not planned.target.share:
-        observer.note("one pass for all images is better than two for this budget: the network is a static one")
-        dynamic, table = setup.dynamic.replace(gate="static", mirror=False), setup.table.without_deciding()
-        planned = start(make_dynamic(teacher, dynamic, table, setup.plan).network, dynamic, table)
-    network = planned.network
-    if size() > 1:  # all begin with the same numbers, to the last bit
-        point = of_first(network.controller.operating_point)
-        network.load_state_dict(of_first({name: tensor.cpu() for name, tensor in network.state_dict().items()}))
-        network.controller.operating_point = point
-    return planned._replace(table=controller_of(network).settle(planned.table))
 
 
 def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:

@@ -104,13 +104,20 @@ class ProbeWriter(ControllerWriter):
         first, features = looks.write_pass(graph, images, policy)
         uncertainty, margin = write_uncertainty(graph, first, writer.parts.classes)
         is_unsure = graph.add("Squeeze", [graph.add("Greater", [uncertainty, point])])
+        gate = controller.gate
+
+        def repeat(inner: Graph) -> list[str]:
+            again = controller.second_policy.tolist()
+            second, _ = looks_again.write_pass(inner, images, again)
+            row = inner.constant([[bits[option] for option in again]], np.int64)
+            return [self._add_logits(inner, first, second), row]
 
         def refine(inner: Graph) -> list[str]:
+            if gate is None:
+                return repeat(inner)
             charge = controller.cost_multiplier * controller.option_costs[1].cpu().numpy()
             pooled = looks.pool(inner, blocks, features)
-            choice = write_second_pass_gate(
-                inner, controller.gate, controller.ceiling, charge, uncertainty, margin, pooled
-            )
+            choice = write_second_pass_gate(inner, gate, controller.ceiling, charge, uncertainty, margin, pooled)
 
             # All tests at once, in one node: a node costs microseconds.
             numbers = range(1, len(bits))

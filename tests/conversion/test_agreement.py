@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import dfs_cli
 from dfs_cli.config import DataConfig, DynamicConfig, TuningConfig
-from dfs_cli.conversion import stages
+from dfs_cli.conversion import planning, stages
 from dfs_cli.conversion.agreement import Refitted, ensure_agreement
 from dfs_cli.conversion.convert import run
 from dfs_cli.conversion.converted import Converted
@@ -172,7 +172,7 @@ def test_the_sample_comes_from_all_classes_of_a_folder(digits_model: nn.Module) 
     others, held_out = Images(TensorDataset(torch.rand(64, 1, 8, 8), torch.arange(64) % 10)), Recorded(600)
     splits = Splits(others, Images(held_out), others, tuple("0123456789"))
     dynamic = DynamicConfig((0, 8), gate="static")
-    stages.make_network(prepare(digits_model, 0.1, splits, dynamic, TUNING), Observer())
+    planning.make_network(prepare(digits_model, 0.1, splits, dynamic, TUNING), Observer())
     assert len(held_out.seen) == len(set(held_out.seen)) == 256
     counts = torch.tensor([held_out.tensors[1][i] for i in held_out.seen]).bincount(minlength=10)
     assert 25 <= counts.min() <= counts.max() <= 26

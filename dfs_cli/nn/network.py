@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.nn.features import ByteFeatures, Stream
+from dfs_cli.nn.grouping import empty_batch, groups_of, put
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.normalisation import FractionalBatchNorm
 from dfs_cli.nn.passes import FULL_VIEW, Output, TuningTarget, View
@@ -242,7 +243,7 @@ class DynamicResNet(nn.Module):
         """Run each group of images with its option, (N, C, H, W) to (N, C', H', W'), in the order of the batch."""
         if probs is None and not torch.is_grad_enabled():
             return self._infer(block, x, choice)
-        groups = self._groups(choice, x.device)
+        groups = groups_of(choice, len(self.bits), x.device)
         if len(groups) <= 1:
             return self._execute(block, x, groups[0][0] if groups else 0, probs, explored)
         outputs = [
@@ -253,7 +254,7 @@ class DynamicResNet(nn.Module):
 
     def _infer(self, block: Block, x: Tensor, choice: Tensor) -> Tensor:
         """:meth:`_route` without gradients: it copies as little as possible, and may write into ``x``."""
-        groups = self._groups(choice, x.device)
+        groups = groups_of(choice, len(self.bits), x.device)
         if len(groups) <= 1:
             return self._execute(block, x, groups[0][0] if groups else 0, None, 0.0)
         result: Tensor | None = None
@@ -263,28 +264,10 @@ class DynamicResNet(nn.Module):
                 continue
             y = self._execute(block, x[rows], option, None, 0.0)
             if result is None:
-                result = _empty_batch(len(x), y)
-            _put(y, result, rows)
+                result = empty_batch(len(x), y)
+            put(y, result, rows)
         assert result is not None
         return result
-
-    def _groups(self, choice: Tensor, device: torch.device) -> list[tuple[int, Tensor]]:
-        """The options in ``choice`` (N,), ascending, each with the indices, on ``device``, of the images that have it.
-
-        A single option comes with ``choice`` itself, as its indices are not needed. One device synchronisation, if ``choice``
-        is on an accelerator.
-        """
-        if len(choice) == 1:
-            return [(int(choice), choice)]
-        # Not by torch.bincount, which first synchronises with an accelerator for the smallest and the largest value.
-        options = torch.arange(len(self.bits), device=choice.device)
-        counts = (choice[:, None] == options).sum(dim=0).tolist()
-        present = [(option, count) for option, count in enumerate(counts) if count]
-        if len(present) <= 1:
-            return [(option, choice) for option, _ in present]
-        order = choice.argsort(stable=True).to(device, non_blocking=True)
-        rows = order.split([count for _, count in present])
-        return [(option, r) for (option, _), r in zip(present, rows, strict=True)]
 
     def _execute(self, block: Block, x: Tensor, option: int, probs: Tensor | None, explored: float) -> Tensor:
         bits = self.bits[option]
@@ -314,22 +297,6 @@ class DynamicResNet(nn.Module):
 def _skip(block: Block, x: Tensor) -> Tensor:
     y = block.skip(block.module, x)
     return y if block.output is None or block.keeps_input else block.output(y)
-
-
-def _empty_batch(images: int, like: Tensor) -> Tensor:
-    """An uninitialised batch of ``images`` results, laid out in memory as ``like``."""
-    last = not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((images, *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=layout)
-
-
-def _put(y: Tensor, result: Tensor, rows: Tensor) -> None:
-    """Write the M images ``y`` to the ``rows`` (M,) of ``result``."""
-    if result.device.type != "cpu":
-        result[rows] = y.to(result.dtype)
-        return
-    for image, row in zip(y, rows.tolist(), strict=True):  # whole images: indexing would copy value by value
-        result[row].copy_(image)
 
 
 def _with_gradient(y: Tensor, direction: Tensor, weight: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def _try(setup: Setup, started: Sequence[Planned], observer: Observer) -> int:
     Returns:
         The index of the one whose predictions for held-out images are then closest to the original's.
     """
-    steps = max(1, round(_TRIAL * setup.steps))
+    steps = max(2, round(_TRIAL * setup.steps))
     tuning = setup.tuning.replace(steps=steps, epochs=None)
     batches = _held_out(setup, started[0], observer)
     observer.stage(f"tuning each of {len(started)} networks for {steps} steps", len(started))

@@ -79,7 +79,7 @@ def layer_rows(table: CostTable, evaluation: Evaluation) -> list[LayerRow]:
     if table.device is not None:
         shares = zip(table.controller_costs, evaluation.pass_shares, strict=True)
         gate["mean_cost"] = sum(cost * share for cost, share in shares)
-    return [*rows, gate] if sum(macs) else rows
+    return [*rows, gate] if sum(macs) or any(table.controller_costs) else rows
 
 
 def _divide(table: CostTable, evaluation: Evaluation, rows: list[LayerRow]) -> None:

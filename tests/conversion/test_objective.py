@@ -9,9 +9,11 @@ import torch
 import dfs_cli
 from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import DataConfig, DynamicConfig, GateKind, TuningConfig
+from dfs_cli.control.base import controller_of
 from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
-from dfs_cli.cost.device import DeviceCosts
+from dfs_cli.cost.count import count_macs
+from dfs_cli.cost.device import DeviceCosts, ViewCosts
 from dfs_cli.errors import ConfigError
 from dfs_cli.observer import Observer
 from dfs_cli.report.cost import cost_report, layer_rows
@@ -36,6 +38,8 @@ COSTS = DeviceCosts(
     static_int8=18.0,
     deciding={"rnn": ((0.5, 0.1),), "ff": ((0.5, 0.1),), "probe": ((0.1, 0.0), (0.4, 0.1))},
 )
+# What always runs takes 6 there, and with images of 0.75 of the size 1, and a block 0.5.
+WITH_VIEWS = COSTS.replace(fixed=6.0, smaller=(ViewCosts(0.75, dict.fromkeys(BLOCKS, (0.0, 0.5, 0.5, 0.5)), 1.0),))
 
 
 class Notes(Observer):
@@ -49,16 +53,16 @@ class Notes(Observer):
 
 
 @cache
-def converted(gate: GateKind, budget: float) -> tuple[Converted, tuple[str, ...]]:
-    notes = Notes()
+def converted(gate: GateKind, budget: float, has_views: bool = False) -> tuple[Converted, tuple[str, ...]]:
+    notes, costs = Notes(), WITH_VIEWS if has_views else COSTS
     made = convert(
-        "resnet20_digits", budget, DATA, dynamic=DynamicConfig((0, 2, 4, 8), gate=gate), tuning=TUNING, costs=COSTS,
+        "resnet20_digits", budget, DATA, dynamic=DynamicConfig((0, 2, 4, 8), gate=gate), tuning=TUNING, costs=costs,
         observer=notes,
     )  # fmt: skip
     return made, tuple(notes.told)
 
 
-@pytest.mark.parametrize("gate", ["probe", "rnn", "ff", "static"])
+@pytest.mark.parametrize("gate", ["rnn", "ff", "static"])
 def test_the_budget_is_kept_in_the_unit_of_the_costs(gate: GateKind) -> None:
     (_, manifest), told = converted(gate, 0.5)
     table, evaluation = manifest.table, manifest.validation
@@ -76,6 +80,36 @@ def test_the_budget_is_kept_in_the_unit_of_the_costs(gate: GateKind) -> None:
     )
     assert evaluation.cost == pytest.approx(milliseconds / evaluation.images / 30)
     assert evaluation.cost <= 0.505
+
+
+def test_a_first_pass_of_smaller_images_is_chosen_where_it_saves_enough_and_paid_as_such() -> None:
+    # 7.5 ms pay for no full image at 8 bits.
+    (network, manifest), told = converted("probe", 0.25, True)
+    evaluation, dynamic = manifest.validation, manifest.dynamic
+    assert evaluation is not None and dynamic.first_view == manifest.table.first_view == 0.75 and dynamic.alike
+    assert "the first pass sees images of 0.75 of their height and width" in told
+    assert any("two passes, the first one at 0.75 of the size" in text and "one pass" in text for text in told)
+    assert [view.scale for view in controller_of(network).views] == [0.75, 1.0]
+    (first, again), (images, refined) = (
+        [sum(block[1] for block in blocks) for blocks in evaluation.choices],
+        [sum(blocks[0]) for blocks in evaluation.choices],
+    )
+    milliseconds = 0.5 * first + (1 + 0.1) * images + (2 + 0.1) * again + (6 + 0.4) * refined
+    assert evaluation.cost == pytest.approx(milliseconds / evaluation.images / 30) and manifest.keeps_budget
+    # The second pass has one policy, for all images that take it.
+    assert 0 < refined < images and all(set(block) <= {0, refined} for block in evaluation.choices[1])
+    rows = layer_rows(manifest.table, evaluation)
+    assert sum(row["mean_cost"] for row in rows) == pytest.approx(evaluation.cost)
+    stem = rows[0]
+    small = count_macs(dfs_cli.load_model("resnet20_digits"), (1, 6, 6)).layers["conv1"]
+    expected = (small * images + stem["macs"] * refined) / evaluation.images / 16  # at 8 bits
+    assert stem["name"] == "conv1" and stem["mean_bitweighted_macs"] == pytest.approx(expected)
+
+
+def test_a_first_view_can_be_asked_for_but_must_have_costs() -> None:
+    dynamic = DynamicConfig((0, 2, 4, 8), first_view=0.625)
+    with pytest.raises(ConfigError, match=r"nothing about a first view of 0\.625, only of 1, 0\.75"):
+        convert("resnet20_digits", 0.25, DATA, dynamic=dynamic, tuning=TUNING, costs=WITH_VIEWS)
 
 
 def test_the_static_rival_obeys_the_same_table() -> None:

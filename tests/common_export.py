@@ -61,17 +61,26 @@ def gated_network(
 
 
 def probe_network(
-    model: nn.Module, bits: tuple[int, ...] = (0, 4, 8), mirror: bool = False, size: tuple[int, int, int] = SIZE
+    model: nn.Module,
+    bits: tuple[int, ...] = (0, 4, 8),
+    mirror: bool = False,
+    size: tuple[int, int, int] = SIZE,
+    first_view: float | None = None,
+    alike: bool = False,
 ) -> DynamicResNet:
     """A network of two passes; half of 40 images take the second one."""
-    network = make_dynamic(model, DynamicConfig(bits=bits, gate="probe", mirror=mirror), size)
-    spread_gate(network, 4.0)
+    config = DynamicConfig(bits=bits, gate="probe", mirror=mirror, first_view=first_view, alike=alike)
+    network = make_dynamic(model, config, size)
     controller = controller_of(network)
-    assert isinstance(controller, ProbeController) and controller.gate is not None
-    controller.policy.copy_(torch.arange(len(network.blocks)) % len(bits))
+    assert isinstance(controller, ProbeController)
+    options = torch.arange(len(network.blocks))
+    controller.policy.copy_(options % len(bits))
+    controller.second_policy.copy_((options + 1) % len(bits))
     with torch.no_grad():
-        logits, features = network.follow(images(40, size), controller.policy.expand(40, -1))
-        controller.gate.normalise_input(summarise(logits, features))
+        logits, features = network.follow(images(40, size), controller.policy.expand(40, -1), view=controller.views[0])
+        if controller.gate is not None:
+            spread_gate(network, 4.0)
+            controller.gate.normalise_input(summarise(logits, features))
         controller.operating_point = float(uncertainty(logits).median())
     return network
 

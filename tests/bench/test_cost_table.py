@@ -5,7 +5,7 @@ import pytest
 from common import SIZE, tiny_resnet
 from typer.testing import CliRunner
 
-from dfs_cli.bench.cost_table import measure_costs
+from dfs_cli.bench.cost_table import SMALLER, measure_costs
 from dfs_cli.cli.app import app
 from dfs_cli.config import DynamicConfig
 from dfs_cli.cost.device import read_costs
@@ -29,6 +29,7 @@ def test_the_parts_of_a_network_are_measured() -> None:
     assert 0 < costs.fixed < costs.dense and costs.static_int8 is not None and costs.static_int8 > 0
     assert list(costs.deciding) == ["probe"] and len(costs.deciding["probe"]) == 2
     assert costs.error is not None and costs.error < 1
+    assert costs.scales == SMALLER and all(view.fixed > 0 for view in costs.smaller)
     # They fit the network that a conversion makes.
     for gate in ("probe", "static"):
         options = costs.useful((0, 4, 8))

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import pytest
@@ -32,6 +33,19 @@ def test_costs_of_each_pass_by_hand() -> None:
     assert (TABLE.dearest_pass(0), TABLE.dearest_pass(1)) == pytest.approx((FIXED + 0.8, FIXED + 0.83))
     assert TABLE.dearest == pytest.approx(2 * FIXED + 1.63)
     assert TABLE.uniform_cost(8) == 1 / 16
+
+
+def test_a_first_pass_over_smaller_images_costs_less_by_hand() -> None:
+    first_macs = (120, 50, 100, 80)
+    layers = tuple(dataclasses.replace(layer, first_macs=n) for layer, n in zip(LAYERS, first_macs, strict=True))
+    table = dataclasses.replace(TABLE, layers=layers, first_view=0.75)
+    assert table.option_costs[0].flatten().tolist() == pytest.approx([0, 0.15 / 16, 0.15, 0, 0.08 / 16, 0.08])
+    assert torch.equal(table.option_costs[1], TABLE.option_costs[1])
+    assert table.fixed_layers_costs == pytest.approx((120 / 16 / 1000, FIXED))
+    assert table.dense_macs == 1000 and table.uniform_cost(8) == 1 / 16
+    # In one pass for all images they are seen in full.
+    alone = table.without_deciding()
+    assert alone.first_view == 1 and torch.equal(alone.option_costs[0], TABLE.option_costs[0])
 
 
 def test_images_pay_for_the_passes_they_take() -> None:

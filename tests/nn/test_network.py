@@ -3,7 +3,7 @@ from typing import cast
 
 import pytest
 import torch
-from common import RNN, Block, everywhere, make_dynamic, mixed_decisions, spread_gate, timm_model, tiny_resnet
+from common import RNN, SIZE, Block, everywhere, make_dynamic, mixed_decisions, spread_gate, timm_model, tiny_resnet
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -211,6 +211,35 @@ def test_a_view_mirrors_along_the_width() -> None:
     image = torch.arange(6.0).reshape(1, 1, 2, 3)
     assert View().of(image) is image
     assert View(mirrored=True).of(image).flatten().tolist() == [2, 1, 0, 5, 4, 3]
+
+
+def test_a_smaller_view_is_interpolated() -> None:
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    # Halfway between four pixels each.
+    assert View(scale=0.5).of(image).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert View(mirrored=True, scale=0.5).of(image).flatten().tolist() == [4.5, 2.5, 12.5, 10.5]
+    assert View(scale=0.625).size_of(224, 64) == (140, 40) and View(scale=0.25).size_of(1) == (1,)
+
+
+def test_each_size_of_the_images_has_statistics_of_its_own() -> None:
+    model = tiny_resnet()
+    network = make_dynamic(model, DynamicConfig(bits=(4, 8), gate="probe", first_view=0.5))
+    policy = torch.ones(8, len(network.blocks), dtype=torch.long)
+    small, x = View(scale=0.5), torch.randn(8, *SIZE)
+    norms = [m for m in network.modules() if isinstance(m, FractionalBatchNorm)]
+    assert norms and all(len(norm.bit_mean) == 2 * len(norm.bitwidths) for norm in norms)
+
+    def logits(view: View) -> torch.Tensor:
+        return network.follow(x, policy, view=view)[0]
+
+    with torch.no_grad():
+        before = logits(View()), logits(small)
+        for norm in norms:
+            norm.bit_bias[len(norm.bitwidths) :] += 1.0
+        assert torch.equal(logits(View()), before[0]) and not torch.equal(logits(small), before[1])
+        for norm in norms:
+            norm.bit_bias[: len(norm.bitwidths)] += 1.0
+        assert not torch.equal(logits(View()), before[0])
 
 
 def follow(options: torch.Tensor) -> Choose:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dfs_cli.control.base import Request, affordable
 from dfs_cli.control.gates import uncertainty
@@ -34,8 +33,6 @@ _LEAST_REST = 1e-3
 _PLANNED_ERROR = 0.02
 # How many mixes are tried for a first and for a second pass where costs are those of a device.
 _FIRSTS, _SECONDS = 8, 3
-# Two passes leave at most this share of the harm of one, or are not worth deciding about.
-_WORTH = 0.9
 
 Policy = tuple[int, ...]
 """The option of each of L blocks."""
@@ -48,7 +45,7 @@ class Division(NamedTuple):
         first: (L,), the options of the first pass.
         again: (L,), a mix for the second one; None: any that costs ``second``.
         second: cost of a second pass.
-        share: of the images, how many take it; 0: one pass for all is better.
+        share: of the images, how many take it.
     """
 
     first: Tensor
@@ -90,9 +87,8 @@ def divide_by_rule(table: CostTable, harm: Tensor, request: Request) -> Division
 def divide(
     network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, images: Tensor, views: Sequence[View]
 ) -> Division:
-    """The division whose answers are closest to the network's own at its widest, both full views averaged, as measured before
-    tuning. On a device a narrow or short first pass may save nothing, and one pass for all images may be best; but smaller
-    images need tuning before they can be compared with that.
+    """The division of least :func:`regret` over the network's own answers at its widest, both full views averaged, as measured
+    before tuning.
 
     Args:
         harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
@@ -109,26 +105,32 @@ def divide(
 
     widest = (len(table.options) - 1,) * len(table.blocks)
     wanted = (answers(FULL_VIEW, widest).softmax(dim=1) + answers(views[1], widest).softmax(dim=1)) / 2
-
-    def harm_of(logits: Tensor) -> float:
-        return float(F.kl_div(logits.log_softmax(dim=1), wanted, reduction="batchmean"))
-
-    alone = best_block_mix(table.without_deciding(), harm, table.most_in_one_pass(budget))
-    best, least = Division(alone, None, 0.0, 0.0), torch.inf
-    if views[0].scale == 1:
-        least = _WORTH * harm_of(answers(FULL_VIEW, tuple(alone.tolist())))
     firsts = _mixes(table, harm, 0, table.cheapest, budget, _FIRSTS)
     seconds = _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), torch.inf, _SECONDS)
+    divisions: list[tuple[float, Division]] = []
     for first, second in product(firsts, seconds):
         policies = torch.tensor([first, second])
         cost = float(table.after(policies[0]).pass_cost(policies[1:], 1))
         share = min(1.0, (budget - float(table.pass_cost(policies[:1], 0))) / cost)
         looked, again = answers(views[0], first), answers(views[1], second)
         rows = uncertainty(looked).argsort(descending=True)[: round(share * len(images))]
-        left = harm_of(looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2))
-        if left < least:
-            best, least = Division(policies[0], policies[1], cost, share), left
-    return best
+        both = looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2)
+        divisions.append((regret(both, wanted), Division(policies[0], policies[1], cost, share)))
+    return min(divisions, key=lambda found: found[0])[1]
+
+
+def regret(logits: Tensor, wanted: Tensor) -> float:
+    """By how much the answers are less probable than the most probable ones, in the mean.
+
+    Only which class is named counts, not how sure it is: a first pass may be as sure as it likes of what is right. Doubtful
+    images count for less than others.
+
+    Args:
+        logits: (N, classes), of which the largest is the answer.
+        wanted: (N, classes), probabilities.
+    """
+    named = wanted.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
+    return float((wanted.max(dim=1).values - named).mean())
 
 
 def _mixes(table: CostTable, harm: Tensor, index: int, least: float, most: float, count: int) -> list[Policy]:

@@ -184,8 +184,7 @@ class ProbeController(Controller):
     ) -> TuningTarget:
         """Divide the budget between the passes: see :mod:`dfs_cli.control.division`.
 
-        The second pass has the mix that the gate's preferences give for its cost. A share of 0 says that one pass for all
-        images is better.
+        The second pass has the mix that the gate's preferences give for its cost.
         """
         assert sensitivity is not None, "declared as needed"
         if self.gate is not None:
@@ -203,6 +202,8 @@ class ProbeController(Controller):
         elif division.again is not None:
             self._repeat_with(division.again)
         self._normalise_input(network, sample)
+        if self.gate is None:  # there is nothing to be aimed at within a pass
+            return TuningTarget(self._first_cost(table) + division.share * division.second, share=division.share)
         return TuningTarget(division.second, share=division.share)
 
     def settle(self, table: CostTable) -> CostTable:

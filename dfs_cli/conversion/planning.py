@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 
 import torch
@@ -11,29 +11,28 @@ from torch import Tensor
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import affordable_images, controller_of
+from dfs_cli.control.division import regret
 from dfs_cli.conversion.agreement import ensure_agreement
 from dfs_cli.conversion.setup import Setup, eval_batch, hard_crops
-from dfs_cli.conversion.stages import Planned, tune_network, unreadable_log
+from dfs_cli.conversion.stages import Planned, unreadable_log
 from dfs_cli.cost.table import CostTable
+from dfs_cli.data.images import UnreadableLog
 from dfs_cli.data.loading import load_all
-from dfs_cli.distributed import of_all, of_first, share, size
+from dfs_cli.distributed import of_first, size
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.observer import MEASURING, Observer
 from dfs_cli.surgery.equalise import equalise
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.swap import make_dynamic, verify_conversion
-from dfs_cli.tuning.losses import distillation_loss
 from dfs_cli.tuning.sensitivity import divergence, measure
-from dfs_cli.tuning.state import start_state
 from dfs_cli.tuning.step import teacher_logits
 
 Start = Callable[[DynamicConfig, CostTable], Planned]
 """Makes a network, and plans what it is tuned for."""
 
-# Each network is tuned for this share of the steps before they are compared, on so many held-out images at most, which run
-# through each network and, twice, through the original.
-_TRIAL, _COMPARED, _RUNS = 0.1, 2048, 6
+# Networks are compared on so many held-out images at most, which run through each of them and, twice, through the original.
+_COMPARED, _RUNS = 2048, 6
 
 
 def make_network(setup: Setup, observer: Observer) -> Planned:
@@ -50,6 +49,8 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     verify_conversion(teacher, network, sample[:8])
     network, agreement, gains = ensure_agreement(network, setup, teacher, sample, observer)
     sensitivity = measure(controller_of(network).needs, network, setup.plan, setup.table, sample)
+
+    shown = sample if len(setup.alternatives) == 1 else _compared(setup, unreadable, observer)
 
     def make(dynamic: DynamicConfig, table: CostTable) -> DynamicResNet:
         made = make_dynamic(teacher, dynamic, table, setup.plan).network
@@ -68,10 +69,10 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
             [divergence(candidate, teacher, sample) for candidate, _ in candidates] if len(candidates) > 1 else [0.0]
         )
         chosen, table = candidates[of_first(harms.index(min(harms)))]
-        target = of_first(controller_of(chosen).start(chosen, table, sensitivity, setup.request, sample))
+        target = of_first(controller_of(chosen).start(chosen, table, sensitivity, setup.request, shown))
         return Planned(chosen, dynamic, table, target, teacher, unreadable, agreement)
 
-    planned = _most_promising(setup, start, observer)
+    planned = _most_promising(setup, start, shown, observer)
     network = planned.network
     if size() > 1:  # all begin with the same numbers, to the last bit
         point = of_first(network.controller.operating_point)
@@ -80,17 +81,22 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     return planned._replace(table=controller_of(network).settle(planned.table))
 
 
-def _most_promising(setup: Setup, start: Start, observer: Observer) -> Planned:
-    """Of the networks that can be made, the one to tune."""
-    if len(setup.alternatives) == 1:
-        return start(*setup.alternatives[0])
+def _most_promising(setup: Setup, start: Start, images: Tensor, observer: Observer) -> Planned:
+    """Of the networks that can be made, the one whose answers to ``images`` (N, C, H, W) are the best before tuning."""
     *dynamic, static = setup.alternatives
+    if not dynamic:
+        return start(*static)
     started = [start(*pair) for pair in dynamic if pair[1].cheapest <= setup.request.budget]
     started = [planned for planned in started if planned.target.share]
     if not (started and setup.request.is_bound):
         with suppress(ConfigError) if started else nullcontext():  # of what cannot be had in one pass
-            started.append(start(*static))
-    best = started[0] if len(started) == 1 else started[_try(setup, started, observer)]
+            started.insert(0, start(*static))  # of equally good ones it is the simplest
+    regrets = of_first([_regret(planned, setup.dynamic.mirror, images) for planned in started])
+    best = started[regrets.index(min(regrets))]
+    if len(started) > 1:
+        found = zip(started, regrets, strict=True)
+        losses = ", ".join(f"{_describe(planned.dynamic)} {100 * lost:.2f}" for planned, lost in found)
+        observer.note(f"points lost before tuning, on {len(images)} held-out images: {losses}")
     if best.dynamic.gate == "static":
         observer.note("one pass for all images is better than two for this budget: the network is a static one")
     elif best.dynamic.first_scale != 1:
@@ -98,55 +104,29 @@ def _most_promising(setup: Setup, start: Start, observer: Observer) -> Planned:
     return best
 
 
-def _try(setup: Setup, started: Sequence[Planned], observer: Observer) -> int:
-    """Tune each of the networks for a little while, on a copy: smaller images, above all, need that before they can be judged.
-
-    Returns:
-        The index of the one whose predictions for held-out images are then closest to the original's.
-    """
-    steps = max(2, round(_TRIAL * setup.steps))
-    tuning = setup.tuning.replace(steps=steps, epochs=None)
-    batches = _held_out(setup, started[0], observer)
-    observer.stage(f"tuning each of {len(started)} networks for {steps} steps", len(started))
-    harms = []
-    for planned in started:
-        tried = planned._replace(network=copy.deepcopy(planned.network))
-        state = start_state(tried.network, tuning, setup.steps_per_epoch)
-        tune_network(setup, tried, state, Observer(), lambda: None)
-        harms.append(_harm(tried, setup.dynamic.mirror, batches))
-        observer.advance(1)
-    found = ", ".join(f"{_describe(p.dynamic)} {harm:.4f}" for p, harm in zip(started, harms, strict=True))
-    observer.note(f"divergence from the original after {steps} steps, in nats: {found}")
-    return of_first(harms.index(min(harms)))
-
-
 def _describe(dynamic: DynamicConfig) -> str:
-    return (
-        "one pass" if dynamic.gate == "static" else f"two passes, the first one at {dynamic.first_scale:g} of the size"
-    )
+    if dynamic.gate == "static":
+        return "one pass"
+    return "two passes" + ("" if dynamic.first_scale == 1 else f" with a first view of {dynamic.first_scale:g}")
 
 
-def _held_out(setup: Setup, planned: Planned, observer: Observer) -> list[Tensor]:
-    """Held-out images on which networks are compared, (N, C, H, W) each; of several processes each has a share."""
+def _compared(setup: Setup, unreadable: UnreadableLog, observer: Observer) -> Tensor:
+    """Held-out images (N, C, H, W) on which networks are compared, as hard as new ones."""
     images = setup.splits.calibration
     images = images.spread(affordable_images(setup.table, _RUNS, min(len(images), _COMPARED)))
     if setup.synthesis is None:
         images = hard_crops(images, setup.preprocessing, setup.tuning)
-    images = images.subset(share(len(images)))
     observer.stage("loading held-out images", len(images))
-    batch = eval_batch(setup.preprocessing)
-    batches, _ = load_all(images, batch, setup.workers, setup.device, planned.unreadable, observer.advance)
-    return list(batches)
+    batches, _ = load_all(
+        images, eval_batch(setup.preprocessing), setup.workers, setup.device, unreadable, observer.advance
+    )
+    return torch.cat(batches)
 
 
 @torch.inference_mode()
-def _harm(planned: Planned, is_mirrored: bool, batches: Sequence[Tensor]) -> float:
-    """Divergence, in nats, of a network's predictions from the original's, the mean of both views where there are two."""
-    total = images = 0.0
-    for batch in batches:
-        wanted = teacher_logits(planned.teacher, batch, len(batch) if is_mirrored else 0)
-        logits = planned.network.eval().run(batch, target=planned.target).logits
-        total += float(distillation_loss(logits, wanted, temperature=1.0)) * len(batch)
-        images += len(batch)
-    totals = of_all((total, images))
-    return sum(t for t, _ in totals) / sum(n for _, n in totals)
+def _regret(planned: Planned, is_mirrored: bool, images: Tensor) -> float:
+    """Of a network's answers over the original's, the mean of both views where there are two; see
+    :func:`dfs_cli.control.division.regret`."""
+    logits = planned.network.eval().run(images, target=planned.target).logits
+    wanted = teacher_logits(planned.teacher, images, len(images) if is_mirrored else 0).softmax(dim=1)
+    return regret(logits, wanted)

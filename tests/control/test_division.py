@@ -6,7 +6,7 @@ from common import SIZE, make_dynamic, tiny_resnet
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import Request, Sensitivity, controller_of
-from dfs_cli.control.division import Division, divide
+from dfs_cli.control.division import Division, divide, regret
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.cost.table import CostTable
@@ -39,23 +39,25 @@ def divided(table: CostTable, budget: float, mirrored: bool = True) -> Division:
     return divide(network.eval(), table, HARM, budget, images, (View(), View(mirrored=mirrored)))
 
 
-def test_where_bits_save_nothing_one_pass_is_best_and_more_is_spent_on_second_looks() -> None:
+def test_a_division_costs_what_it_says() -> None:
     table = costs_of((0.0, 4.0, 4.0))
-    whole = 21 / 40  # five blocks, and what always runs
-    alone = divided(table, whole)
-    assert alone.share == 0 and alone.first.tolist() == [2] * 5, "two passes would have to skip blocks"
-    # A measured budget may be exceeded by as much as is promised.
-    assert divided(table, whole / 1.009).first.tolist() == [2] * 5
-    assert 0 in divided(table, whole / 1.02).first.tolist()
-    both = divided(table, 1.5 * whole)
-    assert both.first.tolist() == [2] * 5
-    first = table.cost(Decisions.alike(both.first, 1)).item()
-    assert first == pytest.approx(21.2 / 40) and both.second == pytest.approx((1 + 0.5 + 5 * (5.0 + 0.1)) / 40)
-    assert both.share == pytest.approx((1.5 * whole - first) / both.second)
+    division = divided(table, 0.8)
+    assert division.again is not None
+    first, again = ([int(option > 0) for option in mix.tolist()] for mix in (division.first, division.again))
+    looked = (1 + 0.2 + 4.0 * sum(first)) / 40
+    # A block that runs again costs a quarter more, and each block that runs is decided about.
+    crowded = sum(1 + 0.25 * before for before, runs in zip(first, again, strict=True) if runs)
+    second = (1 + 0.5 + 4.0 * crowded + 0.1 * sum(again)) / 40
+    assert division.second == pytest.approx(second)
+    assert division.share == pytest.approx(min(1.0, (0.8 - looked) / second))
 
 
-def test_without_another_view_a_second_look_at_the_same_is_worth_nothing() -> None:
-    assert divided(costs_of((0.0, 4.0, 4.0)), 0.9, mirrored=False).share == 0
+def test_regret_by_hand() -> None:
+    wanted = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.4, 0.3], [0.0, 0.0, 1.0]])
+    right, doubtful, wrong = torch.eye(3)[[0, 1, 2]], torch.eye(3)[[0, 0, 2]], torch.eye(3)[[1, 1, 0]]
+    assert regret(right, wanted) == 0
+    assert regret(doubtful, wanted) == pytest.approx(0.1 / 3)
+    assert regret(100 * wrong, wanted) == regret(wrong, wanted) == pytest.approx((0.5 + 1.0) / 3)
 
 
 def test_where_bits_save_a_second_pass_may_have_its_share() -> None:

@@ -88,7 +88,7 @@ def test_a_first_pass_of_smaller_images_is_chosen_where_it_saves_enough_and_paid
     evaluation, dynamic = manifest.validation, manifest.dynamic
     assert evaluation is not None and dynamic.first_view == manifest.table.first_view == 0.75 and dynamic.alike
     assert "the first pass sees images of 0.75 of their height and width" in told
-    assert any("two passes, the first one at 0.75 of the size" in text and "one pass" in text for text in told)
+    assert any("two passes with a first view of 0.75" in text and "one pass" in text for text in told)
     assert [view.scale for view in controller_of(network).views] == [0.75, 1.0]
     (first, again), (images, refined) = (
         [sum(block[1] for block in blocks) for blocks in evaluation.choices],

@@ -82,7 +82,7 @@ def test_a_first_pass_sees_smaller_images_in_the_graph_too(name: str, alike: boo
     policy = controller_of(network).policies()[-1]
     decisions = Decisions.alike(policy, 1)
     (logits,) = run_graph(export_static(part_writer(network), decisions), image).values()
-    assert np.abs(logits - network.run(image[None], decisions).logits.numpy()).max() < CLOSE
+    assert np.abs(logits - network.run(image[None], decisions).logits.detach().numpy()).max() < CLOSE
 
 
 @pytest.mark.parametrize(("gate", "bits"), [("rnn", (0, 8)), ("ff", (0, 4, 8)), ("probe", (0, 4, 8))])

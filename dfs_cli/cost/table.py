@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, overload
 
 import torch
 from pydantic import Field
@@ -21,6 +21,21 @@ from dfs_cli.errors import ConfigError
 from dfs_cli.validation import Json, validated
 
 Macs = Annotated[int, Field(ge=0, le=2**53)]  # sums in double precision stay exact
+
+_STEPS = 2.0**44
+"""Costs are multiples of one over this: their sums are exact then, in whatever order, and so is a limit."""
+
+
+@overload
+def _in_steps(cost: float) -> float: ...
+
+
+@overload
+def _in_steps(cost: Tensor) -> Tensor: ...
+
+
+def _in_steps(cost: float | Tensor) -> float | Tensor:
+    return (cost * _STEPS).round() / _STEPS if isinstance(cost, Tensor) else round(cost * _STEPS) / _STEPS
 
 
 @validated
@@ -150,7 +165,7 @@ class CostTable(Json):
             per_block = torch.tensor([per_block for _, per_block in self._deciding], dtype=torch.float64)
             again = torch.tensor(self.first_runs or (True,) * len(self.blocks), dtype=torch.float64)[:, None]
             passes = [rows] + [rows * (1 + self.device.crowding * again)] * (self.passes - 1)
-            return (torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense
+            return _in_steps((torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense)
         options = torch.tensor([mac_cost(b) for b in self.options], dtype=torch.float64)
         option_macs, individual_costs = [0] * len(self.blocks), [0.0] * len(self.blocks)
         for layer in self.layers:
@@ -161,14 +176,14 @@ class CostTable(Json):
         runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
         costs = torch.tensor(option_macs, dtype=torch.float64)[:, None] / self.dense_macs * options
         costs += torch.tensor(individual_costs, dtype=torch.float64)[:, None] / self.dense_macs * runs
-        return costs.expand(self.passes, -1, -1)
+        return _in_steps(costs).expand(self.passes, -1, -1)
 
     @cached_property
     def controller_costs(self) -> tuple[float, ...]:
         """Cost of deciding in each pass, (P,)."""
         if self.device is not None:
-            return tuple(always / self.device.dense for always, _ in self._deciding)
-        return tuple(sum(row) / self.dense_macs for row in self.controller_macs)
+            return tuple(_in_steps(always / self.device.dense) for always, _ in self._deciding)
+        return tuple(_in_steps(sum(row) / self.dense_macs) for row in self.controller_macs)
 
     @property
     def _deciding(self) -> tuple[tuple[float, float], ...]:
@@ -180,9 +195,9 @@ class CostTable(Json):
     def fixed_layers_cost(self) -> float:
         """Cost of the fixed layers, which every pass runs."""
         if self.device is not None:
-            return self.device.fixed / self.device.dense
+            return _in_steps(self.device.fixed / self.device.dense)
         fixed = sum(layer.macs * mac_cost(layer.bits) for layer in self.layers if layer.block is None and layer.bits)
-        return fixed / self.dense_macs
+        return _in_steps(fixed / self.dense_macs)
 
     def fixed_cost(self, index: int) -> float:
         """Cost of a pass for an image that takes it, whatever its blocks' options: fixed layers and controller."""
@@ -266,8 +281,9 @@ class CostTable(Json):
         device = self.device and self.device.narrowed(self.options, "static")
         return dataclasses.replace(self, controller_macs=((0,) * len(self.blocks),), device=device, first_runs=())
 
-    def check_budget(self, budget: float, spend: bool = False) -> None:
-        """Check that decisions can keep ``budget`` and, where it is to be spent, reach it.
+    def check_budget(self, budget: float, spend: bool = False, limit: float = math.inf) -> None:
+        """Check that decisions can keep ``budget`` and, where it is to be spent, reach it, while no image costs more than
+        ``limit``.
 
         Raises:
             ConfigError: they cannot; the message says what can be reached.
@@ -277,6 +293,16 @@ class CostTable(Json):
             raise ConfigError(
                 f"budget {budget:g} cannot be reached with options {options}: "
                 f"the smallest reachable one is {math.ceil(self.cheapest * 1e4) / 1e4:.4f}"
+            )
+        if limit < self.cheapest:
+            raise ConfigError(
+                f"limit {limit:g} cannot be kept with options {options}: the cheapest decision costs more; "
+                f"pass --limit {math.ceil(self.cheapest * 1e4) / 1e4:.4f} or more"
+            )
+        if spend and limit < LOWEST_SHARE * budget:
+            raise ConfigError(
+                f"budget {budget:g} cannot be spent where no image may cost more than {limit:g}: "
+                f"pass a smaller --budget, a larger --limit, or leave --spend out"
             )
         if spend and LOWEST_SHARE * budget > self.dearest:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from itertools import product
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from dfs_cli.control.base import Request, affordable
 from dfs_cli.control.gates import uncertainty
-from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost
+from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost, within
 from dfs_cli.cost.operating_point import sampling_error
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
@@ -59,12 +60,14 @@ def divide_by_rule(table: CostTable, harm: Tensor, request: Request) -> Division
 
     The fewer images the operating point is set on, the larger that share and the cheaper the second pass: the mean cost of few
     images says less about others' the more the images differ. The rule is for costs that fall with the square of the bitwidth,
-    where a good first look costs little.
+    where a good first look costs little. Under a limit both passes together cost no more; where it pays for no second one, all
+    of it is the first one's.
 
     Args:
         harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
     """
-    dearest, budget, all_8_bit = table.dearest_pass(1), request.budget, table.uniform_cost(BYTE_BITS)
+    dearest, all_8_bit = table.dearest_pass(1), table.uniform_cost(BYTE_BITS)
+    budget = whole = min(request.budget, request.limit)
     limit = _FIRST_LIMIT * all_8_bit
     if not request.spend:
         # More bits in the first pass gain nothing.
@@ -72,20 +75,31 @@ def divide_by_rule(table: CostTable, harm: Tensor, request: Request) -> Division
         budget = min(budget, max(min(enough, limit), table.cheapest) / _FIRST_SHARE)
     # No more than what the budget's part allows, no less than what the second pass cannot spend.
     cost = max(min(_FIRST_SHARE * budget, limit), min(table.cheapest, budget), budget - dearest)
-    first = best_block_mix(table, harm, cost)
+    # What the limit leaves for a second pass is worth a look.
+    most = max(min(request.limit / (1 + _SECOND_LEAST), request.limit - table.cheapest_pass(1)), table.cheapest)
+    first = _first_mix(table, harm, min(cost, most), request.limit)
+    left = request.limit - float(table.pass_cost(first[None], 0))
+    if left < table.cheapest_pass(1):
+        return Division(_first_mix(table, harm, whole, request.limit), table.cheapest_pass(1), 0.0)
     rest = max(budget - float(table.pass_cost(first[None], 0)), _LEAST_REST * budget)
     share = _SECOND_SHARE
     # The deviation of the cost between images is rest * sqrt((1 - share) / share).
     allowed = _PLANNED_ERROR * budget / (rest * sampling_error(1.0, request.held_out, request.images))
     share = max(share, 1 / (1 + allowed**2))
     share = min(1.0, max(share, rest / min(dearest, all_8_bit)))
-    second = max(rest / share, _SECOND_LEAST * (budget - rest))
+    second = min(max(rest / share, _SECOND_LEAST * (budget - rest)), left)
     return Division(first, second, min(1.0, rest / second))
 
 
 @torch.no_grad()
 def divide(
-    network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, images: Tensor, view: View
+    network: DynamicResNet,
+    table: CostTable,
+    harm: Tensor,
+    budget: float,
+    images: Tensor,
+    view: View,
+    limit: float = math.inf,
 ) -> Division:
     """The division whose answers are closest to the network's own at its widest, both views averaged, as measured before
     tuning. On a device a narrow or short first pass may save nothing, and one pass for all images may be best.
@@ -94,6 +108,7 @@ def divide(
         harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
         images: (N, C, H, W), held out; for large networks fewer are used.
         view: what the second pass sees.
+        limit: what both passes together may cost.
     """
     images = affordable(images, table, _FIRSTS + 2 * _SECONDS)
     shown = (images, view.of(images))
@@ -110,20 +125,33 @@ def divide(
     def harm_of(logits: Tensor) -> float:
         return float(F.kl_div(logits.log_softmax(dim=1), wanted, reduction="batchmean"))
 
-    alone = best_block_mix(table.without_deciding(), harm, table.most_in_one_pass(budget))
+    alone = _first_mix(table.without_deciding(), harm, table.most_in_one_pass(budget), limit)
     best, least = Division(alone, 0.0, 0.0), _WORTH * harm_of(answers(0, tuple(alone.tolist())))
-    firsts = _mixes(table, harm, 0, table.cheapest, budget, _FIRSTS)
+    firsts = _mixes(table, harm, 0, table.cheapest, min(budget, limit), _FIRSTS)
     seconds = _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), torch.inf, _SECONDS)
     for first, second in product(firsts, seconds):
         policies = torch.tensor([first, second])
         cost = float(table.after(policies[0]).pass_cost(policies[1:], 1))
-        share = min(1.0, (budget - float(table.pass_cost(policies[:1], 0))) / cost)
+        first_cost = float(table.pass_cost(policies[:1], 0))
+        if first_cost + cost > limit:
+            continue
+        share = min(1.0, (budget - first_cost) / cost)
         looked, again = answers(0, first), answers(1, second)
         rows = uncertainty(looked).argsort(descending=True)[: round(share * len(images))]
         left = harm_of(looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2))
         if left < least:
             best, least = Division(policies[0], cost, share), left
     return best
+
+
+def _first_mix(table: CostTable, harm: Tensor, cost: float, limit: float) -> Tensor:
+    """The mix (L,) of least harm for a first pass that costs at most ``cost``, and ``limit``, exactly."""
+    return within(
+        limit,
+        lambda most: best_block_mix(table, harm, most),
+        cost,
+        lambda mix: float(table.pass_cost(mix[None], 0)),
+    )
 
 
 def _mixes(table: CostTable, harm: Tensor, index: int, least: float, most: float, count: int) -> list[Policy]:

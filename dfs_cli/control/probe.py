@@ -7,12 +7,15 @@ others a gate that sees that answer chooses the bitwidths of a second pass, and 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell, join_batches
 from dfs_cli.control.division import divide, divide_by_rule
 from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
+from dfs_cli.control.ladder import affordable_scores
 from dfs_cli.control.static import mix_within
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import (
@@ -49,8 +52,10 @@ class ProbeController(Controller):
     The first pass runs every image with ``policy`` (L,), one option per block. Images whose :func:`uncertainty` is above
     ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``; the answer is
     then the sum of both passes' logits, weighted by ``logit_weights``. No block has a dearer option in the second pass than
-    ``ceiling`` says. A mirrored second pass is a second view, which tells
-    more than a second look at the same.
+    ``ceiling`` says. A mirrored second pass is a second view, which tells more than a second look at the same.
+
+    Under a ``limit`` the second pass has what the first one leaves. Where the options of an image cost more, it gets those of a
+    larger multiplier (:mod:`dfs_cli.control.ladder`); where even the cheapest do, no image takes the second pass.
 
     ``tuned_multiplier`` is the multiplier at the end of tuning, from which the network is moved to a budget, whatever it was at
     before.
@@ -121,9 +126,9 @@ class ProbeController(Controller):
             return tensor if all_refined else tensor[rows]
 
         scores = self.gate(summarise(entering(first.detach()), entering(features.detach())))
+        most = None if self.limit == math.inf else self.allowance()[0]
         # Not self.cost_multiplier, a number: an accelerator would be waited for.
-        scores = scores - self.multiplier * self.option_costs[1].to(scores.dtype)
-        scores = scores.masked_fill(self.ceiling.forbidden(), -torch.inf)
+        scores = affordable_scores(scores, self.multiplier, self.option_costs[1], self.ceiling, most)
         choice = scores.argmax(dim=2) if decisions is None else entering(decisions.in_pass(1))
         probs = scores.softmax(dim=2) if self.training else None
         explored = target.explored if target else 0.0
@@ -142,6 +147,8 @@ class ProbeController(Controller):
         """
         if decisions is not None:
             return decisions.ran[:, 1]
+        if self.limit < math.inf and not self.can_refine:
+            return torch.zeros(len(first), dtype=torch.bool, device=first.device)
         if target is None:
             return uncertainty(first) > self.operating_point
         uncertain, own = joined_rows(uncertainty(first.detach()))
@@ -154,6 +161,18 @@ class ProbeController(Controller):
         unsure = torch.zeros(images, dtype=torch.bool, device=first.device)
         unsure[chosen] = True
         return unsure[own]
+
+    @property
+    def can_refine(self) -> bool:
+        """Whether the limit pays for a second pass."""
+        left, least = self.allowance()
+        return bool(left >= least)
+
+    def allowance(self) -> tuple[Tensor, Tensor]:
+        """What the blocks of a second pass may cost, and what they cost at least."""
+        first = self.option_costs[0].gather(1, self.policy[:, None]).sum()
+        _, least = self.ceiling.extras(self.option_costs[1])
+        return self.limit - (sum(self.fixed_costs) + first), least
 
     @torch.no_grad()
     def start(
@@ -171,12 +190,13 @@ class ProbeController(Controller):
         """
         assert sensitivity is not None, "declared as needed"
         shift_preference(self.gate.preference, sensitivity.blocks)
+        self.limit = request.limit
         if request.is_bound:
             return self._start_within(network, table, sensitivity.blocks, request.budget, sample)
         if table.device is None:
             division = divide_by_rule(table, sensitivity.blocks, request)
         else:
-            division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views[1])
+            division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views[1], request.limit)
         self.policy.copy_(division.first)
         self.cost_multiplier = self._multiplier_for(self.settle(table), division.second)
         self._normalise_input(network, sample)
@@ -192,7 +212,7 @@ class ProbeController(Controller):
     ) -> TuningTarget:
         """Start so that both passes together cost no image more than ``budget``; where one pass alone does less harm than both
         would, it has the whole budget, and no image is refined."""
-        mix, has_second = mix_within(table, harm, budget)
+        mix, has_second = mix_within(table, harm, budget, self.limit)
         self.policy.copy_(mix)
         self.ceiling.highest.copy_(mix)
         self.operating_point = -_SURE if has_second else NEVER_REFINE
@@ -230,7 +250,9 @@ class ProbeController(Controller):
         """Set the threshold of uncertainty; where all images may take the second pass and the budget is to be spent, lower the
         multiplier."""
         network.eval()
-        if request.is_bound:
+        if not self.can_refine:
+            self.operating_point = NEVER_REFINE
+        if request.is_bound or not self.can_refine:
             costs, top1 = held_out.measure(network, table)
             return OperatingPoint(self.operating_point, float(costs.mean()), top1)
 
@@ -278,7 +300,7 @@ class ProbeController(Controller):
 
     def movable(self, table: CostTable) -> tuple[float, float]:
         low = self._first_cost(table)
-        return low, low + self.ceiling.cost(table, 1)
+        return low, min(low + self.ceiling.cost(table, 1), self.limit) if self.can_refine else low
 
     def largest_cost(self, table: CostTable) -> float:
         return self.movable(table)[0 if self.operating_point >= NEVER_REFINE else 1]
@@ -302,4 +324,4 @@ class ProbeController(Controller):
         self.policy.copy_(rows[0])
         nn.init.zeros_(self.gate.head.weight)
         self.gate.preference.copy_(nn.functional.one_hot(rows[-1], self.gate.options))
-        self.cost_multiplier, self.operating_point = 0.0, NEVER_REFINE
+        self.cost_multiplier, self.operating_point, self.limit = 0.0, NEVER_REFINE, math.inf

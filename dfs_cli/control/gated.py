@@ -70,8 +70,8 @@ class GatedController(Controller):
     ) -> Output:
         """See :meth:`dfs_cli.nn.network.DynamicResNet.run`."""
         state, forbidden = self.gate.start(len(images), images), self.ceiling.forbidden()
-        extras, left = self.allowance()
-        left = left.expand(len(images))
+        extras, least = self.extras()
+        left = (self.limit - least).clamp_min(0).expand(len(images))
         chosen: list[Tensor] = []
         probs: list[Tensor] = []
         pooled: Tensor | None = None
@@ -99,11 +99,10 @@ class GatedController(Controller):
         answer = Answer(None, logits, torch.stack(probs, dim=1) if probs else None)
         return Output(logits, Decisions.of_pass(torch.stack(chosen, dim=1)), (answer,))
 
-    def allowance(self) -> tuple[Tensor, Tensor]:
-        """What options cost more than a block's cheapest one, (L, K), and how much more an image may cost than the cheapest
-        decision."""
+    def extras(self) -> tuple[Tensor, Tensor]:
+        """What options cost more than a block's cheapest one, (L, K), and the cost of the cheapest decision."""
         extras, least = self.ceiling.extras(self.option_costs[0])
-        return extras, (self.limit - (self.fixed_costs[0] + least)).clamp_min(0)
+        return extras, self.fixed_costs[0] + least
 
     def start(
         self,

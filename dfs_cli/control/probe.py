@@ -126,7 +126,7 @@ class ProbeController(Controller):
             return tensor if all_refined else tensor[rows]
 
         scores = self.gate(summarise(entering(first.detach()), entering(features.detach())))
-        most = None if self.limit == math.inf else self.allowance()[0]
+        most = None if self.limit == math.inf else self.limit - self.base_costs()[0]
         # Not self.cost_multiplier, a number: an accelerator would be waited for.
         scores = affordable_scores(scores, self.multiplier, self.option_costs[1], self.ceiling, most)
         choice = scores.argmax(dim=2) if decisions is None else entering(decisions.in_pass(1))
@@ -165,14 +165,14 @@ class ProbeController(Controller):
     @property
     def can_refine(self) -> bool:
         """Whether the limit pays for a second pass."""
-        left, least = self.allowance()
-        return bool(left >= least)
+        always, least = self.base_costs()
+        return bool(self.limit - always >= least)
 
-    def allowance(self) -> tuple[Tensor, Tensor]:
-        """What the blocks of a second pass may cost, and what they cost at least."""
+    def base_costs(self) -> tuple[Tensor, Tensor]:
+        """What an image costs that takes both passes, besides the blocks of the second, and what these cost at least."""
         first = self.option_costs[0].gather(1, self.policy[:, None]).sum()
         _, least = self.ceiling.extras(self.option_costs[1])
-        return self.limit - (sum(self.fixed_costs) + first), least
+        return sum(self.fixed_costs) + first, least
 
     @torch.no_grad()
     def start(

@@ -194,14 +194,17 @@ def test_the_ladder_by_hand() -> None:
 
 
 @all_gates
-@pytest.mark.parametrize(("budget", "limit"), [(0.1, 0.12), (0.1, 0.1), (0.2, 0.08), (0.06, 0.2)])
-def test_a_start_plans_what_the_limit_allows(gate: GateKind, budget: float, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("budget", "limit", "is_bound"),
+    [(0.1, 0.12, False), (0.1, 0.1, False), (0.2, 0.08, False), (0.06, 0.2, False), (0.2, 0.1, True)],
+)
+def test_a_start_plans_what_the_limit_allows(gate: GateKind, budget: float, limit: float, is_bound: bool) -> None:
     torch.manual_seed(0)
     table = table_of(gate)
     harm = torch.outer(torch.arange(1.0, 6.0), 0.3 * 0.5 ** torch.arange(5.0))
     layers = 0.3 * 0.5 ** torch.arange(5.0).repeat(sum(layer.block is not None for layer in table.layers), 1)
     layers[:, 0] = torch.inf
-    sensitivity, request = Sensitivity(harm, layers), Request(budget, False, 48, 48, limit=limit)
+    sensitivity, request = Sensitivity(harm, layers), Request(budget, False, 48, 48, is_bound, limit)
     tables = controller_of(make_dynamic(MODEL, settings(gate), table=table)).candidates(table, sensitivity, request)
     for candidate in tables:
         network = make_dynamic(MODEL, settings(gate), table=candidate).eval().requires_grad_(False)

@@ -19,6 +19,7 @@ DeviceKind = Literal["auto", "cpu", "cuda"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 """timm's names."""
 LARGEST_BATCH, MOST_WORKERS, LARGEST_SEED = 2**20, 1024, 2**32 - 1
+LARGEST_LIMIT = 1e6
 Kind = Literal["distilled", "noise"]
 """Of synthetic images."""
 RECIPE_STEPS = 350
@@ -53,6 +54,14 @@ def check_budget(budget: float) -> None:
     """Raises ConfigError unless 0 < ``budget`` <= 1."""
     if not (0 < budget <= 1):
         raise ConfigError(f"budget {budget:g} is not in (0, 1]: it is a fraction of the dense 32-bit network's cost")
+
+
+def check_limit(limit: float | None) -> None:
+    """Raises ConfigError unless ``limit`` is None or a cost that an image may have."""
+    if limit is not None and not 0 < limit <= LARGEST_LIMIT:
+        raise ConfigError(
+            f"limit {limit:g} is not above 0: it is a fraction of the dense 32-bit network's cost, as 0.05"
+        )
 
 
 def _check_bitwidth(bits: int) -> int:
@@ -193,6 +202,7 @@ class TuningConfig(Json):
 
 
 Budget = Annotated[float, Field(gt=0, le=1)]
+Limit = Annotated[float, Field(gt=0, le=LARGEST_LIMIT)]
 Side = Annotated[int, Field(ge=1, le=2**12)]
 
 
@@ -306,6 +316,7 @@ class Configuration(Json):
         versions: of libraries.
         threads: of PyTorch.
         unreadable_training_images: names of images that were left out.
+        limit: what no image may cost more than; None: there is no limit.
     """
 
     model: str
@@ -322,3 +333,4 @@ class Configuration(Json):
     threads: Annotated[int, Field(ge=0, lt=2**31)]
     synthesis: SynthesisConfig | None = None
     unreadable_training_images: tuple[str, ...] = ()
+    limit: Limit | None = None

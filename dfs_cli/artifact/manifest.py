@@ -10,7 +10,7 @@ from typing import Annotated
 import pydantic
 from pydantic import Field
 
-from dfs_cli.config import Budget, Configuration, DynamicConfig, Preprocessing
+from dfs_cli.config import Budget, Configuration, DynamicConfig, Limit, Preprocessing
 from dfs_cli.cost.operating_point import keeps_budget
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ArtifactError, ConfigError
@@ -43,6 +43,7 @@ class Manifest(Json):
         table: the cost table, from which every cost is derived.
         budget: the budget asked for; None for a network that was never tuned.
         operating_point: of the controller, see :class:`dfs_cli.control.base.Controller`.
+        limit: what no image may cost more than; None: there is no limit.
         configuration: the resolved settings of the conversion; None where there was none.
         source: the original weights.
         agreement: of the network at 8 bits, before tuning, with the original; None: not compared.
@@ -70,6 +71,7 @@ class Manifest(Json):
     table: CostTable
     budget: Budget | None
     operating_point: Annotated[float, Field(ge=-1e12, le=1e12)]
+    limit: Limit | None = None
     configuration: Configuration | None = None
     source: Source = dataclasses.field(default_factory=Source)
     agreement: Agreement | None = None
@@ -112,6 +114,11 @@ class Manifest(Json):
         if self.bound is not None and self.validation.is_synthetic:
             return self.bound <= self.budget * (1 + 1e-9)
         return keeps_budget(self.validation.cost, self.budget, self.spend)
+
+    @property
+    def keeps_limit(self) -> bool | None:
+        """Whether no image of the validation split cost more than the limit; None: there is no limit or no evaluation."""
+        return None if self.limit is None or self.validation is None else self.validation.cost_max <= self.limit
 
     def to_json(self) -> str:
         return json.dumps({"format_version": FORMAT_VERSION} | self.to_dict(), sort_keys=True, separators=(",", ":"))

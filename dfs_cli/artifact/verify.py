@@ -46,6 +46,7 @@ def convert_model(model: nn.Module, manifest: Manifest) -> DynamicResNet:
     if manifest.agreement:
         reserve_gains(network, manifest.agreement.refitted)
     network.controller.operating_point = manifest.operating_point
+    network.controller.limit = math.inf if manifest.limit is None else manifest.limit
     return network
 
 
@@ -76,10 +77,14 @@ def check_figures(manifest: Manifest, model: nn.Module) -> None:
     if manifest.movable and not _is_ascending((table.cheapest, *manifest.movable, table.dearest)):
         raise ValueError("movable: not two costs between the cheapest and the dearest, in order")
     made_with = manifest.configuration
-    if made_with and (made_with.model, made_with.budget, made_with.dynamic, made_with.preprocessing) != (
-        manifest.architecture, manifest.budget, manifest.dynamic, manifest.preprocessing,
+    if made_with and (
+        made_with.model, made_with.budget, made_with.limit, made_with.dynamic, made_with.preprocessing
+    ) != (
+        manifest.architecture, manifest.budget, manifest.limit, manifest.dynamic, manifest.preprocessing,
     ):  # fmt: skip
         raise ValueError("configuration: not that of this network")
+    if manifest.keeps_limit is False:
+        raise ValueError("validation.cost_max is above the limit")
     if manifest.validation:
         _check_evaluation(table, manifest.validation)
 
@@ -135,6 +140,8 @@ def check_values(network: DynamicResNet, manifest: Manifest) -> None:
             raise ValueError(f"{name} holds logarithms of step sizes beyond {_LARGEST_LOGARITHM:g}")
     controller = controller_of(network)
     controller.check(manifest.table)
+    if controller.limit < controller.movable(manifest.table)[0]:
+        raise ValueError("limit: below the cost of the cheapest decision")
     if manifest.movable and not all(map(_is_close, manifest.movable, controller.movable(manifest.table))):
         raise ValueError("movable: not the costs that the network can be moved to")
     if manifest.bound is not None and not _is_close(manifest.bound, controller.largest_cost(manifest.table)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,7 @@ from dfs_cli.cli import options
 from dfs_cli.cli.long_runs import LongRunOptions, how_to_resume, signals_wait_for
 from dfs_cli.cli.output import Output
 from dfs_cli.cli.synthetic import SyntheticOptions
-from dfs_cli.config import SynthesisConfig, check_budget, check_range
+from dfs_cli.config import SynthesisConfig, check_budget, check_limit, check_range
 from dfs_cli.distributed import is_first, join, of_first
 from dfs_cli.errors import BudgetMissedError, ConfigError, DivergedError, LostProcessError, OutputError
 from dfs_cli.presets import PRESETS
@@ -62,6 +63,7 @@ def convert(
     tuning: options.TuningOptions,
     long_run: LongRunOptions,
     sink: Output,
+    limit: options.Limit = None,
     objective: Annotated[
         str,
         typer.Option(
@@ -97,6 +99,7 @@ def convert(
 ) -> None:
     """Convert a pretrained ResNet to a budget, tune it, and write it with a cost report. Without images, they are made."""
     check_budget(budget)
+    check_limit(limit)
     check_range("threads", threads, 1, 1024)
     data = images.config()
     if not output.name:
@@ -126,7 +129,7 @@ def convert(
             raise ConfigError(
                 "--dry-run measures nothing: write a table with dfs bench --cost-table, and pass --objective FILE"
             )
-        _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, costs, sink)
+        _print_plan(model, budget, weights, preprocessing, dynamic, network.spend, limit, costs, sink)
         return
     is_synthetic = isinstance(chosen, SynthesisConfig)
     names = (output, *reports, sheet) if is_synthetic else (output, *reports)
@@ -184,6 +187,7 @@ def convert(
                 observer,
                 costs,
                 checkpoint,
+                limit,
             )
             made = setup.splits.train.source if is_synthetic else None
             if made is not None and is_first():
@@ -203,6 +207,8 @@ def convert(
             f"the budget was missed: cost {report['cost']:.4f} on the validation split, {_promise(budget, network.spend)}; "
             f"{output} was written as it is"
         )
+    if converted.manifest.keeps_limit is False:
+        raise BudgetMissedError(f"the limit was missed: an image costs {report['cost_max']:.6g}, above {limit:g}")
 
 
 def _check_free(saved: Path, log: Path | None, resume: bool, force: bool) -> None:
@@ -275,6 +281,7 @@ def _print_plan(
     preprocessing: options.PreprocessingOptions,
     dynamic: Any,
     spend: bool,
+    limit: float | None,
     costs: DeviceCosts | None,
     sink: Output,
 ) -> None:
@@ -290,4 +297,4 @@ def _print_plan(
     if costs is not None:
         table = table.on_device(costs, dynamic.gate)
     sink.result(plan_record(model, table, budget), lambda console: print_plan(console, model, table, budget))
-    table.check_budget(budget, spend)
+    table.check_budget(budget, spend, math.inf if limit is None else limit)

@@ -25,6 +25,8 @@ Examples:
   dfs eval model.safetensors --data imagenet/
 
   dfs eval model.safetensors --data imagenet/ --budget 0.02 --output cheaper.safetensors
+
+  dfs eval model.safetensors --data imagenet/ --limit 0.05
 """
 
 
@@ -39,6 +41,7 @@ def evaluate(
         ),
     ] = None,
     spend: options.Spend = False,
+    limit: options.Limit = None,
     batch_size: options.EvalBatchSize = 256,
     amp: options.Amp = False,
     channels_last: options.ChannelsLast = False,
@@ -50,7 +53,7 @@ def evaluate(
             "--output",
             "-o",
             metavar="FILE",
-            help="With --budget: write the network moved to it.",
+            help="With --budget or --limit: write the network moved to it.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
@@ -66,8 +69,10 @@ def evaluate(
     force: options.Force = False,
 ) -> None:
     """Evaluate a converted network: accuracy, cost, and what it chose."""
-    if budget is None and (output is not None or spend):
-        raise ConfigError(f"{'--output' if output else '--spend'} goes with --budget: pass --budget too")
+    if budget is None and spend:
+        raise ConfigError("--spend goes with --budget: pass --budget too")
+    if budget is None and limit is None and output is not None:
+        raise ConfigError("--output goes with --budget or --limit: pass one of them too")
     if output is not None and (amp or images.num_samples is not None):
         raise ConfigError(
             "--output records figures of the whole split without --amp: pass neither --amp nor --num-samples"
@@ -85,8 +90,10 @@ def evaluate(
     with reserve(wanted, force, [file, images.class_map]) as outputs:
         converted = api.load(file, device)
         with sink.observer() as observer:
-            if budget is not None:
-                converted = api.recalibrate(converted, budget, data, spend=spend, workers=workers, observer=observer)
+            if budget is not None or limit is not None:
+                converted = api.recalibrate(
+                    converted, budget, data, limit=limit, spend=spend, workers=workers, observer=observer
+                )
             evaluation = api.evaluate(
                 converted,
                 data,
@@ -115,6 +122,10 @@ def evaluate(
         raise failure
     if budget is not None and not evaluated.keeps_budget:
         raise BudgetMissedError(f"the budget was missed: cost {evaluation.cost:.4f} where {budget:g} was asked for")
+    if evaluated.manifest.keeps_limit is False:
+        raise BudgetMissedError(
+            f"the limit was missed: an image costs {evaluation.cost_max:.6g}, above {record['limit']:g}"
+        )
 
 
 def _files(evaluated: Converted, record: dict[str, Any], output: Path | None, results_file: Path | None) -> list[File]:

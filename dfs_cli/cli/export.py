@@ -28,6 +28,7 @@ def export(
     ],
     images: options.EvalDataOptions,
     sink: Output,
+    limit: options.Limit = None,
     static: Annotated[
         bool,
         typer.Option(
@@ -57,6 +58,8 @@ def export(
     check_writable([onnx], force, [file, images.class_map])
     with sink.observer() as observer:
         converted = api.load(file, "cpu")
+        if limit is not None:
+            converted = api.recalibrate(converted, limit=limit)
         comparison = api.export_onnx(
             converted,
             onnx,

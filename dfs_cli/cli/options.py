@@ -127,6 +127,13 @@ Mirror = Annotated[
 Spend = Annotated[
     bool, _option("--spend", panel=NETWORK, help="Reach for the budget itself, even where less does as well.")
 ]
+Limit = Annotated[
+    float | None,
+    _option(
+        "--limit", metavar="COST", panel=NETWORK,
+        help="What no image may cost more than, whatever it shows, in the unit of --budget (default: no limit).",
+    ),
+]  # fmt: skip
 Epochs = Annotated[
     int | None,
     _option(

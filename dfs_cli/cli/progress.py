@@ -231,6 +231,7 @@ def print_configuration(console: Console, configuration: Configuration, table: C
         "model": f"{configuration.model}, {len(table.blocks)} blocks, {table.dense_macs / 1e9:.4g} GMACs",
         "budget": f"{'' if configuration.spend else 'at most '}{configuration.budget:g} of {table.scale} (all at 8 bits: "
         f"{table.uniform_cost(8):.4f}; reachable: {table.cheapest:.4f} to {table.dearest:.4f})",
+        "limit": "" if configuration.limit is None else f"{configuration.limit:g} for every image",
         "options": f"{','.join(map(str, dynamic.bits))} bits, fixed layers {dynamic.fixed_bits} bits, gate {dynamic.gate}"
         f"{' (second pass mirrored)' if dynamic.mirror else ''}",
         "data": f"{source}: {images['train']} to tune, "
@@ -243,4 +244,6 @@ def print_configuration(console: Console, configuration: Configuration, table: C
         f"{configuration.device}, {tuning.workers} workers, seed {tuning.seed}",
     }
     for name, text in lines.items():
+        if not text:
+            continue
         console.print(Text.assemble((f"{name:8}", "bold"), printable(text)), soft_wrap=True)

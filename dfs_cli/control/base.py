@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -63,6 +64,7 @@ class Request(NamedTuple):
         spend: reach for the budget itself, even where less does as well.
         held_out, images: how many images the operating point is set on, and how many it is to hold for.
         is_bound: no single image may cost more, whatever it shows: where there are no real images to estimate a mean from.
+        limit: what no image may cost more than, whatever the budget; infinite: there is none.
     """
 
     budget: float
@@ -70,6 +72,7 @@ class Request(NamedTuple):
     held_out: int
     images: int
     is_bound: bool = False
+    limit: float = math.inf
 
 
 class HeldOut(NamedTuple):
@@ -114,12 +117,15 @@ class Controller(nn.Module, ABC):
 
     needs: ClassVar[Need]
     """What must be measured before :meth:`start`."""
+    limit: float = math.inf
+    """No image costs more, or the cheapest decision where that alone costs more; infinite: there is no limit."""
     option_costs: Tensor
 
     def __init__(self, table: CostTable, views: tuple[View, ...]) -> None:
         super().__init__()
         self.views = views
         self.bits, self.blocks = table.options, len(table.blocks)
+        self.fixed_costs = tuple(map(table.fixed_cost, range(table.passes)))
         self.register_buffer("option_costs", table.option_costs.clone(), persistent=False)
 
     @abstractmethod
@@ -211,7 +217,7 @@ class Controller(nn.Module, ABC):
 
     @abstractmethod
     def movable(self, table: CostTable) -> tuple[float, float]:
-        """The least and the largest mean cost that a tuned network can be moved to without tuning."""
+        """The least and the largest mean cost that a tuned network can be moved to without tuning, under its limit."""
 
     def largest_cost(self, table: CostTable) -> float:
         """The largest cost that an image can have at the present operating point, whatever it shows."""
@@ -261,6 +267,15 @@ class Ceiling(nn.Module):
     def forbidden(self) -> Tensor:
         """Which options are dearer, (L, K)."""
         return torch.arange(self.options, device=self.highest.device) > self.highest[:, None]
+
+    def extras(self, costs: Tensor) -> tuple[Tensor, Tensor]:
+        """What options cost more than a block's cheapest one that is allowed, (L, K), and the sum of the cheapest ones.
+
+        Args:
+            costs: (L, K), of a pass.
+        """
+        least = costs.masked_fill(self.forbidden(), torch.inf).min(dim=1, keepdim=True).values
+        return costs - least, least.sum()
 
     def cost(self, table: CostTable, index: int) -> float:
         """The cost of a pass with every block at its dearest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from itertools import product
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from dfs_cli.control.base import Request, affordable
 from dfs_cli.control.gates import uncertainty
-from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost
+from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost, within
 from dfs_cli.cost.operating_point import sampling_error
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
@@ -45,7 +46,7 @@ class Division(NamedTuple):
         first: (L,), the options of the first pass.
         again: (L,), a mix for the second one; None: any that costs ``second``.
         second: cost of a second pass.
-        share: of the images, how many take it.
+        share: of the images, how many take it; 0: no second pass can be paid.
     """
 
     first: Tensor
@@ -59,12 +60,14 @@ def divide_by_rule(table: CostTable, harm: Tensor, request: Request) -> Division
 
     The fewer images the operating point is set on, the larger that share and the cheaper the second pass: the mean cost of few
     images says less about others' the more the images differ. The rule is for costs that fall with the square of the bitwidth,
-    where a good first look costs little.
+    where a good first look costs little. Under a limit both passes together cost no more; where it pays for no second one, all
+    of it is the first one's.
 
     Args:
         harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
     """
-    dearest, budget, all_8_bit = table.dearest_pass(1), request.budget, table.uniform_cost(BYTE_BITS)
+    dearest, all_8_bit = table.dearest_pass(1), table.uniform_cost(BYTE_BITS)
+    budget = whole = min(request.budget, request.limit)
     limit = _FIRST_LIMIT * all_8_bit
     if not request.spend:
         # More bits in the first pass gain nothing.
@@ -72,20 +75,31 @@ def divide_by_rule(table: CostTable, harm: Tensor, request: Request) -> Division
         budget = min(budget, max(min(enough, limit), table.cheapest) / _FIRST_SHARE)
     # No more than what the budget's part allows, no less than what the second pass cannot spend.
     cost = max(min(_FIRST_SHARE * budget, limit), min(table.cheapest, budget), budget - dearest)
-    first = best_block_mix(table, harm, cost)
+    # What the limit leaves for a second pass is worth a look.
+    most = max(min(request.limit / (1 + _SECOND_LEAST), request.limit - table.cheapest_pass(1)), table.cheapest)
+    first = _first_mix(table, harm, min(cost, most), request.limit)
+    left = request.limit - float(table.pass_cost(first[None], 0))
+    if left < table.cheapest_pass(1):
+        return Division(_first_mix(table, harm, whole, request.limit), None, table.cheapest_pass(1), 0.0)
     rest = max(budget - float(table.pass_cost(first[None], 0)), _LEAST_REST * budget)
     share = _SECOND_SHARE
     # The deviation of the cost between images is rest * sqrt((1 - share) / share).
     allowed = _PLANNED_ERROR * budget / (rest * sampling_error(1.0, request.held_out, request.images))
     share = max(share, 1 / (1 + allowed**2))
     share = min(1.0, max(share, rest / min(dearest, all_8_bit)))
-    second = max(rest / share, _SECOND_LEAST * (budget - rest))
+    second = min(max(rest / share, _SECOND_LEAST * (budget - rest)), left)
     return Division(first, None, second, min(1.0, rest / second))
 
 
 @torch.no_grad()
 def divide(
-    network: DynamicResNet, table: CostTable, harm: Tensor, budget: float, images: Tensor, views: Sequence[View]
+    network: DynamicResNet,
+    table: CostTable,
+    harm: Tensor,
+    budget: float,
+    images: Tensor,
+    views: Sequence[View],
+    limit: float = math.inf,
 ) -> Division:
     """The division of least :func:`regret` over the network's own answers at its widest, both full views averaged, as measured
     before tuning.
@@ -94,6 +108,7 @@ def divide(
         harm: (L, K), see :class:`dfs_cli.control.base.Sensitivity`.
         images: (N, C, H, W), held out; for large networks fewer are used.
         views: what the two passes see.
+        limit: what both passes together may cost.
     """
     images = affordable(images, table, _FIRSTS + 2 * _SECONDS)
 
@@ -105,17 +120,22 @@ def divide(
 
     widest = (len(table.options) - 1,) * len(table.blocks)
     wanted = (answers(FULL_VIEW, widest).softmax(dim=1) + answers(views[1], widest).softmax(dim=1)) / 2
-    firsts = _mixes(table, harm, 0, table.cheapest, budget, _FIRSTS)
+    firsts = _mixes(table, harm, 0, table.cheapest, min(budget, limit), _FIRSTS)
     seconds = _mixes(table, harm, 1, _SECOND_LEAST * table.dearest_pass(1), torch.inf, _SECONDS)
     divisions: list[tuple[float, Division]] = []
     for first, second in product(firsts, seconds):
         policies = torch.tensor([first, second])
         cost = float(table.after(policies[0]).pass_cost(policies[1:], 1))
-        share = min(1.0, (budget - float(table.pass_cost(policies[:1], 0))) / cost)
+        first_cost = float(table.pass_cost(policies[:1], 0))
+        if first_cost + cost > limit:
+            continue
+        share = min(1.0, (budget - first_cost) / cost)
         looked, again = answers(views[0], first), answers(views[1], second)
         rows = uncertainty(looked).argsort(descending=True)[: round(share * len(images))]
         both = looked.index_copy(0, rows, (looked[rows] + again[rows]) / 2)
         divisions.append((regret(both, wanted), Division(policies[0], policies[1], cost, share)))
+    if not divisions:  # the limit pays for no second pass
+        return Division(torch.tensor(firsts[-1]), None, table.cheapest_pass(1), 0.0)
     return min(divisions, key=lambda found: found[0])[1]
 
 
@@ -131,6 +151,16 @@ def regret(logits: Tensor, wanted: Tensor) -> float:
     """
     named = wanted.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
     return float((wanted.max(dim=1).values - named).mean())
+
+
+def _first_mix(table: CostTable, harm: Tensor, cost: float, limit: float) -> Tensor:
+    """The mix (L,) of least harm for a first pass that costs at most ``cost``, and ``limit``, exactly."""
+    return within(
+        limit,
+        lambda most: best_block_mix(table, harm, most),
+        cost,
+        lambda mix: float(table.pass_cost(mix[None], 0)),
+    )
 
 
 def _mixes(table: CostTable, harm: Tensor, index: int, least: float, most: float, count: int) -> list[Policy]:

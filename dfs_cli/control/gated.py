@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +34,7 @@ class GatedController(Controller):
 
     Decisions maximise ``scores - operating_point * option costs``; while tuning, the operating point is the cost multiplier,
     raised where the cost is above the target and lowered where it is below (dual ascent). No block has a dearer option than
-    ``ceiling`` says.
+    ``ceiling`` says, and none that leaves too little of ``limit`` for the cheapest options of the blocks behind it.
 
     Args:
         gate: scores the options.
@@ -69,6 +70,8 @@ class GatedController(Controller):
     ) -> Output:
         """See :meth:`dfs_cli.nn.network.DynamicResNet.run`."""
         state, forbidden = self.gate.start(len(images), images), self.ceiling.forbidden()
+        extras, least = self.extras()
+        left = (self.limit - least).clamp_min(0).expand(len(images))
         chosen: list[Tensor] = []
         probs: list[Tensor] = []
         pooled: Tensor | None = None
@@ -78,12 +81,15 @@ class GatedController(Controller):
             followed = Decisions.of_pass(self._forced[rows].to(images.device))
 
         def choose(block: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-            nonlocal state, pooled
+            nonlocal state, pooled, left
             if decisions is None or self.training:
                 pooled = self.gate.pool(x, pooled, _changed(network, block, chosen))
                 scores, state = self.gate(block, pooled, state)
                 scores = scores - self._operating_point * self.option_costs[0, block].to(scores.dtype)
                 scores = scores.masked_fill(forbidden[block], -torch.inf)
+            if followed is None and self.limit < math.inf:
+                scores = scores.masked_fill(extras[block] > left[:, None], -torch.inf)
+                left = left - extras[block][scores.argmax(dim=1)]
             chosen.append(followed.in_pass(0)[:, block] if followed is not None else scores.argmax(dim=1))
             if self.training:
                 probs.append(scores.softmax(dim=1))
@@ -92,6 +98,11 @@ class GatedController(Controller):
         logits, _ = network.run_pass(images, choose, target.explored if target else 0.0)
         answer = Answer(None, logits, torch.stack(probs, dim=1) if probs else None)
         return Output(logits, Decisions.of_pass(torch.stack(chosen, dim=1)), (answer,))
+
+    def extras(self) -> tuple[Tensor, Tensor]:
+        """What options cost more than a block's cheapest one, (L, K), and the cost of the cheapest decision."""
+        extras, least = self.ceiling.extras(self.option_costs[0])
+        return extras, self.fixed_costs[0] + least
 
     def start(
         self,
@@ -107,7 +118,8 @@ class GatedController(Controller):
             shift_preference(self.gate.preference, sensitivity.blocks)
         self._normalise_inputs(network, sample)
         self._operating_point = _FIRST_MULTIPLIER
-        cost = min(request.budget, table.dearest)
+        self.limit = request.limit
+        cost = min(request.budget, request.limit, table.dearest)
         if request.is_bound and sensitivity is not None:
             mix = best_block_mix(table, sensitivity.blocks, cost)
             self.ceiling.highest.copy_(mix)
@@ -171,7 +183,7 @@ class GatedController(Controller):
             tell(value, float(tried[value][0].mean()))
             return tried[value][0]
 
-        point = find_operating_point(cost_at, request.budget, start=self.operating_point)
+        point = find_operating_point(cost_at, min(request.budget, self.limit), start=self.operating_point)
         deviation = float(tried[point.value][0].std(unbiased=False))
         target = target_cost(request.budget, deviation, len(held_out), request.images)
         if target < request.budget:
@@ -201,7 +213,7 @@ class GatedController(Controller):
         return not spend
 
     def movable(self, table: CostTable) -> tuple[float, float]:
-        return table.cheapest, self.ceiling.cost(table, 0)
+        return table.cheapest, max(min(self.ceiling.cost(table, 0), self.limit), table.cheapest)
 
     def check(self, table: CostTable) -> None:
         super().check(table)
@@ -210,7 +222,7 @@ class GatedController(Controller):
     @torch.no_grad()
     def force(self, policies: Tensor) -> None:
         """The gate itself decides for the first policy, whatever it sees; in batches the policies are put in its place."""
-        self._forced = torch.atleast_2d(policies)
+        self._forced, self.limit = torch.atleast_2d(policies), math.inf
         for head in self.gate.heads_of_scores():
             nn.init.zeros_(head.weight)
         self.gate.preference.copy_(nn.functional.one_hot(self._forced[0], self.gate.options))

@@ -8,12 +8,15 @@ device, where deciding costs more than it saves, the second pass has one policy,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell, join_batches
 from dfs_cli.control.division import divide, divide_by_rule
 from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
+from dfs_cli.control.ladder import affordable_scores
 from dfs_cli.control.static import mix_within
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import (
@@ -51,8 +54,10 @@ class ProbeController(Controller):
     ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``, or are those of
     ``second_policy`` (L,), where there is no gate; the answer is
     then the sum of both passes' logits, weighted by ``logit_weights``. No block has a dearer option in the second pass than
-    ``ceiling`` says. A mirrored second pass is a second view, which tells
-    more than a second look at the same.
+    ``ceiling`` says. A mirrored second pass is a second view, which tells more than a second look at the same.
+
+    Under a ``limit`` the second pass has what the first one leaves. Where the options of an image cost more, it gets those of a
+    larger multiplier (:mod:`dfs_cli.control.ladder`); where even the cheapest do, no image takes the second pass.
 
     ``tuned_multiplier`` is the multiplier at the end of tuning, from which the network is moved to a budget, whatever it was at
     before.
@@ -148,9 +153,9 @@ class ProbeController(Controller):
         if self.gate is None:
             return self.second_policy.expand(len(first), -1), None
         scores = self.gate(summarise(first, features))
+        most = None if self.limit == math.inf else self.limit - self.base_costs()[0]
         # Not self.cost_multiplier, a number: an accelerator would be waited for.
-        scores = scores - self.multiplier * self.option_costs[1].to(scores.dtype)
-        scores = scores.masked_fill(self.ceiling.forbidden(), -torch.inf)
+        scores = affordable_scores(scores, self.multiplier, self.option_costs[1], self.ceiling, most)
         return scores.argmax(dim=2), scores.softmax(dim=2) if self.training else None
 
     def _unsure(self, first: Tensor, decisions: Decisions | None, target: TuningTarget | None) -> Tensor:
@@ -160,6 +165,8 @@ class ProbeController(Controller):
         """
         if decisions is not None:
             return decisions.ran[:, 1]
+        if self.limit < math.inf and not self.can_refine:
+            return torch.zeros(len(first), dtype=torch.bool, device=first.device)
         if target is None:
             return uncertainty(first) > self.operating_point
         uncertain, own = joined_rows(uncertainty(first.detach()))
@@ -172,6 +179,20 @@ class ProbeController(Controller):
         unsure = torch.zeros(images, dtype=torch.bool, device=first.device)
         unsure[chosen] = True
         return unsure[own]
+
+    @property
+    def can_refine(self) -> bool:
+        """Whether the limit pays for a second pass."""
+        always, least = self.base_costs()
+        return bool(self.limit - always >= least)
+
+    def base_costs(self) -> tuple[Tensor, Tensor]:
+        """What an image costs that takes both passes, besides the blocks of the second, and what these cost at least."""
+        first = self.option_costs[0].gather(1, self.policy[:, None]).sum()
+        least = self.ceiling.extras(self.option_costs[1])[1]
+        if self.gate is None:
+            least = self.option_costs[1].gather(1, self.second_policy[:, None]).sum()
+        return sum(self.fixed_costs) + first, least
 
     @torch.no_grad()
     def start(
@@ -187,6 +208,7 @@ class ProbeController(Controller):
         The second pass has the mix that the gate's preferences give for its cost.
         """
         assert sensitivity is not None, "declared as needed"
+        self.limit = request.limit
         if self.gate is not None:
             shift_preference(self.gate.preference, sensitivity.blocks)
         if request.is_bound:
@@ -194,7 +216,7 @@ class ProbeController(Controller):
         if table.device is None:
             division = divide_by_rule(table, sensitivity.blocks, request)
         else:
-            division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views)
+            division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views, request.limit)
         self.policy.copy_(division.first)
         table = self.settle(table)
         if self.gate is not None:
@@ -216,7 +238,7 @@ class ProbeController(Controller):
     ) -> TuningTarget:
         """Start so that both passes together cost no image more than ``budget``; where one pass alone does less harm than both
         would, it has the whole budget, and no image is refined."""
-        mix, has_second = mix_within(table, harm, budget)
+        mix, has_second = mix_within(table, harm, budget, self.limit)
         self.policy.copy_(mix)
         self._repeat_with(mix)
         self.operating_point = -_SURE if has_second else NEVER_REFINE
@@ -262,7 +284,9 @@ class ProbeController(Controller):
         """Set the threshold of uncertainty; where all images may take the second pass and the budget is to be spent, lower the
         multiplier."""
         network.eval()
-        if request.is_bound:
+        if not self.can_refine:
+            self.operating_point = NEVER_REFINE
+        if request.is_bound or not self.can_refine:
             costs, top1 = held_out.measure(network, table)
             return OperatingPoint(self.operating_point, float(costs.mean()), top1)
 
@@ -310,7 +334,7 @@ class ProbeController(Controller):
 
     def movable(self, table: CostTable) -> tuple[float, float]:
         low = self._first_cost(table)
-        return low, low + self.ceiling.cost(table, 1)
+        return low, min(low + self.ceiling.cost(table, 1), self.limit) if self.can_refine else low
 
     def largest_cost(self, table: CostTable) -> float:
         return self.movable(table)[0 if self.operating_point >= NEVER_REFINE else 1]
@@ -334,7 +358,7 @@ class ProbeController(Controller):
         """The first pass alone; a second one, at another operating point, has the last of the policies."""
         rows = torch.atleast_2d(policies)
         self.policy.copy_(rows[0])
-        self.operating_point = NEVER_REFINE
+        self.operating_point, self.limit = NEVER_REFINE, math.inf
         if self.gate is None:
             self._repeat_with(rows[-1])
             return

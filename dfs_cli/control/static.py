@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
 NEGLIGIBLE_HARM = 0.002
 """In nats, before tuning: a mix that does less harm is not worth more bits, unless a budget is to be spent."""
+
+Mix = TypeVar("Mix")
 
 _SECOND_LOOK = 0.01
 """What a second, mirrored look is worth at least, in nats, where that cannot be measured."""
@@ -85,12 +89,21 @@ class StaticController(Controller):
             budget, least = request.budget, 0.0
         elif not request.spend:
             budget, least = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)), 0.0
-        mixes = [] if sensitivity.layers is None else [best_layer_mix(table, sensitivity, budget, least)]
-        with suppress(ConfigError) if mixes else nullcontext():  # blocks are coarser than layers
-            options = best_block_mix(table, sensitivity.blocks, budget, least)
+
+        def by_layer(cost: float) -> CostTable:
+            return table.with_layer_bits(best_layer_mix(table, sensitivity, cost, least))
+
+        def by_block(cost: float) -> CostTable:
+            options = best_block_mix(table, sensitivity.blocks, cost, least)
             layers = [layer for layer in table.layers if layer.block is not None]
-            mixes.append({layer.name: table.options[int(options[layer.block or 0])] for layer in layers})
-        return [table.with_layer_bits(mix) for i, mix in enumerate(mixes) if mix not in mixes[:i]]
+            return table.with_layer_bits(
+                {layer.name: table.options[int(options[layer.block or 0])] for layer in layers}
+            )
+
+        mixes = [] if sensitivity.layers is None else [within(request.limit, by_layer, budget, _static_cost)]
+        with suppress(ConfigError) if mixes else nullcontext():  # blocks are coarser than layers
+            mixes.append(within(request.limit, by_block, budget, _static_cost))
+        return [mix for i, mix in enumerate(mixes) if mix not in mixes[:i]]
 
     def start(
         self,
@@ -100,7 +113,8 @@ class StaticController(Controller):
         request: Request,
         sample: Tensor,
     ) -> TuningTarget:
-        return TuningTarget(table.cost(Decisions.alike(policy_of(table), 1)).item())
+        self.limit = request.limit
+        return TuningTarget(_static_cost(table))
 
     def policies(self) -> list[Tensor]:
         """The policy; of a network that has no mix yet, those under which its sensitivities are measured."""
@@ -129,6 +143,11 @@ class StaticController(Controller):
 
     def force(self, policies: Tensor) -> None:
         self.policy.copy_(torch.atleast_2d(policies)[0])
+
+
+def _static_cost(table: CostTable) -> float:
+    """The cost of an image in a static network with these costs."""
+    return table.cost(Decisions.alike(policy_of(table), 1)).item()
 
 
 def policy_of(table: CostTable) -> Tensor:
@@ -164,6 +183,19 @@ def best_block_mix(
     return torch.from_numpy(chosen.reshape(blocks, options).argmax(axis=1))
 
 
+def within(limit: float, plan: Callable[[float], Mix], cost: float, cost_of: Callable[[Mix], float]) -> Mix:
+    """What ``plan`` makes of ``cost``, or of a little less, so that it costs no more than ``limit``, exactly: solvers have
+    tolerances.
+
+    Raises:
+        ConfigError: no mix costs so little.
+    """
+    cost, step = min(cost, limit), 1e-9
+    while cost_of(mix := plan(cost)) > limit:
+        cost, step = cost * (1 - step), 4 * step
+    return mix
+
+
 def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float:
     """Cost of the cheapest mix per block, in a first pass, whose total harm is at most ``harm`` nats.
 
@@ -179,8 +211,9 @@ def sufficient_cost(table: CostTable, sensitivity: Tensor, harm: float) -> float
     return table.fixed_cost(0) + float(costs @ solution.x.round())
 
 
-def mix_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[Tensor, bool]:
-    """Options (L,) for each pass, and whether there are two of them, that together cost at most ``budget``.
+def mix_within(table: CostTable, sensitivity: Tensor, budget: float, limit: float = math.inf) -> tuple[Tensor, bool]:
+    """Options (L,) for each pass, and whether there are two of them, that together cost at most ``budget``, and ``limit``,
+    exactly.
 
     Two passes are taken, alike, unless one that has all of the budget does less harm. The answer is the mean of
     both, so that half of their harm is left; a little harm more is worth the second look.
@@ -192,9 +225,16 @@ def mix_within(table: CostTable, sensitivity: Tensor, budget: float) -> tuple[Te
         ConfigError: no mix costs so little.
     """
     harms = sensitivity.double().cpu()
-    alone = best_block_mix(table, sensitivity, budget)
+
+    def best(*passes: int) -> Tensor:
+        def cost_of(mix: Tensor) -> float:
+            return sum(float(table.pass_cost(mix[None], index)) for index in passes)
+
+        return within(limit, lambda cost: best_block_mix(table, sensitivity, cost, passes=passes), budget, cost_of)
+
+    alone = best(0)
     try:
-        mix = best_block_mix(table, sensitivity, budget, passes=(0, 1))
+        mix = best(0, 1)
     except ConfigError:  # one pass can be paid, not two
         return alone, False
     harm_alone, harm_of_each = (float(harms.gather(1, m[:, None]).sum()) for m in (alone, mix))

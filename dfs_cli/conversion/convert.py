@@ -33,6 +33,7 @@ def convert(
     source: Source | None = None,
     spend: bool = False,
     costs: DeviceCosts | None = None,
+    limit: float | None = None,
     observer: Observer | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Converted:
@@ -51,6 +52,7 @@ def convert(
         spend: reach for the budget itself, 0.9 of it at least, even where less does as well on held-out images.
         costs: of the network's parts on a device, in place of bit-weighted MACs: see :func:`dfs_cli.measure_costs`. Options
             that a wider one is as cheap as are left out.
+        limit: what no image may cost more than, in the unit of the budget, whatever it shows; None: there is no limit.
         observer: told about progress.
         checkpoint: where the run is saved now and then, and what it goes on from.
 
@@ -73,7 +75,9 @@ def convert(
         True
     """
     observer, checkpoint = observer or Observer(), checkpoint or Checkpoint()
-    setup = prepare(model, budget, data, dynamic, tuning, preprocessing, source, spend, observer, costs, checkpoint)
+    setup = prepare(
+        model, budget, data, dynamic, tuning, preprocessing, source, spend, observer, costs, checkpoint, limit
+    )
     return run(setup, observer, checkpoint=checkpoint)
 
 

@@ -25,6 +25,7 @@ def identity_of(
     preprocessing: Preprocessing,
     costs: DeviceCosts | None,
     splits: Splits | None,
+    limit: float | None,
 ) -> dict[str, Any]:
     """Plain values. Device, processes and the place of folders may change; what is in the folders must not.
 
@@ -37,6 +38,7 @@ def identity_of(
         "weights": tensor_digest(model.state_dict()),
         "budget": budget,
         "spend": spend,
+        "limit": limit,
         "data": source,
         "images": None if splits is None else {name: len(getattr(splits, name)) for name in SPLITS},
         "dynamic": dynamic.to_dict(),

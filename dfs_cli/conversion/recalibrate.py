@@ -1,11 +1,11 @@
-"""A tuned network at another budget, without tuning."""
+"""A tuned network at another budget or under another limit, without tuning."""
 
 from __future__ import annotations
 
 import copy
 import math
 
-from dfs_cli.config import DataConfig, TuningConfig, check_budget, check_loading
+from dfs_cli.config import DataConfig, TuningConfig, check_budget, check_limit, check_loading
 from dfs_cli.control.base import Request, controller_of
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.converted import Converted
@@ -22,29 +22,32 @@ from dfs_cli.records import Tuned
 
 def recalibrate(
     converted: Converted,
-    budget: float,
+    budget: float | None = None,
     data: DataConfig | Images | None = None,
     *,
+    limit: float | None = None,
     spend: bool = False,
     workers: int | None = None,
     observer: Observer | None = None,
 ) -> Converted:
-    """Move a tuned network to another budget, without tuning, by its operating point.
+    """Move a tuned network to another budget, without tuning, by its operating point, or put it under a limit.
 
     Args:
         converted: left unchanged.
-        budget: within the network's range: with the probe gate from the first pass alone to a second one in full for all.
+        budget: within the network's range: with the probe gate from the first pass alone to a second one in full for all. None:
+            the operating point stays.
         data: where the training images are: the operating point is set on those that the conversion held out of them.
             Or held-out images themselves. None: the embedded digits, for their model.
+        limit: what no image may cost more than; None: the limit that the network has, if any.
         spend: reach for the budget itself, even where less does as well on the held-out images.
         workers: processes that load images; None: two at most, none for the embedded digits.
         observer: told about progress.
 
     Returns:
-        A network at the new budget, not evaluated yet.
+        A network at the new budget and under the new limit, not evaluated yet.
 
     Raises:
-        ConfigError: the budget cannot be reached; the message names the range.
+        ConfigError: the budget cannot be reached, or the limit cannot be kept; the message names the range.
         DataError: images are missing, unreadable, or of other classes.
 
     Example:
@@ -54,11 +57,16 @@ def recalibrate(
         >>> moved = dfs_cli.recalibrate(converted, 0.05)
         >>> moved.manifest.budget, moved.manifest.held_out.cost <= 0.05, moved.keeps_budget is None
         (0.05, True, True)
+        >>> dfs_cli.evaluate(dfs_cli.recalibrate(converted, limit=0.03)).cost_max <= 0.03
+        True
     """
-    check_budget(budget)
     check_loading(workers=workers)
+    converted = _limited(converted, limit)
+    if budget is None:
+        return converted
+    check_budget(budget)
     observer = observer or Observer()
-    manifest, network = converted.manifest, copy.deepcopy(converted.network)
+    manifest, network = converted.manifest, converted.network
     low, high = controller_of(network).movable(manifest.table)
     if not low <= budget or (spend and not LOWEST_SHARE * budget <= high):
         least = math.ceil(low * 1e4) / 1e4  # rounded to nearest, it might not be reachable
@@ -85,7 +93,7 @@ def recalibrate(
     if note:
         observer.note(note)
     validation_images = made_with.images.get("validation", len(data)) if made_with else len(data)
-    request = Request(budget, spend, len(data), validation_images)
+    request = Request(budget, spend, len(data), validation_images, limit=controller_of(network).limit)
     point = stages.set_operating_point(network, manifest.table, held_out, request, observer)
     if spend and point.cost < LOWEST_SHARE * budget:
         raise ConfigError(f"budget {budget:g} cannot be spent: with these options the network costs {point.cost:.4f}")
@@ -98,3 +106,28 @@ def recalibrate(
         validation=None,
     )
     return Converted(network, moved)
+
+
+def _limited(converted: Converted, limit: float | None) -> Converted:
+    """A copy of a network under ``limit``, at its operating point; None: under the limit that it has."""
+    check_limit(limit)
+    manifest, network = converted.manifest, copy.deepcopy(converted.network)
+    if limit is None:
+        return Converted(network, manifest)
+    controller, table = controller_of(network), manifest.table
+    low, _ = controller.movable(table)
+    if limit < low:
+        raise ConfigError(
+            f"limit {limit:g} is below the cheapest that this network can decide for an image, {low:.4f}: "
+            f"pass --limit {math.ceil(low * 1e4) / 1e4:.4f} or more, or convert to a smaller budget"
+        )
+    controller.limit = limit
+    limited = manifest.replace(
+        limit=limit,
+        configuration=manifest.configuration and manifest.configuration.replace(limit=limit),
+        held_out=None,
+        movable=controller.movable(table),
+        bound=manifest.bound and controller.largest_cost(table),
+        validation=None,
+    )
+    return Converted(network, limited)

@@ -39,6 +39,7 @@ class Progress:
         agreement = planned["agreement"] and Agreement.from_dict(planned["agreement"])
         dynamic = DynamicConfig.from_dict(planned["dynamic"])
         network = make_dynamic(teacher, dynamic, table, setup.plan).network
+        network.controller.limit = setup.request.limit
         if agreement:
             reserve_gains(network, agreement.refitted)
         unreadable = unreadable_log(setup)

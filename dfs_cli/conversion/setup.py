@@ -19,6 +19,7 @@ from dfs_cli.config import (
     SynthesisConfig,
     TuningConfig,
     check_budget,
+    check_limit,
 )
 from dfs_cli.control.base import Request
 from dfs_cli.conversion.defaults import (
@@ -99,6 +100,7 @@ class Setup:
             model=self.architecture,
             budget=self.request.budget,
             spend=self.request.spend,
+            limit=self.request.limit if self.request.limit < math.inf else None,
             dynamic=self.dynamic,
             tuning=self.tuning,
             data=self.data,
@@ -140,10 +142,13 @@ def prepare(
     observer: Observer | None = None,
     costs: DeviceCosts | None = None,
     checkpoint: Checkpoint | None = None,
+    limit: float | None = None,
 ) -> Setup:
     """Resolve and check everything; nothing is tuned yet. Where there are no images, they are made last. See
     :func:`dfs_cli.conversion.convert.convert` for arguments and errors."""
     check_budget(budget)
+    check_limit(limit)
+    most = math.inf if limit is None else limit
     observer, checkpoint = observer or Observer(), checkpoint or Checkpoint()
     module = load_model(model) if isinstance(model, str) else model
     if source is None:
@@ -161,18 +166,31 @@ def prepare(
         dynamic = _without_dominated(dynamic, costs, observer)
     alternatives = _alternatives(module, dynamic, preprocessing, plan, costs)
     dynamic, table = alternatives[0]
-    min((table for _, table in alternatives), key=lambda table: table.cheapest).check_budget(budget, spend)
+    min((table for _, table in alternatives), key=lambda table: table.cheapest).check_budget(budget, spend, most)
     synthesis = None
     if isinstance(data, SynthesisConfig):
         if spend:
             raise ConfigError("--spend needs images: without them the cost is a bound, not a mean that can be reached")
-        checkpoint.identify(identity_of(module, budget, spend, data, dynamic, tuning, preprocessing, costs, None))
+        checkpoint.identify(
+            identity_of(module, budget, spend, data, dynamic, tuning, preprocessing, costs, None, limit)
+        )
         splits, synthesis, tuning = _make_splits(
-            module, preprocessing, data, tuning, table, budget, dynamic.mirror, device, observer, checkpoint
+            module,
+            preprocessing,
+            data,
+            tuning,
+            table,
+            min(budget, most),
+            dynamic.mirror,
+            device,
+            observer,
+            checkpoint,
         )
     else:
         splits = data if isinstance(data, Splits) else open_splits(data, preprocessing, tuning.seed)
-        checkpoint.identify(identity_of(module, budget, spend, data, dynamic, tuning, preprocessing, costs, splits))
+        checkpoint.identify(
+            identity_of(module, budget, spend, data, dynamic, tuning, preprocessing, costs, splits, limit)
+        )
     for name in SPLITS:
         if not len(getattr(splits, name)):
             raise DataError(f"the {name} split has no images")
@@ -190,7 +208,7 @@ def prepare(
         architecture=architecture,
         model_args=model_args,
         source=source,
-        request=Request(budget, spend, len(splits.calibration), len(splits.validation), synthesis is not None),
+        request=Request(budget, spend, len(splits.calibration), len(splits.validation), synthesis is not None, most),
         dynamic=dynamic,
         tuning=tuning.replace(batch_size=batch_size, workers=workers),
         preprocessing=preprocessing,

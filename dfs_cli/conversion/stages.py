@@ -212,6 +212,7 @@ def finish(
         table=table,
         budget=setup.request.budget,
         operating_point=point.value,
+        limit=setup.configuration.limit,
         configuration=setup.configuration.replace(
             dynamic=planned.dynamic, unreadable_training_images=tuple(sorted(planned.unreadable.reasons))
         ),

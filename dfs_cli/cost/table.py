@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, overload
 
 import torch
 from pydantic import Field
@@ -21,6 +21,21 @@ from dfs_cli.errors import ConfigError
 from dfs_cli.validation import Json, validated
 
 Macs = Annotated[int, Field(ge=0, le=2**53)]  # sums in double precision stay exact
+
+_STEPS = 2.0**44
+"""Costs are multiples of one over this: their sums are exact then, in whatever order, and so is a limit."""
+
+
+@overload
+def _in_steps(cost: float) -> float: ...
+
+
+@overload
+def _in_steps(cost: Tensor) -> Tensor: ...
+
+
+def _in_steps(cost: float | Tensor) -> float | Tensor:
+    return (cost * _STEPS).round() / _STEPS if isinstance(cost, Tensor) else round(cost * _STEPS) / _STEPS
 
 
 @validated
@@ -155,13 +170,13 @@ class CostTable(Json):
         """Cost of each option of each block in each pass, (P, L, K) in float64."""
         if self.device is None:
             first, full = (self._options_of(is_first) for is_first in (True, False))
-            return torch.stack([first] + [full] * (self.passes - 1))
+            return _in_steps(torch.stack([first] + [full] * (self.passes - 1)))
         first, full = (self._on_device(is_first) for is_first in (True, False))
         runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
         per_block = torch.tensor([per_block for _, per_block in self._deciding], dtype=torch.float64)
         again = torch.tensor(self.first_runs or (True,) * len(self.blocks), dtype=torch.float64)[:, None]
         passes = [first] + [full * (1 + self.device.crowding * again)] * (self.passes - 1)
-        return (torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense
+        return _in_steps((torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense)
 
     def _on_device(self, is_first: bool) -> Tensor:
         """What each option of each block costs on the device, (L, K), in its unit, nothing decided; see :meth:`_options_of`."""
@@ -187,8 +202,8 @@ class CostTable(Json):
     def controller_costs(self) -> tuple[float, ...]:
         """Cost of deciding in each pass, (P,)."""
         if self.device is not None:
-            return tuple(always / self.device.dense for always, _ in self._deciding)
-        return tuple(sum(row) / self.dense_macs for row in self.controller_macs)
+            return tuple(_in_steps(always / self.device.dense) for always, _ in self._deciding)
+        return tuple(_in_steps(sum(row) / self.dense_macs) for row in self.controller_macs)
 
     @property
     def _deciding(self) -> tuple[tuple[float, float], ...]:
@@ -203,13 +218,10 @@ class CostTable(Json):
 
     def _fixed_of(self, is_first: bool) -> float:
         if self.device is not None:
-            return self.device.at(self.first_view if is_first else 1.0).fixed / self.device.dense
-        fixed = sum(
-            layer.macs_in(is_first) * mac_cost(layer.bits)
-            for layer in self.layers
-            if layer.block is None and layer.bits
-        )
-        return fixed / self.dense_macs
+            return _in_steps(self.device.at(self.first_view if is_first else 1.0).fixed / self.device.dense)
+        fixed = [layer for layer in self.layers if layer.block is None]
+        macs = sum(layer.macs_in(is_first) * mac_cost(layer.bits) for layer in fixed if layer.bits)
+        return _in_steps(macs / self.dense_macs)
 
     def fixed_cost(self, index: int) -> float:
         """Cost of a pass for an image that takes it, whatever its blocks' options: fixed layers and controller."""
@@ -297,8 +309,9 @@ class CostTable(Json):
             self, layers=layers, controller_macs=controller_macs, device=device, first_view=1.0, first_runs=()
         )
 
-    def check_budget(self, budget: float, spend: bool = False) -> None:
-        """Check that decisions can keep ``budget`` and, where it is to be spent, reach it.
+    def check_budget(self, budget: float, spend: bool = False, limit: float = math.inf) -> None:
+        """Check that decisions can keep ``budget`` and, where it is to be spent, reach it, while no image costs more than
+        ``limit``.
 
         Raises:
             ConfigError: they cannot; the message says what can be reached.
@@ -308,6 +321,16 @@ class CostTable(Json):
             raise ConfigError(
                 f"budget {budget:g} cannot be reached with options {options}: "
                 f"the smallest reachable one is {math.ceil(self.cheapest * 1e4) / 1e4:.4f}"
+            )
+        if limit < self.cheapest:
+            raise ConfigError(
+                f"limit {limit:g} cannot be kept with options {options}: the cheapest decision costs more; "
+                f"pass --limit {math.ceil(self.cheapest * 1e4) / 1e4:.4f} or more"
+            )
+        if spend and limit < LOWEST_SHARE * budget:
+            raise ConfigError(
+                f"budget {budget:g} cannot be spent where no image may cost more than {limit:g}: "
+                f"pass a smaller --budget, a larger --limit, or leave --spend out"
             )
         if spend and LOWEST_SHARE * budget > self.dearest:
             raise ConfigError(

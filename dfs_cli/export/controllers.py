@@ -10,6 +10,7 @@ import numpy as np
 from dfs_cli.control.base import Controller
 from dfs_cli.control.gated import GatedController
 from dfs_cli.control.gates import FeedForwardGate, Gate, RecurrentGate
+from dfs_cli.control.ladder import charges
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.control.static import StaticController
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
@@ -17,8 +18,10 @@ from dfs_cli.errors import ExportError
 from dfs_cli.export.gates import (
     FeedForwardGateWriter,
     GateWriter,
+    LeftOver,
     RecurrentGateWriter,
     look_up_bits,
+    write_affordable_choice,
     write_second_pass_gate,
     write_uncertainty,
 )
@@ -44,13 +47,13 @@ class ControllerWriter:
     decisions: Decisions | None = None
     """The decisions, for one image, where they are the same for every image; None: they differ."""
 
-    def decide(self, graph: Graph, writer: PartWriter, images: str, point: str) -> Results:
+    def decide(self, graph: Graph, writer: PartWriter, images: str, point: str, limit: str | None) -> Results:
         """Write the network as the controller decides; not called where ``decisions`` says it all.
 
         Args:
             writer: of the network's parts.
             images: name of the images (1, C, H, W).
-            point: name of the operating point, a double.
+            point, limit: names of the operating point and the limit, doubles; None: there is no limit.
         """
         raise NotImplementedError
 
@@ -73,10 +76,11 @@ class GatedWriter(ControllerWriter):
     def __init__(self, controller: GatedController) -> None:
         self._controller = controller
 
-    def decide(self, graph: Graph, writer: PartWriter, images: str, point: str) -> Results:
+    def decide(self, graph: Graph, writer: PartWriter, images: str, point: str, limit: str | None) -> Results:
         gate = self._controller.gate
         costs = self._controller.option_costs[0].cpu().numpy()
-        gate_writer = _GATE_WRITERS[type(gate)](graph, gate, costs, point, self._controller.ceiling)
+        left = None if limit is None else LeftOver(graph, limit, *self._controller.extras())
+        gate_writer = _GATE_WRITERS[type(gate)](graph, gate, costs, point, self._controller.ceiling, left)
         state = gate_writer.start(graph)
         chosen: list[str] = []
 
@@ -97,7 +101,7 @@ class ProbeWriter(ControllerWriter):
     def __init__(self, controller: ProbeController) -> None:
         self._controller = controller
 
-    def decide(self, graph: Graph, writer: PartWriter, images: str, point: str) -> Results:
+    def decide(self, graph: Graph, writer: PartWriter, images: str, point: str, limit: str | None) -> Results:
         controller, bits, blocks = self._controller, writer.network.bits, len(writer.network.blocks)
         policy = controller.policy.tolist()
         looks, looks_again = (writer.seeing(view) for view in controller.views)
@@ -105,6 +109,14 @@ class ProbeWriter(ControllerWriter):
         uncertainty, margin = write_uncertainty(graph, first, writer.parts.classes)
         is_unsure = graph.add("Squeeze", [graph.add("Greater", [uncertainty, point])])
         gate = controller.gate
+        costs, left = controller.option_costs[1], None
+        charge = controller.cost_multiplier * costs
+        if limit is not None:
+            always, least = controller.base_costs()
+            charge = charges(controller.multiplier, costs, controller.ceiling)
+            left = graph.add("Sub", [limit, graph.constant(float(always), np.float64)])
+            can_refine = graph.add("LessOrEqual", [graph.constant(float(least), np.float64), left])
+            is_unsure = graph.add("And", [is_unsure, can_refine])
 
         def repeat(inner: Graph) -> list[str]:
             again = controller.second_policy.tolist()
@@ -115,9 +127,12 @@ class ProbeWriter(ControllerWriter):
         def refine(inner: Graph) -> list[str]:
             if gate is None:
                 return repeat(inner)
-            charge = controller.cost_multiplier * controller.option_costs[1].cpu().numpy()
             pooled = looks.pool(inner, blocks, features)
-            choice = write_second_pass_gate(inner, gate, controller.ceiling, charge, uncertainty, margin, pooled)
+            choice = write_second_pass_gate(
+                inner, gate, controller.ceiling, charge.cpu().numpy(), uncertainty, margin, pooled
+            )
+            if left is not None:
+                choice = write_affordable_choice(inner, choice, costs.cpu().numpy(), left)
 
             # All tests at once, in one node: a node costs microseconds.
             numbers = range(1, len(bits))

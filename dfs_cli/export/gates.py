@@ -20,26 +20,60 @@ _HOPELESS = -1e30
 """A score below all others; finite in single precision."""
 
 
+class LeftOver:
+    """Writes what a limit leaves for the blocks to come, above the cost of their cheapest options.
+
+    Args:
+        limit: name of the limit, a double.
+        extras: (L, K), what options cost more than a block's cheapest one.
+        least: cost of the cheapest decision.
+    """
+
+    def __init__(self, graph: Graph, limit: str, extras: Tensor, least: Tensor) -> None:
+        self._extras = extras.cpu().numpy()
+        self._zero = graph.constant(0, _DOUBLE)
+        rest = graph.add("Sub", [limit, graph.constant(float(least), _DOUBLE)])
+        self._name = graph.add("Max", [rest, self._zero])
+        self._after = ""
+
+    def forbid(self, graph: Graph, block: int, scores: str, dtype: type[np.floating]) -> str:
+        """``scores`` (..., K), hopeless for options that are too dear."""
+        self._after = graph.add("Sub", [self._name, graph.constant(self._extras[block], _DOUBLE)])
+        is_too_dear = graph.add("Less", [self._after, self._zero])
+        return graph.add("Where", [is_too_dear, graph.constant(_HOPELESS, dtype), scores])
+
+    def spend(self, graph: Graph, decision: str) -> None:
+        """Pay for ``decision`` (1,), the option of the block whose scores were written last."""
+        self._name = graph.add("Gather", [self._after, decision])
+
+
 class GateWriter(ABC):
     """Writes a gate that decides block by block. Its state goes from block to block as names.
 
     A node costs microseconds, whatever it computes, so there are few. Of two options only the difference of their scores is
-    computed.
+    computed, where there is no limit.
 
     Args:
         option_costs: (L, K).
         operating_point: name of the cost multiplier, a double.
         ceiling: the dearest options that the blocks may have.
+        left: what a limit leaves; None: there is no limit.
     """
 
     dtype: ClassVar[type[np.floating]] = _DOUBLE
     """Precision of the scores."""
 
     def __init__(
-        self, graph: Graph, gate: Gate, option_costs: np.ndarray, operating_point: str, ceiling: Ceiling
+        self,
+        graph: Graph,
+        gate: Gate,
+        option_costs: np.ndarray,
+        operating_point: str,
+        ceiling: Ceiling,
+        left: LeftOver | None,
     ) -> None:
-        self.gate = gate
-        self._is_binary = gate.options == 2
+        self.gate, self._left = gate, left
+        self._is_binary = gate.options == 2 and left is None
         charge = graph.add("Mul", [graph.constant(self._scores(option_costs), _DOUBLE), operating_point])
         preference = graph.constant(self._scores(_preference(gate.preference, ceiling)))
         rows = graph.add("Sub", [preference, charge])
@@ -67,9 +101,14 @@ class GateWriter(ABC):
         else:
             scores = graph.add("MatMul", [hidden, graph.constant(weight, self.dtype)])
             scores = graph.add("Add", [scores, self._biases[block]])
+            if self._left is not None:
+                scores = self._left.forbid(graph, block, scores, self.dtype)
             decision = graph.add("ArgMax", [scores], axis=-1, keepdims=1)
         # OpenVINO takes no condition of more axes.
-        return graph.add("Reshape", [decision, graph.constant([1], np.int64)]), list(state)
+        decision = graph.add("Reshape", [decision, graph.constant([1], np.int64)])
+        if self._left is not None:
+            self._left.spend(graph, decision)
+        return decision, list(state)
 
     def test(self, decision: str) -> Test:
         """The test whether ``decision`` names an option before another one."""
@@ -175,11 +214,11 @@ def write_second_pass_gate(
     margin: str,
     pooled: Pooled,
 ) -> str:
-    """The options (L,) of the second pass.
+    """The options (L,) of the second pass; (R, L) where there are charges for R rungs.
 
     Args:
         ceiling: the dearest options that the blocks may have.
-        charge: (L, K), subtracted from the options' scores.
+        charge: (L, K) or (R, L, K), subtracted from the options' scores.
         uncertainty, margin: (1, 1), of the first pass, in double precision.
         pooled: the first pass's features.
     """
@@ -190,7 +229,23 @@ def write_second_pass_gate(
     scores = _linear(graph, gate.head, graph.add("Relu", [_linear(graph, gate.embed, x)]))
     scores = graph.add("Reshape", [scores, graph.constant([gate.blocks, gate.options], np.int64)])
     scores = graph.add("Add", [scores, graph.constant(_preference(gate.preference, ceiling))])
-    return graph.add("ArgMax", [graph.add("Sub", [scores, graph.constant(charge, _DOUBLE)])], axis=1, keepdims=0)
+    return graph.add("ArgMax", [graph.add("Sub", [scores, graph.constant(charge, _DOUBLE)])], axis=-1, keepdims=0)
+
+
+def write_affordable_choice(graph: Graph, rungs: str, costs: np.ndarray, most: str) -> str:
+    """The options (L,) of the first rung that costs no more than ``most``.
+
+    Args:
+        rungs: (R, L), the options of each.
+        costs: (L, K), of the options.
+        most: name of what they may cost together, a double.
+    """
+    blocks, options = costs.shape
+    places = graph.add("Add", [rungs, graph.constant(options * np.arange(blocks), np.int64)])
+    of_blocks = graph.add("Gather", [graph.constant(costs.ravel(), _DOUBLE), places])
+    totals = graph.add("ReduceSum", [of_blocks, graph.constant([1], np.int64)], keepdims=0)
+    can_be_paid = graph.add("Cast", [graph.add("LessOrEqual", [totals, most])], to=TensorProto.FLOAT)
+    return graph.add("Gather", [rungs, graph.add("ArgMax", [can_be_paid], axis=0, keepdims=0)])
 
 
 def _linear(graph: Graph, layer: nn.Module, x: str, scale: float = 1.0) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 import onnx
@@ -17,15 +18,16 @@ from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.trace import OPSET
 from dfs_cli.nn.network import DynamicResNet
 
-IMAGES, OPERATING_POINT, LOGITS, BITS = "images", "operating_point", "logits", "bits"
+IMAGES, OPERATING_POINT, LIMIT, LOGITS, BITS = "images", "operating_point", "limit", "logits", "bits"
 """Names of inputs and outputs."""
 
 
 def export_network(writer: PartWriter) -> onnx.ModelProto:
     """The network with its controller.
 
-    Inputs are ``images`` (1, C, H, W) and, optional, ``operating_point``, a double. Outputs are ``logits`` (1, classes) and
-    ``bits`` (1, P * L), the bitwidths that were chosen, pass after pass, -1 where a pass was not run.
+    Inputs are ``images`` (1, C, H, W) and, optional, the doubles ``operating_point`` and, where the network has a limit,
+    ``limit``. Outputs are ``logits`` (1, classes) and ``bits`` (1, P * L), the bitwidths that were chosen, pass after pass, -1
+    where a pass was not run.
 
     A static network decides nothing: its graph is the one that :func:`export_static` describes.
     """
@@ -34,15 +36,18 @@ def export_network(writer: PartWriter) -> onnx.ModelProto:
     controller_writer = writer_of(controller)
     if controller_writer.decisions is not None:
         return export_static(writer, controller_writer.decisions)
-    logits, bits = controller_writer.decide(graph, writer, IMAGES, OPERATING_POINT)
-    graph.initializers.append(helper.make_tensor(OPERATING_POINT, TensorProto.DOUBLE, [], [controller.operating_point]))
+    is_limited = controller.limit < math.inf
+    logits, bits = controller_writer.decide(graph, writer, IMAGES, OPERATING_POINT, LIMIT if is_limited else None)
+    optional = {OPERATING_POINT: controller.operating_point} | ({LIMIT: controller.limit} if is_limited else {})
+    for name, value in optional.items():
+        graph.initializers.append(helper.make_tensor(name, TensorProto.DOUBLE, [], [value]))
     graph.add("Identity", [bits], [BITS])
     return finish(
         graph,
         logits,
         writer.parts.classes,
         writer.parts.input_size,
-        [helper.make_tensor_value_info(OPERATING_POINT, TensorProto.DOUBLE, [])],
+        [helper.make_tensor_value_info(name, TensorProto.DOUBLE, []) for name in optional],
         [helper.make_tensor_value_info(BITS, TensorProto.INT64, [1, len(controller.views) * len(network.blocks)])],
     )
 

@@ -61,6 +61,7 @@ class Decider(Protocol):
     views: tuple[View, ...]
     operating_point: float
     cost_multiplier: float
+    limit: float
 
     def run(
         self,

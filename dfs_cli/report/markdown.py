@@ -21,6 +21,10 @@ def _accuracy(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _limit(report: dict[str, Any]) -> str:
+    return "" if report["limit"] is None else f", at most {report['limit']:g} whatever is shown"
+
+
 def _data_free(report: dict[str, Any]) -> list[str]:
     """What is not known without real images."""
     if not report["data_free"]:
@@ -69,7 +73,7 @@ def render_markdown(report: dict[str, Any]) -> str:
         f"| GMACs, bit-weighted | {report['gmacs_dense']:.4g} | {report['gmacs_bitweighted']:.4g} |",
         "",
         f"Cost per image: median {report['cost_p50']:.4f}, 95th percentile {report['cost_p95']:.4f}, "
-        f"maximum {report['cost_max']:.4f}. "
+        f"maximum {report['cost_max']:.4f}{_limit(report)}. "
         f"Reachable: {report['reachable_budgets'][0]:.4f} to {report['reachable_budgets'][1]:.4f}; "
         f"{report['cost_always']:.4f} always runs.",
         "",

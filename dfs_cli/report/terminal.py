@@ -138,7 +138,10 @@ def print_evaluation(console: Console, record: dict[str, Any]) -> None:
     grid.add_row(
         "cost", f"{record['cost']:.4f} of {record['scale']}{budget}   all at 8 bits: {record['cost_all_8_bit']:.4f}"
     )
-    grid.add_row("", f"median {record['cost_p50']:.4f}, p95 {record['cost_p95']:.4f}, max {record['cost_max']:.4f}")
+    limit = "" if record["limit"] is None else f"   limit {record['limit']:g}"
+    grid.add_row(
+        "", f"median {record['cost_p50']:.4f}, p95 {record['cost_p95']:.4f}, max {record['cost_max']:.4f}{limit}"
+    )
     grid.add_row("GMACs", f"{record['gmacs_bitweighted']:.4g} bit-weighted, {record['gmacs_dense']:.4g} dense")
     shares = "   ".join(
         f"{'skip' if b == 0 else f'{b} bit'} {share:.1%}" for b, share in record["option_shares"].items()
@@ -164,6 +167,8 @@ def print_conversion(console: Console, report: dict[str, Any]) -> None:
     ]
     if unreadable:
         lines.append(f"left out {len(unreadable)} unreadable images: {', '.join(unreadable[:10])}")
+    if report["limit"] is not None:
+        lines.insert(2, f"limit   {report['limit']:g}; the dearest image costs {report['cost_max']:.4f}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 

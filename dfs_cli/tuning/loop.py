@@ -88,7 +88,8 @@ def tune(
                 parameter.requires_grad_(not warming_up)
             now = target
             if target.approached:
-                cost = target_at(state.step, state.total_steps, config.ramp, table.dearest, target.cost)
+                dearest = min(table.dearest, network.controller.limit)
+                cost = target_at(state.step, state.total_steps, config.ramp, dearest, target.cost)
                 now = target._replace(cost=cost)
             record = tuning_step(state, module, images, targets, now, config, note)
             on_step(record._replace(phase="controller" if warming_up else "all"))

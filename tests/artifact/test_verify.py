@@ -99,6 +99,21 @@ def test_a_range_that_the_network_does_not_have_is_refused(
         load_artifact(forge({("movable",): [least, (least + most) / 2]}))
 
 
+def test_a_limit_that_the_network_does_not_keep_is_refused(
+    forge: Forge, loaded: tuple[DynamicResNet, dfs_cli.Manifest]
+) -> None:
+    least, most = loaded[1].movable or (0.0, 0.0)
+    wide = {("limit",): most, ("configuration", "limit"): most}
+    assert load_artifact(forge(wide))[0].controller.limit == most
+    with pytest.raises(ArtifactError, match="configuration: not that of this network"):
+        load_artifact(forge({("limit",): 1.0}))
+    given = {("limit",): 0.9 * least, ("configuration", "limit"): 0.9 * least, ("movable",): None}
+    with pytest.raises(ArtifactError, match="cost_max is above the limit"):
+        load_artifact(forge(given))
+    with pytest.raises(ArtifactError, match="limit: below the cost of the cheapest decision"):
+        load_artifact(forge(given | {("validation",): None}))
+
+
 NAN = float("nan")
 
 

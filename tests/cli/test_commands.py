@@ -336,3 +336,46 @@ def test_eval_moves_a_file_to_another_budget(artifact: Path, tmp_path: Path) -> 
     assert result.exit_code == 2 and "outside what this network can be moved to" in result.stderr
     result = CliRunner().invoke(app, ["eval", str(artifact), "--output", str(moved)])
     assert result.exit_code == 2 and "--budget" in result.stderr
+
+
+def test_a_limit_for_every_image(artifact: Path, tmp_path: Path) -> None:
+    limited = tmp_path / "limited.safetensors"
+    before = json.loads(run("eval", artifact, "--json", "--workers", "0").stdout)
+    assert before["limit"] is None and before["keeps_limit"] is None
+    movable = dfs_cli.load(artifact).manifest.movable
+    assert movable is not None
+    limit = (movable[0] + before["cost_max"]) / 2
+    arguments = ["eval", artifact, "--json", "--workers", "0", "--limit", limit]
+    result = run(*arguments, "--output", limited)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert record["cost_max"] <= limit < before["cost_max"] and record["limit"] == limit and record["keeps_limit"]
+    again = json.loads(run("eval", limited, "--json", "--workers", "0").stdout)
+    assert again["cost_max"] == record["cost_max"] and again["limit"] == limit
+    assert f"limit {limit:g}" in run("eval", limited, "--workers", "0").stdout
+    both = json.loads(run(*arguments, "--budget", limit).stdout)
+    assert both["cost_max"] <= limit and both["budget"] == limit
+
+    refused(run("eval", artifact, "--limit", "1e-5"), "pass --limit")
+    refused(run("eval", artifact, "--limit", "0"), "limit 0 is not above 0")
+    refused(run("eval", artifact, "--output", "other.safetensors"), "--budget or --limit")
+    base = ["convert", "resnet20_digits", "--budget", "0.4", "--limit"]
+    refused(run(*base, "1e-5"), "limit 1e-05 cannot be kept")
+    refused(run(*base, "nan"), "limit nan is not above 0")
+    refused(run(*base, "0.3", "--spend"), "cannot be spent where no image may cost more than 0.3")
+    assert written() == ["limited.safetensors"] and Path.cwd() == tmp_path
+
+
+def test_a_missed_limit_is_exit_code_1(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dfs_cli.Manifest, "keeps_limit", property(lambda manifest: manifest.limit is None))
+    result = run("eval", artifact, "--limit", "0.9", "--workers", "0")
+    assert result.exit_code == 1 and "the limit was missed" in result.stderr.splitlines()[-1]
+
+
+def test_convert_says_the_limit() -> None:
+    result = run("convert", "resnet20_digits", "--budget", "0.05", "--limit", "0.06", "--steps", "2", *SHORT[2:])
+    assert result.exit_code == 0, result.output
+    report = json.loads(Path("model.report.json").read_text())
+    assert report["limit"] == 0.06 and report["cost_max"] <= 0.06
+    assert "0.06 for every image" in result.stderr and "limit   0.06; the dearest image costs" in result.stdout
+    assert "at most 0.06 whatever is shown" in Path("model.report.md").read_text()

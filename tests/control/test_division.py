@@ -1,5 +1,7 @@
 """How a budget is divided where costs are those of a device."""
 
+import math
+
 import pytest
 import torch
 from common import SIZE, make_dynamic, tiny_resnet
@@ -32,11 +34,11 @@ def costs_of(blocks: tuple[float, ...]) -> CostTable:
     return table.on_device(costs, "probe")
 
 
-def divided(table: CostTable, budget: float, mirrored: bool = True) -> Division:
+def divided(table: CostTable, budget: float, mirrored: bool = True, limit: float = math.inf) -> Division:
     torch.manual_seed(0)
     network, images = make_dynamic(MODEL, CONFIG), torch.randn(64, *SIZE)
     fit_steps(network, images)
-    return divide(network.eval(), table, HARM, budget, images, (View(), View(mirrored=mirrored)))
+    return divide(network.eval(), table, HARM, budget, images, (View(), View(mirrored=mirrored)), limit)
 
 
 def test_a_division_costs_what_it_says() -> None:
@@ -66,6 +68,16 @@ def test_where_bits_save_a_second_pass_may_have_its_share() -> None:
         division = divided(table, budget)
         first = table.cost(Decisions.alike(division.first, 1)).item()
         assert 0 < division.share <= 1 and first + division.share * division.second <= budget + 1e-9
+
+
+def test_both_passes_together_cost_no_more_than_the_limit() -> None:
+    table = costs_of((0.0, 1.0, 4.0))
+    for limit in (0.6, 0.45, 0.3):
+        division = divided(table, 0.45, limit=limit)
+        # Where one pass for all is best, nothing is decided, and the network becomes a static one.
+        costs = table if division.share else table.without_deciding()
+        assert costs.cost(Decisions.alike(division.first, 1)).item() + division.second <= limit
+    assert divided(table, 0.45, limit=0.6).share > 0
 
 
 def test_the_probe_starts_with_the_division_and_its_costs_are_those_after_the_first_pass() -> None:

@@ -26,8 +26,8 @@ def test_cost_of_a_mac_by_hand() -> None:
 
 def test_costs_of_each_pass_by_hand() -> None:
     assert (TABLE.passes, TABLE.dense_macs, TABLE.block_macs) == (2, 1000, (400, 400))
-    assert TABLE.option_costs.tolist() == [[[0, 0.025, 0.4], [0, 0.025, 0.4]]] * 2
-    assert list(TABLE.controller_costs) == [0, 0.03]
+    assert TABLE.option_costs.flatten().tolist() == pytest.approx([0, 0.025, 0.4] * 4)
+    assert list(TABLE.controller_costs) == pytest.approx([0, 0.03])
     assert (TABLE.fixed_cost(0), TABLE.fixed_cost(1)) == pytest.approx((FIXED, FIXED + 0.03))
     assert TABLE.cheapest == pytest.approx(FIXED)
     assert (TABLE.dearest_pass(0), TABLE.dearest_pass(1)) == pytest.approx((FIXED + 0.8, FIXED + 0.83))
@@ -56,6 +56,32 @@ def test_images_pay_for_the_passes_they_take() -> None:
     assert TABLE.pass_cost(decisions.in_pass(1)[1:], 1).tolist() == pytest.approx([FIXED + 0.455, FIXED + 0.03])
     # Decisions may have fewer passes than the table.
     assert TABLE.cost(Decisions.of_pass(torch.tensor([[2, 2]]))).tolist() == pytest.approx([FIXED + 0.8])
+
+
+def test_sums_of_costs_are_exact_in_whatever_order() -> None:
+    many = CostTable(
+        (0, 3, 7), tuple("abcdefghi"), (STEM, *(LayerCost(b, 7, i) for i, b in enumerate("abcdefghi"))), ((3,) * 9,)
+    )
+    costs = many.option_costs[0]
+    steps = costs * 2**44
+    assert torch.equal(steps, steps.round()) and costs[0].tolist() == pytest.approx(
+        [0, 7 * 9 / 1024 / 263, 7 * 49 / 1024 / 263]
+    )
+    policy = torch.tensor([1, 2, 1, 2, 2, 0, 1, 2, 1])
+    chosen = costs.gather(1, policy[:, None]).flatten().tolist()
+    forwards = sum([many.fixed_cost(0), *chosen])
+    assert many.cost(Decisions.alike(policy, 1)).item() == forwards == sum([*reversed(chosen), many.fixed_cost(0)])
+
+
+def test_a_limit_is_checked_with_the_budget() -> None:
+    TABLE.check_budget(0.5, limit=TABLE.cheapest)
+    with pytest.raises(
+        ConfigError, match=r"limit 0.01 cannot be kept with options 0,8,32: .*; pass --limit 0.0125 or more"
+    ):
+        TABLE.check_budget(0.5, limit=0.01)
+    TABLE.check_budget(0.5, spend=True, limit=0.45)
+    with pytest.raises(ConfigError, match=r"budget 0.5 cannot be spent where no image may cost more than 0.44: "):
+        TABLE.check_budget(0.5, spend=True, limit=0.44)
 
 
 def test_layers_may_have_bits_of_their_own() -> None:

@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from timm.models.resnet import Bottleneck
 from torch import nn
 
+from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import Controller, controller_of
 from dfs_cli.control.gated import GatedController
 from dfs_cli.control.probe import ProbeController
@@ -33,9 +34,11 @@ from dfs_cli.data.images import Batch
 from dfs_cli.errors import ExportError
 from dfs_cli.export.check import compare
 from dfs_cli.export.controllers import writer_of
-from dfs_cli.export.network import BITS, IMAGES, LOGITS, OPERATING_POINT, export_network, export_static
+from dfs_cli.export.network import BITS, IMAGES, LIMIT, LOGITS, OPERATING_POINT, export_network, export_static
 from dfs_cli.export.parts import Parts
+from dfs_cli.export.runtime import open_session
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.surgery.plan import plan_costs
 
 pytestmark = pytest.mark.medium
 
@@ -98,6 +101,61 @@ def test_the_graph_keeps_to_the_dearest_options_that_are_allowed(gate: str, bits
     kept = network.run(varied).decisions
     assert int(kept.in_pass(kept.passes - 1)[:, block].max()) <= len(bits) - 2
     check_same_as_network(network)
+
+
+@pytest.mark.parametrize(
+    ("gate", "bits"), [("rnn", (0, 8)), ("rnn", (0, 4, 8)), ("ff", (0, 4, 8)), ("probe", (0, 4, 8))]
+)
+def test_the_graph_keeps_the_limit_that_the_network_has_and_any_other_as_an_input(
+    gate: GateKind, bits: tuple[int, ...]
+) -> None:
+    network = make_network(tiny_resnet(Bottleneck), gate, bits)
+    table = plan_costs(tiny_resnet(Bottleneck), DynamicConfig(bits=bits, gate=gate, mirror=gate == "probe"), SIZE)
+    controller = controller_of(network)
+    varied = images(40) * torch.linspace(0.2, 5.0, 40).reshape(-1, 1, 1, 1)
+    free = network.run(varied).decisions
+    low, high = (float(cost) for cost in table.cost(free).aminmax())
+    default = high - 1e-6
+    controller.limit = default
+    model = export_network(part_writer(network))
+    onnx.checker.check_model(model)
+    session = open_session(model.SerializeToString(), threads=1)
+    assert [value.name for value in session.get_inputs()] == [IMAGES]
+
+    def decided(**inputs: np.ndarray) -> torch.Tensor:
+        found = [session.run([BITS], {IMAGES: image[None].numpy(), **inputs})[0] for image in varied]
+        return torch.from_numpy(np.concatenate(found))
+
+    seen = []
+    for limit in (default, 0.3 * low + 0.7 * high, high + 1):
+        controller.limit = limit
+        expected = network.run(varied).decisions
+        inputs = {} if limit == default else {LIMIT: np.array(limit)}
+        bits_in_graph = decided(**inputs)
+        same = (bits_in_graph == expected.bits(network.bits)).all(dim=1)
+        assert same.double().mean() >= 0.95
+        options = torch.bucketize(bits_in_graph, torch.tensor(network.bits))
+        in_graph = Decisions(options.masked_fill(bits_in_graph < 0, NOT_RUN).reshape(expected.options.shape))
+        assert float(table.cost(in_graph).max()) <= limit and float(table.cost(expected).max()) <= limit
+        seen.append(float(table.cost(expected).mean()))
+    assert len(set(seen)) == 3 and bool(expected.equal(free).all()), "each limit must change something but the largest"
+    below = decided(**{LIMIT: np.array(0.0)})
+    assert (below[:, -len(network.blocks) :] == (-1 if gate == "probe" else 0)).all(), "the cheapest decision"
+
+
+def test_a_network_without_a_limit_has_no_node_for_one() -> None:
+    for gate in ("rnn", "probe"):
+        network = make_network(tiny_resnet(), gate)
+        free = export_network(part_writer(network)).graph
+        assert LIMIT not in [tensor.name for tensor in free.initializer]
+        controller_of(network).limit = 1.0
+        limited = export_network(part_writer(network)).graph
+        assert LIMIT in [tensor.name for tensor in limited.initializer]
+        more = sum(len(g.node) for g in (limited, *subgraphs(limited))) - sum(
+            len(g.node) for g in (free, *subgraphs(free))
+        )
+        # Of a gate, four before each of five blocks and two in the beginning; of a second pass, a few whatever L is.
+        assert more == (22 if gate == "rnn" else 10)
 
 
 @slow

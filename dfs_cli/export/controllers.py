@@ -6,6 +6,7 @@ from functools import singledispatch
 from typing import NamedTuple
 
 import numpy as np
+from onnx import TensorProto
 
 from dfs_cli.control.base import Controller
 from dfs_cli.control.gated import GatedController
@@ -23,6 +24,7 @@ from dfs_cli.export.gates import (
     write_uncertainty,
 )
 from dfs_cli.export.graph import Graph, Test
+from dfs_cli.export.groups import Choice, rows_of, write_choices
 from dfs_cli.export.part_writer import PartWriter, Pooled
 from dfs_cli.nn.passes import View
 
@@ -31,8 +33,8 @@ class Results(NamedTuple):
     """The results of a network, by name.
 
     Args:
-        logits: (1, classes).
-        bits: (1, P * L), the bitwidths that were chosen.
+        logits: (N, classes).
+        bits: (N, P * L), the bitwidths that were chosen.
     """
 
     logits: str
@@ -50,7 +52,7 @@ class ControllerWriter:
 
         Args:
             writer: of the network's parts.
-            images: name of the images (1, C, H, W).
+            images: name of the images (N, C, H, W).
             point: name of the operating point, a double.
         """
         raise NotImplementedError
@@ -69,15 +71,15 @@ class StaticWriter(ControllerWriter):
 
 
 class GatedWriter(ControllerWriter):
-    """One pass with a gate and an ``If`` for every block."""
+    """One pass with a gate and an ``If`` for every block; of several images an ``If`` for every option of every block."""
 
     def __init__(self, controller: GatedController) -> None:
         self._controller = controller
 
     def decide(self, graph: Graph, writer: PartWriter, images: str, point: str) -> Results:
-        gate = self._controller.gate
+        gate, bits = self._controller.gate, writer.network.bits
         costs = self._controller.option_costs[0].cpu().numpy()
-        gate_writer = _GATE_WRITERS[type(gate)](graph, gate, costs, point, self._controller.ceiling)
+        gate_writer = _GATE_WRITERS[type(gate)](graph, gate, costs, point, self._controller.ceiling, writer.batched)
         state = gate_writer.start(graph)
         chosen: list[str] = []
 
@@ -88,12 +90,36 @@ class GatedWriter(ControllerWriter):
             chosen.append(decision)
             return gate_writer.test(decision)
 
+        def choose(inner: Graph, block: int, pooled: Pooled | None) -> Choice:
+            decide(inner, block, pooled)
+            chosen[-1] = gate_writer.options(inner, chosen[-1])
+            return write_choices(inner, chosen[-1:], len(bits))[0]
+
+        if writer.batched:
+            logits = writer.write_grouped_pass(graph, images, choose, pools=True)
+            columns = [graph.add("Unsqueeze", [name, graph.constant([1], np.int64)]) for name in chosen]
+            return Results(logits, look_up_bits(graph, bits, graph.add("Concat", columns, axis=1)))
         logits = writer.write_deciding_pass(graph, images, decide, pools=True)
-        return Results(logits, gate_writer.write_bits(graph, chosen, writer.network.bits))
+        return Results(logits, gate_writer.write_bits(graph, chosen, bits))
+
+
+class _First(NamedTuple):
+    """What the first pass says about N images, by name.
+
+    Args:
+        logits: (N, classes).
+        features: (N, ...), before the head.
+        uncertainty, margin: (N, 1).
+    """
+
+    logits: str
+    features: str
+    uncertainty: str
+    margin: str
 
 
 class ProbeWriter(ControllerWriter):
-    """A first pass with one policy, and one ``If`` around the whole second pass."""
+    """A first pass with one policy, and one ``If`` around the whole second pass, which the unsure of several images take."""
 
     def __init__(self, controller: ProbeController) -> None:
         self._controller = controller
@@ -103,14 +129,12 @@ class ProbeWriter(ControllerWriter):
         policy = controller.policy.tolist()
         first, features = writer.write_pass(graph, images, policy)
         uncertainty, margin = write_uncertainty(graph, first, writer.parts.classes)
+        if writer.batched:
+            return self._refine_some(graph, writer, images, point, _First(first, features, uncertainty, margin))
         is_unsure = graph.add("Squeeze", [graph.add("Greater", [uncertainty, point])])
 
         def refine(inner: Graph) -> list[str]:
-            charge = controller.cost_multiplier * controller.option_costs[1].cpu().numpy()
-            pooled = writer.pool(inner, blocks, features)
-            choice = write_second_pass_gate(
-                inner, controller.gate, controller.ceiling, charge, uncertainty, margin, pooled
-            )
+            choice = self._choose(inner, writer, _First(first, features, uncertainty, margin))
 
             # All tests at once, in one node: a node costs microseconds.
             numbers = range(1, len(bits))
@@ -134,6 +158,50 @@ class ProbeWriter(ControllerWriter):
         logits, second_bits = graph.branch(is_unsure, refine, stop)
         first_bits = [[bits[option] for option in policy]]
         return Results(logits, graph.add("Concat", [graph.constant(first_bits, np.int64), second_bits], axis=1))
+
+    def _refine_some(self, graph: Graph, writer: PartWriter, images: str, point: str, first: _First) -> Results:
+        """Write the second pass over those of several ``images`` whose first answer is not sure."""
+        controller, bits, blocks = self._controller, writer.network.bits, len(writer.network.blocks)
+        policy = [bits[option] for option in controller.policy.tolist()]
+        # (N, 1) together with (1, L) is (N, L).
+        first_bits, not_run = (
+            graph.add("Expand", [graph.constant([row], np.int64), graph.add("Shape", [first.uncertainty])])
+            for row in (policy, [NOT_RUN] * blocks)
+        )
+        is_unsure = graph.add(
+            "Reshape", [graph.add("Greater", [first.uncertainty, point]), graph.constant([-1], np.int64)]
+        )
+        rows = rows_of(graph, is_unsure)
+        is_any = graph.add("Cast", [graph.add("Size", [rows])], to=TensorProto.BOOL)
+
+        def refine(inner: Graph) -> list[str]:
+            def gather(name: str) -> str:
+                return inner.add("GatherND", [name, rows])
+
+            unsure = _First(*map(gather, first))
+            choice = self._choose(inner, writer, unsure)
+            columns = [
+                inner.add("Gather", [choice, inner.constant(block, np.int64)], axis=1) for block in range(blocks)
+            ]
+            choices = write_choices(inner, columns, len(bits))
+            view = _write_view(inner, gather(images), controller.views[1])
+            second = writer.write_grouped_pass(inner, view, lambda graph, block, _: choices[block], pools=False)
+            both = self._add_logits(inner, unsure.logits, second)
+            return [
+                inner.add("ScatterND", [name, rows, changed])
+                for name, changed in ((first.logits, both), (not_run, look_up_bits(inner, bits, choice)))
+            ]
+
+        logits, second_bits = graph.branch(is_any, refine, lambda inner: [first.logits, not_run])
+        return Results(logits, graph.add("Concat", [first_bits, second_bits], axis=1))
+
+    def _choose(self, graph: Graph, writer: PartWriter, first: _First) -> str:
+        """Write the gate of the second pass; returns the options (N, L)."""
+        controller, pooled = self._controller, writer.pool(graph, len(writer.network.blocks), first.features)
+        charge = controller.cost_multiplier * controller.option_costs[1].cpu().numpy()
+        return write_second_pass_gate(
+            graph, controller.gate, controller.ceiling, charge, first.uncertainty, first.margin, pooled
+        )
 
     def follow(self, graph: Graph, writer: PartWriter, images: str, decisions: Decisions) -> str:
         first = super().follow(graph, writer, images, decisions)
@@ -180,7 +248,7 @@ def _policy(decisions: Decisions, index: int) -> list[int]:
 
 
 def _write_view(graph: Graph, images: str, view: View) -> str:
-    """What a pass sees of ``images`` (1, C, H, W)."""
+    """What a pass sees of ``images`` (N, C, H, W)."""
     if not view.mirrored:
         return images
     numbers = [graph.constant([i], np.int64) for i in (-1, np.iinfo(np.int64).min, 3)]

@@ -30,15 +30,22 @@ class GateWriter(ABC):
         option_costs: (L, K).
         operating_point: name of the cost multiplier, a double.
         ceiling: the dearest options that the blocks may have.
+        batched: whether there may be several images.
     """
 
     dtype: ClassVar[type[np.floating]] = _DOUBLE
     """Precision of the scores."""
 
     def __init__(
-        self, graph: Graph, gate: Gate, option_costs: np.ndarray, operating_point: str, ceiling: Ceiling
+        self,
+        graph: Graph,
+        gate: Gate,
+        option_costs: np.ndarray,
+        operating_point: str,
+        ceiling: Ceiling,
+        batched: bool = False,
     ) -> None:
-        self.gate = gate
+        self.gate, self.batched = gate, batched
         self._is_binary = gate.options == 2
         charge = graph.add("Mul", [graph.constant(self._scores(option_costs), _DOUBLE), operating_point])
         preference = graph.constant(self._scores(_preference(gate.preference, ceiling)))
@@ -56,7 +63,7 @@ class GateWriter(ABC):
         """Decide on a block from the mean of its input.
 
         Returns:
-            The decision (1,): the option's index, or, of two options, whether it is the first; and the next state.
+            The decision (N,): the option's index, or, of two options, whether it is the first; and the next state.
         """
         hidden, head, state = self._hidden(graph, block, pooled, state)
         weight = self._scores(_double(head.weight).T)
@@ -69,14 +76,20 @@ class GateWriter(ABC):
             scores = graph.add("Add", [scores, self._biases[block]])
             decision = graph.add("ArgMax", [scores], axis=-1, keepdims=1)
         # OpenVINO takes no condition of more axes.
-        return graph.add("Reshape", [decision, graph.constant([1], np.int64)]), list(state)
+        return graph.add("Reshape", [decision, graph.constant([-1], np.int64)]), list(state)
 
     def test(self, decision: str) -> Test:
         """The test whether ``decision`` names an option before another one."""
         return (lambda graph, option: decision) if self._is_binary else Graph.less(decision)
 
+    def options(self, graph: Graph, decision: str) -> str:
+        """The options (N,) that ``decision`` names."""
+        if not self._is_binary:
+            return decision
+        return graph.add("Where", [decision, *(graph.constant(option, np.int64) for option in (0, 1))])
+
     def write_bits(self, graph: Graph, decisions: Sequence[str], bits: Sequence[int]) -> str:
-        """The bitwidths (1, L) of ``decisions``."""
+        """The bitwidths (1, L) of ``decisions`` on one image."""
         joined = graph.add("Concat", decisions, axis=0)
         joined = graph.add("Reshape", [joined, graph.constant([1, len(decisions)], np.int64)])
         if not self._is_binary:
@@ -96,12 +109,14 @@ class GateWriter(ABC):
 
 class RecurrentGateWriter(GateWriter):
     """Writes a recurrent gate: one LSTM node, in single precision (runtimes have no other), behind a product whose weights hold
-    the embedding and the scale of its input."""
+    the embedding and the scale of its input. Images are its batch; each block is a step."""
 
     dtype = np.float32
     gate: RecurrentGate
 
     def start(self, graph: Graph) -> list[str]:
+        if self.batched:  # left out, a state is zero for every image
+            return ["", ""]
         zeros = graph.constant(np.zeros((1, 1, self.gate.hidden)), np.float32)
         return [zeros, zeros]
 
@@ -113,8 +128,9 @@ class RecurrentGateWriter(GateWriter):
         outer, inner = (_reordered(_double(w)) for w in (gate.cell.weight_ih, gate.cell.weight_hh))
         bias = outer @ _double(embed.bias) + _reordered(_double(gate.cell.bias_ih) + _double(gate.cell.bias_hh))
         weight = graph.constant(pooled.scale * _double(embed.weight).T, np.float32)
+        embedded = graph.add("MatMul", [pooled.name, weight])
         inputs = [
-            graph.add("MatMul", [pooled.name, weight]),
+            graph.add("Transpose", [embedded], perm=[1, 0, 2]) if self.batched else embedded,
             graph.constant(outer[None], np.float32),
             graph.constant(inner[None], np.float32),
             graph.constant(np.concatenate([bias, np.zeros_like(bias)])[None], np.float32),
@@ -142,8 +158,8 @@ def look_up_bits(graph: Graph, bits: Sequence[int], indices: str) -> str:
 
 
 def _row(graph: Graph, pooled: Pooled) -> str:
-    """``pooled`` as (1, C) in double precision, not scaled yet."""
-    row = graph.add("Squeeze", [pooled.name, graph.constant([0], np.int64)])
+    """``pooled`` as (N, C) in double precision, not scaled yet."""
+    row = graph.add("Squeeze", [pooled.name, graph.constant([1], np.int64)])
     return graph.add("Cast", [row], to=TensorProto.DOUBLE)
 
 
@@ -154,7 +170,7 @@ def _reordered(rows: np.ndarray) -> np.ndarray:
 
 
 def write_uncertainty(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
-    """The uncertainty (1, 1) of ``logits`` (1, classes), see :func:`dfs_cli.control.gates.uncertainty`, and the margin (1, 1)
+    """The uncertainty (N, 1) of ``logits`` (N, classes), see :func:`dfs_cli.control.gates.uncertainty`, and the margin (N, 1)
     between the two largest, both in double precision."""
     values = graph.add("Cast", [logits], to=TensorProto.DOUBLE)
     ordered = graph.add("TopK", [values, graph.constant([classes], np.int64)], 2, axis=1)
@@ -175,12 +191,12 @@ def write_second_pass_gate(
     margin: str,
     pooled: Pooled,
 ) -> str:
-    """The options (L,) of the second pass.
+    """The options (N, L) of the second pass.
 
     Args:
         ceiling: the dearest options that the blocks may have.
         charge: (L, K), subtracted from the options' scores.
-        uncertainty, margin: (1, 1), of the first pass, in double precision.
+        uncertainty, margin: (N, 1), of the first pass, in double precision.
         pooled: the first pass's features.
     """
     means = graph.add("Mul", [_row(graph, pooled), graph.constant(pooled.scale, _DOUBLE)])
@@ -188,9 +204,9 @@ def write_second_pass_gate(
     centred = graph.add("Sub", [summary, graph.constant(_double(gate.input_mean)[None])])
     x = graph.add("Div", [centred, graph.constant(_double(gate.input_deviation)[None])])
     scores = _linear(graph, gate.head, graph.add("Relu", [_linear(graph, gate.embed, x)]))
-    scores = graph.add("Reshape", [scores, graph.constant([gate.blocks, gate.options], np.int64)])
+    scores = graph.add("Reshape", [scores, graph.constant([-1, gate.blocks, gate.options], np.int64)])
     scores = graph.add("Add", [scores, graph.constant(_preference(gate.preference, ceiling))])
-    return graph.add("ArgMax", [graph.add("Sub", [scores, graph.constant(charge, _DOUBLE)])], axis=1, keepdims=0)
+    return graph.add("ArgMax", [graph.add("Sub", [scores, graph.constant(charge, _DOUBLE)])], axis=2, keepdims=0)
 
 
 def _linear(graph: Graph, layer: nn.Module, x: str, scale: float = 1.0) -> str:

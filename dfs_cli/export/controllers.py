@@ -24,7 +24,7 @@ from dfs_cli.export.gates import (
     write_uncertainty,
 )
 from dfs_cli.export.graph import Graph, Test
-from dfs_cli.export.groups import Choice, rows_of, write_choices
+from dfs_cli.export.groups import Choice, rows_of, write_choice
 from dfs_cli.export.part_writer import PartWriter, Pooled
 from dfs_cli.nn.passes import View
 
@@ -93,7 +93,7 @@ class GatedWriter(ControllerWriter):
         def choose(inner: Graph, block: int, pooled: Pooled | None) -> Choice:
             decide(inner, block, pooled)
             chosen[-1] = gate_writer.options(inner, chosen[-1])
-            return write_choices(inner, chosen[-1:], len(bits))[0]
+            return write_choice(inner, chosen[-1], len(bits))
 
         if writer.batched:
             logits = writer.write_grouped_pass(graph, images, choose, pools=True)
@@ -135,22 +135,8 @@ class ProbeWriter(ControllerWriter):
 
         def refine(inner: Graph) -> list[str]:
             choice = self._choose(inner, writer, _First(first, features, uncertainty, margin))
-
-            # All tests at once, in one node: a node costs microseconds.
-            numbers = range(1, len(bits))
-            is_before = [[inner.name("before") for _ in numbers] for _ in range(blocks)]
-            column = inner.add("Reshape", [choice, inner.constant([blocks, 1], np.int64)])
-            tests = inner.add("Less", [column, inner.constant([list(numbers)], np.int64)])
-            tests = inner.add("Reshape", [tests, inner.constant([-1], np.int64)])
-            inner.add("Split", [tests], [name for names in is_before for name in names], axis=0)
-
-            def decide(graph: Graph, block: int, _: Pooled | None) -> Test:  # noqa: ARG001
-                return lambda _, number: is_before[block][number - 1]
-
-            view = _write_view(inner, images, controller.views[1])
-            second = writer.write_deciding_pass(inner, view, decide, pools=False)
-            row = inner.add("Reshape", [choice, inner.constant([1, blocks], np.int64)])
-            return [self._add_logits(inner, first, second), look_up_bits(inner, bits, row)]
+            both = self._add_logits(inner, first, self._look_again(inner, writer, images, choice))
+            return [both, look_up_bits(inner, bits, choice)]
 
         def stop(inner: Graph) -> list[str]:
             return [first, inner.constant(np.full((1, blocks), NOT_RUN, np.int64))]
@@ -160,7 +146,11 @@ class ProbeWriter(ControllerWriter):
         return Results(logits, graph.add("Concat", [graph.constant(first_bits, np.int64), second_bits], axis=1))
 
     def _refine_some(self, graph: Graph, writer: PartWriter, images: str, point: str, first: _First) -> Results:
-        """Write the second pass over those of several ``images`` whose first answer is not sure."""
+        """Write the second pass over those of several ``images`` whose first answer is not sure.
+
+        Images with the same options in every block run together, one group after the other. There are few groups, mostly one;
+        groups in every block would take more nodes.
+        """
         controller, bits, blocks = self._controller, writer.network.bits, len(writer.network.blocks)
         policy = [bits[option] for option in controller.policy.tolist()]
         # (N, 1) together with (1, L) is (N, L).
@@ -178,22 +168,40 @@ class ProbeWriter(ControllerWriter):
             def gather(name: str) -> str:
                 return inner.add("GatherND", [name, rows])
 
-            unsure = _First(*map(gather, first))
-            choice = self._choose(inner, writer, unsure)
-            columns = [
-                inner.add("Gather", [choice, inner.constant(block, np.int64)], axis=1) for block in range(blocks)
-            ]
-            choices = write_choices(inner, columns, len(bits))
-            view = _write_view(inner, gather(images), controller.views[1])
-            second = writer.write_grouped_pass(inner, view, lambda graph, block, _: choices[block], pools=False)
-            both = self._add_logits(inner, unsure.logits, second)
-            return [
-                inner.add("ScatterND", [name, rows, changed])
-                for name, changed in ((first.logits, both), (not_run, look_up_bits(inner, bits, choice)))
-            ]
+            choice = self._choose(inner, writer, _First(*map(gather, first)))
+            policies, group_of = inner.name("policies"), inner.name("group_of")
+            inner.add("Unique", [choice], [policies, "", group_of, ""], axis=0)
+
+            def refine_group(inner: Graph, group: str, logits: str) -> str:
+                members = rows_of(inner, inner.add("Equal", [group_of, group]))
+                members = inner.add("GatherND", [rows, members])
+                policy = inner.add("Gather", [policies, group], axis=0)
+                alone, shown = (inner.add("GatherND", [name, members]) for name in (first.logits, images))
+                both = self._add_logits(inner, alone, self._look_again(inner, writer, shown, policy))
+                return inner.add("ScatterND", [logits, members, both])
+
+            size = inner.add("Shape", [policies], end=1)
+            logits = inner.repeat(size, first.logits, refine_group)
+            return [logits, inner.add("ScatterND", [not_run, rows, look_up_bits(inner, bits, choice)])]
 
         logits, second_bits = graph.branch(is_any, refine, lambda inner: [first.logits, not_run])
         return Results(logits, graph.add("Concat", [first_bits, second_bits], axis=1))
+
+    def _look_again(self, graph: Graph, writer: PartWriter, images: str, policy: str) -> str:
+        """Write the second pass over ``images`` with the same options, (L,) or (1, L), for all; returns its logits."""
+        numbers, blocks = range(1, len(writer.network.bits)), len(writer.network.blocks)
+        # All tests at once, in one node: a node costs microseconds.
+        is_before = [[graph.name("before") for _ in numbers] for _ in range(blocks)]
+        column = graph.add("Reshape", [policy, graph.constant([blocks, 1], np.int64)])
+        tests = graph.add("Less", [column, graph.constant([list(numbers)], np.int64)])
+        tests = graph.add("Reshape", [tests, graph.constant([-1], np.int64)])
+        graph.add("Split", [tests], [name for names in is_before for name in names], axis=0)
+
+        def decide(graph: Graph, block: int, _: Pooled | None) -> Test:  # noqa: ARG001
+            return lambda _, number: is_before[block][number - 1]
+
+        view = _write_view(graph, images, self._controller.views[1])
+        return writer.write_deciding_pass(graph, view, decide, pools=False)
 
     def _choose(self, graph: Graph, writer: PartWriter, first: _First) -> str:
         """Write the gate of the second pass; returns the options (N, L)."""

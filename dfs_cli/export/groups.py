@@ -29,27 +29,20 @@ class Choice(NamedTuple):
     is_uniform: str
 
 
-def write_choices(graph: Graph, options: Sequence[str], count: int) -> list[Choice]:
-    """Add the tests on ``options``, of each block (N,), to ``graph``.
-
-    A node costs microseconds whatever it computes, so all blocks are tested at once.
+def write_choice(graph: Graph, options: str, count: int) -> Choice:
+    """Add the tests on ``options`` (N,) to ``graph``; a node costs microseconds whatever it computes, so they are few.
 
     Args:
         count: K.
     """
     last = graph.constant([-1], np.int64)
-    columns = [graph.add("Unsqueeze", [name, last]) for name in options]
-    joined = columns[0] if len(columns) == 1 else graph.add("Concat", columns, axis=1)
-    equal = graph.add("Equal", [graph.add("Unsqueeze", [joined, last]), graph.constant(range(count), np.int64)])
-    # (L, K): whether an image has the option.
+    equal = graph.add("Equal", [graph.add("Unsqueeze", [options, last]), graph.constant(range(count), np.int64)])
+    # (K,): whether an image has the option.
     found = graph.add("ReduceMax", [graph.add("Cast", [equal], to=TensorProto.INT32)], axes=[0], keepdims=0)
-    exists = [[graph.name("exists") for _ in range(count)] for _ in options]
-    flat = graph.add("Reshape", [graph.add("Cast", [found], to=TensorProto.BOOL), last])
-    graph.add("Split", [flat], [name for names in exists for name in names], axis=0)
-    distinct = graph.add("ReduceSum", [found, last], keepdims=0)
-    uniform = [graph.name("uniform") for _ in options]
-    graph.add("Split", [graph.add("Equal", [distinct, graph.constant(1, np.int32)])], uniform, axis=0)
-    return [Choice(*choice) for choice in zip(options, exists, uniform, strict=True)]
+    exists = [graph.name("exists") for _ in range(count)]
+    graph.add("Split", [graph.add("Cast", [found], to=TensorProto.BOOL)], exists, axis=0)
+    distinct = graph.add("ReduceSum", [found], keepdims=0)
+    return Choice(options, exists, graph.add("Equal", [distinct, graph.constant(1, np.int32)]))
 
 
 def write_groups(

@@ -62,7 +62,7 @@ def _without_batch(node: onnx.NodeProto, place: int, one: np.ndarray, two: np.nd
     Returns:
         None where there is no such shape.
     """
-    if place != 1 or one.shape != two.shape:
+    if place != 1 or one.ndim != 1 or one.shape != two.shape:
         return None
     (differs,) = np.nonzero(one != two)
     shape: np.ndarray = one.copy()

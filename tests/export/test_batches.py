@@ -8,7 +8,6 @@ import pytest
 import torch
 from common import SIZE, tiny_resnet
 from common_export import (
-    MODELS,
     decisions_of,
     images,
     make_network,
@@ -37,7 +36,6 @@ from dfs_cli.presets import BatchSize, parse_batch
 
 pytestmark = pytest.mark.medium
 
-slow = pytest.mark.slow
 VARIED = images(40) * torch.linspace(0.2, 5.0, 40).reshape(-1, 1, 1, 1)
 """Images of very different contrast."""
 
@@ -74,13 +72,6 @@ def test_every_image_gets_what_it_gets_alone(gate: str, bits: tuple[int, ...], b
     assert max(distinct) > 1
     if gate == "probe":
         assert 0 < len(last) < 8
-
-
-@slow
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("gate", ["rnn", "ff", "probe"])
-def test_every_family_in_batches(name: str, gate: str) -> None:
-    check_same_as_alone(make_network(MODELS[name](), gate), "dynamic")
 
 
 @pytest.mark.parametrize("batch", [8, "dynamic"])

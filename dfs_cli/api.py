@@ -45,6 +45,7 @@ from dfs_cli.models.cifar import DIGITS_MODEL
 from dfs_cli.models.zoo import load_model, load_outline
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.observer import Observer
+from dfs_cli.presets import BatchSize, parse_batch
 from dfs_cli.records import Evaluation, Source
 from dfs_cli.report import cost as report
 from dfs_cli.surgery.plan import plan_costs
@@ -210,23 +211,27 @@ def export_onnx(
     *,
     static: bool = False,
     tensorrt: bool = False,
+    batch: BatchSize = 1,
     force: bool = False,
     workers: int | None = None,
     observer: Observer | None = None,
 ) -> Comparison:
-    """Write a converted network as an ONNX graph for one image, and compare the two.
+    """Write a converted network as an ONNX graph, and compare the two.
 
     Args:
         data: whose validation split they are compared on. Without a folder or reader the embedded digits, for their model, else
             random images, ``num_samples`` of them (256).
         static: the most common policy on that split, without gate and control flow.
         tensorrt: as ``static``, of what TensorRT's importer takes; slower in ONNX Runtime.
+        batch: how many images the graph takes at once: 1, another number, or ``dynamic`` for any. Of several images it runs
+            each option on those that have it, and the second pass on the unsure ones alone.
         force: overwrite the file.
         workers: processes that load images; None: two at most, none for the embedded digits.
         observer: told about progress.
 
     Raises:
         MissingDependencyError: onnx or onnxruntime is not installed.
+        ConfigError: the batch is none.
         OutputError: the file exists and ``force`` is not given, or cannot be written.
         ExportError: the graph decides or answers otherwise than the network; nothing is written then.
         DataError: images are missing, too many of them unreadable, or they are of other classes.
@@ -242,6 +247,7 @@ def export_onnx(
     """
     require_onnx()
     check_loading(workers=workers)
+    batch = parse_batch(batch)
     from dfs_cli.export.network import fixed_decisions
     from dfs_cli.export.write import random_batches, write_onnx
 
@@ -269,7 +275,7 @@ def export_onnx(
             log.add(batch.unreadable)
         observer.advance(len(batch.targets) + len(batch.unreadable))
 
-    comparison = write_onnx(Path(path), network, size, batches, labelled, static, tensorrt, force, on_batch)
+    comparison = write_onnx(Path(path), network, size, batches, labelled, static, tensorrt, batch, force, on_batch)
     if isinstance(data, Images) and data.note:
         observer.note(data.note)
     return comparison

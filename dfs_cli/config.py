@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -34,7 +35,9 @@ CHECKPOINT_MINUTES = 5.0
 COMPARED_IMAGES = 1000
 """Real images on which a graph is compared with its network, by default."""
 LARGE_BATCH = 64
-"""Images per batch that ``dfs bench`` measures, besides single ones."""
+"""Images per batch that ``dfs bench`` measures in PyTorch, besides single ones."""
+BATCH_SIZES = (1, 8, 32)
+"""Images per run that ``dfs bench`` measures in ONNX Runtime, by default."""
 
 
 def check_range(name: str, value: int | None, low: int, high: int) -> None:
@@ -48,6 +51,13 @@ def check_loading(batch_size: int | None = None, workers: int | None = None) -> 
     """Raises ConfigError where images cannot be loaded so."""
     check_range("batch-size", batch_size, 1, LARGEST_BATCH)
     check_range("workers", workers, 0, MOST_WORKERS)
+
+
+def check_batch_sizes(sizes: Sequence[int]) -> None:
+    """Raises ConfigError unless batches of each size fill a block of ``LARGE_BATCH`` images."""
+    for size in sizes:
+        if size < 1 or LARGE_BATCH % size:
+            raise ConfigError(f"--batch-sizes {size}: expected divisors of {LARGE_BATCH}, as 1,8,32")
 
 
 def check_budget(budget: float) -> None:

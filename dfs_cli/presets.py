@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from dfs_cli.errors import ConfigError
 from dfs_cli.validation import Json, validated
 
 FULL_BITS = 32
 """The bitwidth that stands for running in floating point."""
+
+BatchSize = int | Literal["dynamic"]
+"""How many images an exported graph takes at once; ``dynamic``: any number."""
+
+MOST_IMAGES = 2**16
+"""The most images that an exported graph takes at once, where their number is fixed."""
 
 
 @validated
@@ -48,6 +56,22 @@ def parse_bits(text: str) -> Preset:
         raise ConfigError(
             f"--bits {text!r}: expected bitwidths separated by commas, as 0,4,8,32, or one of {', '.join(PRESETS)}"
         ) from None
+
+
+def parse_batch(batch: str | int) -> BatchSize:
+    """How many images an exported graph takes at once.
+
+    Raises:
+        ConfigError: it is neither a number from 1 to ``MOST_IMAGES`` nor ``dynamic``.
+    """
+    if batch == "dynamic":
+        return "dynamic"
+    text = str(batch)
+    if text.isascii() and text.isdigit() and len(text) <= len(str(MOST_IMAGES)) and 1 <= int(text) <= MOST_IMAGES:
+        return int(text)
+    raise ConfigError(
+        f"--batch {text[:40]!r}: expected 1 to {MOST_IMAGES}, or dynamic for any number of images, as --batch 8"
+    )
 
 
 DEFAULT_MIX = "0:0.5,8:0.5"

@@ -138,6 +138,16 @@ def run_graph(model: onnx.ModelProto, image: Tensor, **inputs: np.ndarray) -> di
     return dict(zip(names, session.run(None, {IMAGES: image[None].numpy(), **inputs}), strict=True))
 
 
+def run_batch(
+    model: onnx.ModelProto, shown: Tensor, sizes: Sequence[int], **inputs: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The outputs for images (N, C, H, W), by name, divided into batches of ``sizes``."""
+    session = open_session(model.SerializeToString(), threads=1)
+    names = [output.name for output in session.get_outputs()]
+    results = [session.run(names, {IMAGES: part.numpy(), **inputs}) for part in shown.split(list(sizes))]
+    return dict(zip(names, map(np.concatenate, zip(*results, strict=True)), strict=True))
+
+
 def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """The branches of all ``If`` nodes, nested ones included."""
     for node in graph.node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from dfs_cli.artifact.packing import packed_tensors
 from dfs_cli.bench.process import bytes_of
 from dfs_cli.bench.workload import Workload, size_of_images
-from dfs_cli.config import LARGE_BATCH
+from dfs_cli.config import BATCH_SIZES, LARGE_BATCH
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.runtime import has_onnx
 from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.nn.network import Choose, DynamicResNet
 from dfs_cli.nn.passes import FULL_VIEW, Output, TuningTarget, View
+from dfs_cli.presets import BatchSize
 
 OWN, INT8 = "ort-dfs", "ort-int8-static"
 """The names of the network that is measured, and of static int8, in ONNX Runtime."""
@@ -91,17 +92,21 @@ class ObservedNetwork(DynamicResNet):
 
 
 def list_candidates(
-    workload: Workload, threads: int, rivals: Mapping[str, Workload] | None = None
+    workload: Workload,
+    threads: int,
+    rivals: Mapping[str, Workload] | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> tuple[list[Candidate], dict[str, Any] | None]:
     """All candidates that can run here, and facts about the dynamic network's graph; None without ONNX Runtime.
 
     Args:
         rivals: by name, other networks that are compared in ONNX Runtime.
+        batch_sizes: images per run in ONNX Runtime, besides single ones.
     """
     candidates = _in_pytorch(workload)
     if not has_onnx():
         return candidates, None
-    others, graph = _in_onnxruntime(workload, threads, rivals or {})
+    others, graph = _in_onnxruntime(workload, threads, rivals or {}, batch_sizes)
     return candidates + others, graph
 
 
@@ -123,7 +128,7 @@ def _in_pytorch(workload: Workload) -> list[Candidate]:
 
 
 def _in_onnxruntime(
-    workload: Workload, threads: int, rivals: Mapping[str, Workload]
+    workload: Workload, threads: int, rivals: Mapping[str, Workload], batch_sizes: Sequence[int]
 ) -> tuple[list[Candidate], dict[str, Any]]:
     from dfs_cli.export.baselines import export_dense, quantize_dense
 
@@ -131,20 +136,36 @@ def _in_onnxruntime(
         build = functools.partial(open_step, model, threads)
         return Candidate(name, 1, build, len(model), cost, of, known, in_pytorch=False)
 
-    dense = export_dense(workload.dense, size_of_images(workload.images))
-    int8 = quantize_dense(dense, workload.calibration)
+    size = size_of_images(workload.images)
+
+    def candidates(batch: BatchSize, dynamic: bytes) -> list[Candidate]:
+        """Those whose graphs take ``batch`` images at once."""
+        dense = export_dense(workload.dense, size, batch)
+        int8 = quantize_dense(dense, workload.calibration)
+        own = [
+            candidate("ort-fp32", dense, 1.0, known=workload.is_original),
+            candidate(INT8, int8, workload.table.uniform_cost(8), known=workload.is_original),
+            candidate(OWN, dynamic, workload.cost),
+        ]
+        return own + [candidate(name, _graph(rival, batch), rival.cost, rival) for name, rival in rivals.items()]
+
     dynamic, graph = dynamic_graph(workload)
-    candidates = [
-        candidate("ort-fp32", dense, 1.0, known=workload.is_original),
-        candidate(INT8, int8, workload.table.uniform_cost(8), known=workload.is_original),
-        candidate(OWN, dynamic, workload.cost),
-        *(candidate(name, dynamic_graph(rival)[0], rival.cost, rival) for name, rival in rivals.items()),
-    ]
-    return candidates, graph
+    alone, sizes = candidates(1, dynamic), sorted({*batch_sizes} - {1})
+    together = candidates("dynamic", _graph(workload, "dynamic")) if sizes else []
+    return alone + [one._replace(batch=batch) for batch in sizes for one in together], graph
+
+
+def _graph(workload: Workload, batch: BatchSize) -> bytes:
+    """The dynamic network's graph for ``batch`` images at once."""
+    from dfs_cli.export.part_writer import PartWriter
+    from dfs_cli.export.parts import Parts
+    from dfs_cli.export.write import serialise
+
+    return serialise(PartWriter(Parts(workload.network, size_of_images(workload.images), batch)))
 
 
 def open_step(model: bytes, threads: int) -> Step:
-    """The function that runs a serialised graph, one image at a time."""
+    """The function that runs a serialised graph."""
     from dfs_cli.export.network import IMAGES, LOGITS
     from dfs_cli.export.runtime import open_session
 

@@ -18,7 +18,7 @@ from dfs_cli.bench.machine import describe_machine
 from dfs_cli.bench.process import added_memory, peak_bytes, size_of
 from dfs_cli.bench.verdict import Measured, Verdict, judge
 from dfs_cli.bench.workload import Workload, size_of_images
-from dfs_cli.config import LARGE_BATCH
+from dfs_cli.config import BATCH_SIZES, LARGE_BATCH, check_batch_sizes
 from dfs_cli.observer import Observer
 from dfs_cli.validation import Json
 
@@ -100,7 +100,8 @@ class InferenceBench(Json):
         graph: facts about the dynamic network's graph: its ``features``, int8 or float, and, where there are real images,
             its comparison with the network; None: ONNX Runtime is not installed.
         machine: processor, system, and versions of the runtimes.
-        verdict: the dynamic network beside all others in ONNX Runtime; None where that is not installed.
+        verdicts: the dynamic network beside all others in ONNX Runtime, for single images and for each size of a batch; none
+            where that is not installed.
     """
 
     rows: tuple[Row, ...]
@@ -113,7 +114,7 @@ class InferenceBench(Json):
     decisions: str
     graph: dict[str, Any] | None
     machine: dict[str, str]
-    verdict: Verdict | None
+    verdicts: tuple[Verdict, ...]
 
 
 @torch.inference_mode()
@@ -122,6 +123,7 @@ def bench_inference(
     threads: int,
     repeats: int = 3,
     rivals: Mapping[str, Workload] | None = None,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     observer: Observer | None = None,
 ) -> InferenceBench:
     """Time all candidates, in turns.
@@ -131,16 +133,18 @@ def bench_inference(
         repeats: how often each image is timed. The images are divided into blocks; each candidate in turn runs a block, one
             image after the other or as a batch.
         rivals: by name, other networks that are compared in ONNX Runtime, on the same images.
+        batch_sizes: images per run in ONNX Runtime, besides single ones: divisors of 64, so that every image is in one run.
         observer: told about progress.
 
     Raises:
-        ConfigError: ``threads`` or ``repeats`` is below 1.
+        ConfigError: ``threads`` or ``repeats`` is below 1, or a batch has another size.
     """
     check_repeats(repeats)
+    check_batch_sizes(batch_sizes)
     observer = observer or Observer()
     with on_threads(threads):
         observer.stage("preparing", None)
-        candidates, graph = list_candidates(workload, threads, rivals)
+        candidates, graph = list_candidates(workload, threads, rivals, batch_sizes)
         prepared = [_prepare(candidate) for candidate in candidates]
         blocks = -(-len(workload.images) // LARGE_BATCH)
         observer.stage("blocks of images", _WARM_UP + repeats * blocks)
@@ -162,7 +166,7 @@ def bench_inference(
         decisions=workload.decisions,
         graph=graph,
         machine=describe_machine(),
-        verdict=make_verdict(candidates, runs),
+        verdicts=make_verdicts(candidates, runs),
     )
 
 
@@ -188,10 +192,9 @@ def _measure(candidate: Candidate, step: Step, blocks: int, threads: int) -> Cal
 
     def measure(turn: int) -> list[Run]:
         start = turn % blocks * LARGE_BATCH
-        if candidate.batch == 1:
-            inputs = list(images[start : start + LARGE_BATCH].split(1))
-        else:  # whole batches alone can be compared
-            inputs = [images[[(start + i) % len(images) for i in range(candidate.batch)]]]
+        # Whole batches alone can be compared: the last one is filled up with the first images.
+        firsts = range(start, min(start + LARGE_BATCH, len(images)), candidate.batch)
+        inputs = [images[[(first + i) % len(images) for i in range(candidate.batch)]] for first in firsts]
         began, untimed = time.perf_counter(), itertools.cycle(inputs)
         while time.perf_counter() - began < _UNTIMED:
             step(next(untimed))
@@ -263,11 +266,11 @@ def _compared(row: Row, rows: Sequence[Row]) -> Row:
     return replace(row, speedup=speedup, time=1.0 if dense is None or row.name == "pytorch-dense" else 1 / dense)
 
 
-def make_verdict(candidates: Sequence[Candidate], runs: Sequence[Sequence[Sequence[Run]]]) -> Verdict | None:
-    """The dynamic network beside all others in ONNX Runtime; None where it was not measured there."""
-    measured = {
-        candidate.name: Measured(_seconds(passes), _right(candidate, passes))
-        for candidate, passes in zip(candidates, runs, strict=True)
-        if not candidate.in_pytorch
-    }
-    return judge(OWN, measured, INT8) if OWN in measured else None
+def make_verdicts(candidates: Sequence[Candidate], runs: Sequence[Sequence[Sequence[Run]]]) -> tuple[Verdict, ...]:
+    """The dynamic network beside all others in ONNX Runtime, for each size of a batch in which it was measured there."""
+    measured: dict[int, dict[str, Measured]] = {}
+    for candidate, passes in zip(candidates, runs, strict=True):
+        if not candidate.in_pytorch:
+            found = Measured(_seconds(passes), _right(candidate, passes))
+            measured.setdefault(candidate.batch, {})[candidate.name] = found
+    return tuple(judge(OWN, found, INT8, batch) for batch, found in measured.items() if OWN in found)

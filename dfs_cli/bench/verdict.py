@@ -19,7 +19,7 @@ class Measured(NamedTuple):
     """What was measured of a candidate.
 
     Args:
-        seconds: (R, N), the time of each image in each of R passes over them, in which all candidates took turns.
+        seconds: (R, N), the time of each image (or batch) in each of R passes over them, in which all candidates took turns.
         right: (N,), whether it answered right; None: not known.
     """
 
@@ -33,7 +33,7 @@ class Pairing(Json):
 
     Args:
         name: of the other one.
-        time: mean time of an image over that of the other.
+        time: mean time of an image (or batch) over that of the other.
         time_low, time_high: the least and the largest such ratio, of it and of single passes over all images.
         top1: points of top-1 above the other; None: not known.
         top1_error: standard error of that, for images that both have seen.
@@ -57,23 +57,26 @@ class Verdict(Json):
 
     Args:
         name: of the network.
+        batch: images per run.
         pairings: one for each of the others.
         at_equal_top1: the fastest of the others whose top-1 is no lower, within the error; None: there is none.
         at_equal_time: the most accurate of the others that take no longer, in one of the passes at least; None: there is none.
     """
 
     name: str
+    batch: int
     pairings: tuple[Pairing, ...]
     at_equal_top1: str | None
     at_equal_time: str | None
 
 
-def judge(name: str, measured: Mapping[str, Measured], reference: str = "") -> Verdict:
+def judge(name: str, measured: Mapping[str, Measured], reference: str = "", batch: int = 1) -> Verdict:
     """The verdict about a network.
 
     Args:
         measured: by name, the network and all others.
         reference: of the others, the one that is named first.
+        batch: images per run.
     """
     others = sorted(set(measured) - {name}, key=lambda other: (other != reference, list(measured).index(other)))
     pairings = tuple(_pair(measured[name], measured[other], other) for other in others)
@@ -81,6 +84,7 @@ def judge(name: str, measured: Mapping[str, Measured], reference: str = "") -> V
     as_fast = [p for p in pairings if p.top1 is not None and p.time_high >= 1]
     return Verdict(
         name=name,
+        batch=batch,
         pairings=pairings,
         at_equal_top1=max(as_accurate, key=lambda p: p.time).name if as_accurate else None,
         at_equal_time=min(as_fast, key=lambda p: p.top1 or 0.0).name if as_fast else None,

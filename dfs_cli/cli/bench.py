@@ -12,11 +12,13 @@ import typer
 from dfs_cli.cli import options
 from dfs_cli.cli.output import Output
 from dfs_cli.config import (
+    BATCH_SIZES,
     COMPARED_IMAGES,
     LARGEST_SEED,
     DataConfig,
     DynamicConfig,
     GateKind,
+    check_batch_sizes,
     check_range,
 )
 from dfs_cli.errors import ConfigError
@@ -90,6 +92,15 @@ def bench(
             "--repeats", metavar="N", help="Time every image N times, in turns.", rich_help_panel=_MEASUREMENT
         ),
     ] = 3,
+    batch_sizes: Annotated[
+        str,
+        typer.Option(
+            "--batch-sizes",
+            metavar="N,...",
+            help="Images per run in ONNX Runtime, besides single ones: divisors of 64; 1: single images alone.",
+            rich_help_panel=_MEASUREMENT,
+        ),
+    ] = ",".join(map(str, BATCH_SIZES)),
     seed: Annotated[int, typer.Option("--seed", help="Random seed.", rich_help_panel=_MEASUREMENT)] = 0,
     data: options.DataDir = None,
     val_split: options.ValSplit = None,
@@ -137,6 +148,7 @@ def bench(
     _check_given(context, "a converted network" if is_file else "MODEL", data is not None)
     check_range("seed", seed, 0, LARGEST_SEED)
     shares = None if mix is None else parse_mix(mix)
+    sizes = _batch_sizes(batch_sizes)
 
     from dfs_cli.outputs import reserve
     from dfs_cli.report.bench import print_inference
@@ -172,7 +184,7 @@ def bench(
         from dfs_cli.bench.inference import bench_inference
 
         with sink.observer() as observer:
-            measured = bench_inference(workload, threads, repeats, rivals, observer)
+            measured = bench_inference(workload, threads, repeats, rivals, sizes, observer)
         record = {"model": model} | measured.to_dict()
         sink.result(record, lambda console: print_inference(console, record))
         if plot is not None:
@@ -211,6 +223,16 @@ def _write_costs(
         outputs.write([File(path, json.dumps(record, indent=1) + "\n")])
         sink.result(record, lambda console: print_costs(console, record))
         sink.say(f"wrote {path}")
+
+
+def _batch_sizes(text: str) -> tuple[int, ...]:
+    """The sizes in ``text``, separated by commas."""
+    try:
+        sizes = tuple(int(part) for part in text[:100].split(","))
+    except ValueError:
+        raise ConfigError(f"--batch-sizes {text[:40]!r}: expected numbers separated by commas, as 1,8,32") from None
+    check_batch_sizes(sizes)
+    return sizes
 
 
 def _free_name(file: Path, taken: Collection[str]) -> str:

@@ -11,6 +11,7 @@ import typer
 from dfs_cli.cli import options
 from dfs_cli.cli.output import Output
 from dfs_cli.config import COMPARED_IMAGES
+from dfs_cli.presets import parse_batch
 
 EXAMPLES = """
 Examples:
@@ -18,6 +19,8 @@ Examples:
   dfs export model.safetensors --onnx model.onnx --data imagenet/
 
   dfs export model.safetensors --onnx plain.onnx --static --data imagenet/
+
+  dfs export model.safetensors --onnx batches.onnx --batch dynamic --data imagenet/
 """
 
 
@@ -42,10 +45,19 @@ def export(
             help="As --static, of what TensorRT's importer takes; in ONNX Runtime it is several times slower.",
         ),
     ] = False,
+    batch: Annotated[
+        str,
+        typer.Option(
+            "--batch",
+            metavar="N|dynamic",
+            help="Images that the graph takes at once; dynamic: any number. The second pass runs on the unsure ones alone.",
+        ),
+    ] = "1",
     workers: options.Workers = None,
     force: options.Force = False,
 ) -> None:
     """Write a converted network as an ONNX graph that skips for real, and check it against the network."""
+    size = parse_batch(batch)
     data = images.config()
     if data.num_samples is None and data.names_data:
         data = dataclasses.replace(data, num_samples=COMPARED_IMAGES)
@@ -66,9 +78,10 @@ def export(
             data,
             static=static,
             tensorrt=tensorrt,
+            batch=size,
             force=force,
             workers=workers,
             observer=observer,
         )
-    record = export_record(onnx, static or tensorrt, tensorrt, comparison.to_dict())
+    record = export_record(onnx, static or tensorrt, tensorrt, size, comparison.to_dict())
     sink.result(record, lambda console: print_export(console, record, converted.manifest.dynamic.bits))

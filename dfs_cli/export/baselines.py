@@ -13,21 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dfs_cli.export.batched import trace_batched
 from dfs_cli.export.graph import Graph
 from dfs_cli.export.lower import Lowering
 from dfs_cli.export.network import IMAGES, finish
 from dfs_cli.export.trace import trace
+from dfs_cli.presets import BatchSize
 
 
-def export_dense(model: nn.Module, input_size: tuple[int, int, int]) -> bytes:
+def export_dense(model: nn.Module, input_size: tuple[int, int, int], batch: BatchSize = 1) -> bytes:
     """The graph of ``model`` in floating point, serialised.
 
     Args:
-        input_size: (C, H, W) of the one image that it runs on.
+        input_size: (C, H, W) of the images that it runs on.
+        batch: how many of them at once.
     """
     graph = Graph()
-    traced, logits = trace(model, lambda module, x: module(x), torch.zeros(1, *input_size))
-    made = finish(graph, Lowering(graph, traced, IMAGES).run(), int(logits.shape[1]), input_size)
+    traced, logits = (trace if batch == 1 else trace_batched)(
+        model, lambda module, x: module(x), torch.zeros(1, *input_size)
+    )
+    made = finish(graph, Lowering(graph, traced, IMAGES).run(), int(logits.shape[1]), input_size, batch)
     content: bytes = made.SerializeToString()
     return content
 
@@ -36,7 +41,7 @@ def quantize_dense(model: bytes, images: Tensor) -> bytes:
     """``model`` with 8-bit weights (a scale per channel) and 8-bit activations, serialised.
 
     Args:
-        model: a serialised graph.
+        model: a serialised graph, for one image or any number.
         images: (N, C, H, W), which set the scales of the activations.
     """
     from onnxruntime.quantization import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,17 @@ from dfs_cli.export.network import BITS, IMAGES, LOGITS
 from dfs_cli.export.runtime import open_session
 from dfs_cli.nn.network import DynamicResNet
 
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
 LEAST_SAME_DECISIONS = 0.995
 """Share of the images that must get the same decisions; on random images, also the same answer."""
 
 LARGEST_TOP1_DIFFERENCE = 0.1
 """In points of top-1 accuracy."""
+
+_DYNAMIC_BATCH = 32
+"""Images at once where a graph takes any number; the rest of a batch is smaller."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ def compare(
 ) -> Comparison:
     """Run graph and network on ``batches``, and compare the results.
 
+    The graph sees as many images at once as it takes.
+
     Args:
         model: the graph's file, or the serialised graph.
         labelled: whether the batches' targets are the images' classes.
@@ -80,7 +88,6 @@ def compare(
         DataError: there is no image.
     """
     session = open_session(model if isinstance(model, bytes) else str(model))
-    names = [output.name for output in session.get_outputs()]
     total = same_decisions = same_answers = right = onnx_right = 0
     difference = largest = 0.0
     for batch in batches:
@@ -91,15 +98,13 @@ def compare(
         forced = None if decisions is None else Decisions.alike(decisions.options[0], count)
         output = network.run(batch.images, forced)
         expected, bits = output.logits.numpy(), output.decisions.bits(network.bits).numpy()
-        for i, image in enumerate(batch.images.numpy()):
-            results = dict(zip(names, session.run(None, {IMAGES: image[None]}), strict=True))
-            logits = results[LOGITS][0]
-            onnx_answer, answer = int(logits.argmax()), int(expected[i].argmax())
-            target = int(batch.targets[i]) if labelled else answer
-            same_decisions += bool(BITS not in results or (results[BITS][0] == bits[i]).all())
-            same_answers += onnx_answer == answer
-            right, onnx_right = right + (answer == target), onnx_right + (onnx_answer == target)
-            difference = max(difference, float(np.abs(logits - expected[i]).max()))
+        results = _run(session, batch.images.numpy())
+        onnx_answers, answers = results[LOGITS].argmax(axis=1), expected.argmax(axis=1)
+        targets = batch.targets.numpy() if labelled else answers
+        same_decisions += int((results[BITS] == bits).all(axis=1).sum()) if BITS in results else count
+        same_answers += int((onnx_answers == answers).sum())
+        right, onnx_right = right + int((answers == targets).sum()), onnx_right + int((onnx_answers == targets).sum())
+        difference = max(difference, float(np.abs(results[LOGITS] - expected).max()))
         total, largest = total + count, max(largest, float(np.abs(expected).max()))
     if not total:
         raise DataError("there is no image to compare the graph on")
@@ -112,6 +117,21 @@ def compare(
         onnx_top1=onnx_right * (100 / total),
         logit_difference=difference / (largest or 1.0),
     )
+
+
+def _run(session: InferenceSession, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The results of a graph for ``images`` (M, C, H, W), by name; where the last ones do not fill a batch of fixed size, the
+    first ones fill it up."""
+    names = [output.name for output in session.get_outputs()]
+    fixed = session.get_inputs()[0].shape[0]
+    size, results = fixed if isinstance(fixed, int) else _DYNAMIC_BATCH, []
+    for start in range(0, len(images), size):
+        given = images[start : start + size]
+        if fixed == size:
+            given = np.resize(given, (size, *images.shape[1:]))  # which repeats them
+        results.append(session.run(None, {IMAGES: given}))
+    joined = (np.concatenate(parts)[: len(images)] for parts in zip(*results, strict=True))
+    return dict(zip(names, joined, strict=True))
 
 
 def check_holds(comparison: Comparison) -> None:

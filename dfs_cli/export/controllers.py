@@ -6,6 +6,7 @@ from functools import singledispatch
 from typing import NamedTuple
 
 import numpy as np
+from onnx import TensorProto
 
 from dfs_cli.control.base import Controller
 from dfs_cli.control.gated import GatedController
@@ -26,6 +27,7 @@ from dfs_cli.export.gates import (
     write_uncertainty,
 )
 from dfs_cli.export.graph import Graph, Test
+from dfs_cli.export.groups import Choice, rows_of, write_choice
 from dfs_cli.export.part_writer import PartWriter, Pooled
 
 
@@ -33,8 +35,8 @@ class Results(NamedTuple):
     """The results of a network, by name.
 
     Args:
-        logits: (1, classes).
-        bits: (1, P * L), the bitwidths that were chosen.
+        logits: (N, classes).
+        bits: (N, P * L), the bitwidths that were chosen.
     """
 
     logits: str
@@ -52,7 +54,7 @@ class ControllerWriter:
 
         Args:
             writer: of the network's parts.
-            images: name of the images (1, C, H, W).
+            images: name of the images (N, C, H, W).
             point, limit: names of the operating point and the limit, doubles; None: there is no limit.
         """
         raise NotImplementedError
@@ -71,16 +73,16 @@ class StaticWriter(ControllerWriter):
 
 
 class GatedWriter(ControllerWriter):
-    """One pass with a gate and an ``If`` for every block."""
+    """One pass with a gate and an ``If`` for every block; of several images an ``If`` for every option of every block."""
 
     def __init__(self, controller: GatedController) -> None:
         self._controller = controller
 
     def decide(self, graph: Graph, writer: PartWriter, images: str, point: str, limit: str | None) -> Results:
-        gate = self._controller.gate
+        gate, bits, batched = self._controller.gate, writer.network.bits, writer.batched
         costs = self._controller.option_costs[0].cpu().numpy()
-        left = None if limit is None else LeftOver(graph, limit, *self._controller.extras())
-        gate_writer = _GATE_WRITERS[type(gate)](graph, gate, costs, point, self._controller.ceiling, left)
+        left = None if limit is None else LeftOver(graph, limit, *self._controller.extras(), batched)
+        gate_writer = _GATE_WRITERS[type(gate)](graph, gate, costs, point, self._controller.ceiling, left, batched)
         state = gate_writer.start(graph)
         chosen: list[str] = []
 
@@ -91,12 +93,36 @@ class GatedWriter(ControllerWriter):
             chosen.append(decision)
             return gate_writer.test(decision)
 
+        def choose(inner: Graph, block: int, pooled: Pooled | None) -> Choice:
+            decide(inner, block, pooled)
+            chosen[-1] = gate_writer.options(inner, chosen[-1])
+            return write_choice(inner, chosen[-1], len(bits))
+
+        if writer.batched:
+            logits = writer.write_grouped_pass(graph, images, choose, pools=True)
+            columns = [graph.add("Unsqueeze", [name, graph.constant([1], np.int64)]) for name in chosen]
+            return Results(logits, look_up_bits(graph, bits, graph.add("Concat", columns, axis=1)))
         logits = writer.write_deciding_pass(graph, images, decide, pools=True)
-        return Results(logits, gate_writer.write_bits(graph, chosen, writer.network.bits))
+        return Results(logits, gate_writer.write_bits(graph, chosen, bits))
+
+
+class _First(NamedTuple):
+    """What the first pass says about N images, by name.
+
+    Args:
+        logits: (N, classes).
+        features: (N, ...), before the head.
+        uncertainty, margin: (N, 1).
+    """
+
+    logits: str
+    features: str
+    uncertainty: str
+    margin: str
 
 
 class ProbeWriter(ControllerWriter):
-    """A first pass with one policy, and one ``If`` around the whole second pass."""
+    """A first pass with one policy, and one ``If`` around the whole second pass, which the unsure of several images take."""
 
     def __init__(self, controller: ProbeController) -> None:
         self._controller = controller
@@ -104,57 +130,113 @@ class ProbeWriter(ControllerWriter):
     def decide(self, graph: Graph, writer: PartWriter, images: str, point: str, limit: str | None) -> Results:
         controller, bits, blocks = self._controller, writer.network.bits, len(writer.network.blocks)
         policy = controller.policy.tolist()
-        looks, looks_again = (writer.seeing(view) for view in controller.views)
-        first, features = looks.write_pass(graph, images, policy)
-        uncertainty, margin = write_uncertainty(graph, first, writer.parts.classes)
-        is_unsure = graph.add("Squeeze", [graph.add("Greater", [uncertainty, point])])
-        gate = controller.gate
-        costs, left = controller.option_costs[1], None
-        charge = controller.cost_multiplier * costs
+        looks = writer.seeing(controller.views[0])
+        logits, features = looks.write_pass(graph, images, policy)
+        first = _First(logits, features, *write_uncertainty(graph, logits, writer.parts.classes))
+        is_unsure, left = graph.add("Greater", [first.uncertainty, point]), None
         if limit is not None:
             always, least = controller.base_costs()
-            charge = charges(controller.multiplier, costs, controller.ceiling)
             left = graph.add("Sub", [limit, graph.constant(float(always), np.float64)])
             can_refine = graph.add("LessOrEqual", [graph.constant(float(least), np.float64), left])
             is_unsure = graph.add("And", [is_unsure, can_refine])
-
-        def repeat(inner: Graph) -> list[str]:
-            again = controller.second_policy.tolist()
-            second, _ = looks_again.write_pass(inner, images, again)
-            row = inner.constant([[bits[option] for option in again]], np.int64)
-            return [self._add_logits(inner, first, second), row]
+        if writer.batched:
+            return self._refine_some(graph, writer, images, is_unsure, first, left)
 
         def refine(inner: Graph) -> list[str]:
-            if gate is None:
-                return repeat(inner)
-            pooled = looks.pool(inner, blocks, features)
-            choice = write_second_pass_gate(
-                inner, gate, controller.ceiling, charge.cpu().numpy(), uncertainty, margin, pooled
-            )
-            if left is not None:
-                choice = write_affordable_choice(inner, choice, costs.cpu().numpy(), left)
-
-            # All tests at once, in one node: a node costs microseconds.
-            numbers = range(1, len(bits))
-            is_before = [[inner.name("before") for _ in numbers] for _ in range(blocks)]
-            column = inner.add("Reshape", [choice, inner.constant([blocks, 1], np.int64)])
-            tests = inner.add("Less", [column, inner.constant([list(numbers)], np.int64)])
-            tests = inner.add("Reshape", [tests, inner.constant([-1], np.int64)])
-            inner.add("Split", [tests], [name for names in is_before for name in names], axis=0)
-
-            def decide(graph: Graph, block: int, _: Pooled | None) -> Test:  # noqa: ARG001
-                return lambda _, number: is_before[block][number - 1]
-
-            second = looks_again.write_deciding_pass(inner, images, decide, pools=False)
-            row = inner.add("Reshape", [choice, inner.constant([1, blocks], np.int64)])
-            return [self._add_logits(inner, first, second), look_up_bits(inner, bits, row)]
+            choice, second = self._look_again(inner, writer, images, first, left)
+            return [self._add_logits(inner, logits, second), look_up_bits(inner, bits, choice)]
 
         def stop(inner: Graph) -> list[str]:
-            return [first, inner.constant(np.full((1, blocks), NOT_RUN, np.int64))]
+            return [logits, inner.constant(np.full((1, blocks), NOT_RUN, np.int64))]
 
-        logits, second_bits = graph.branch(is_unsure, refine, stop)
+        both, second_bits = graph.branch(graph.add("Squeeze", [is_unsure]), refine, stop)
         first_bits = [[bits[option] for option in policy]]
-        return Results(logits, graph.add("Concat", [graph.constant(first_bits, np.int64), second_bits], axis=1))
+        return Results(both, graph.add("Concat", [graph.constant(first_bits, np.int64), second_bits], axis=1))
+
+    def _refine_some(
+        self, graph: Graph, writer: PartWriter, images: str, is_unsure: str, first: _First, left: str | None
+    ) -> Results:
+        """Write the second pass over those of several ``images`` whose first answer is not sure (N, 1)."""
+        controller, bits, blocks = self._controller, writer.network.bits, len(writer.network.blocks)
+        policy = [bits[option] for option in controller.policy.tolist()]
+        # (N, 1) together with (1, L) is (N, L).
+        first_bits, not_run = (
+            graph.add("Expand", [graph.constant([row], np.int64), graph.add("Shape", [first.uncertainty])])
+            for row in (policy, [NOT_RUN] * blocks)
+        )
+        rows = rows_of(graph, graph.add("Reshape", [is_unsure, graph.constant([-1], np.int64)]))
+        is_any = graph.add("Cast", [graph.add("Size", [rows])], to=TensorProto.BOOL)
+
+        def refine(inner: Graph) -> list[str]:
+            def gather(name: str) -> str:
+                return inner.add("GatherND", [name, rows])
+
+            unsure, shown = _First(*map(gather, first)), gather(images)
+            choice, second = self._look_again(inner, writer, shown, unsure, left)
+            both = self._add_logits(inner, unsure.logits, second)
+            logits = inner.add("ScatterND", [first.logits, rows, both])
+            if controller.gate is None:
+                choice = inner.add("Expand", [choice, inner.add("Shape", [unsure.uncertainty])])
+            return [logits, inner.add("ScatterND", [not_run, rows, look_up_bits(inner, bits, choice)])]
+
+        logits, second_bits = graph.branch(is_any, refine, lambda inner: [first.logits, not_run])
+        return Results(logits, graph.add("Concat", [first_bits, second_bits], axis=1))
+
+    def _look_again(
+        self, graph: Graph, writer: PartWriter, images: str, first: _First, left: str | None
+    ) -> tuple[str, str]:
+        """Write the second pass over all of ``images``.
+
+        Args:
+            first: what is known about them.
+            left: name of what a limit leaves for the blocks; None: there is no limit.
+
+        Returns:
+            The options (N, L), or (1, L) where they are the same for all, and the logits (N, classes).
+        """
+        controller, looks = self._controller, writer.seeing(self._controller.views[1])
+        if controller.gate is None:
+            policy = controller.second_policy.tolist()
+            return graph.constant([policy], np.int64), looks.write_pass(graph, images, policy)[0]
+        pooled = writer.seeing(controller.views[0]).pool(graph, len(writer.network.blocks), first.features)
+        costs = controller.option_costs[1]
+        charge = controller.cost_multiplier * costs
+        if left is not None:
+            charge = charges(controller.multiplier, costs, controller.ceiling)
+        choice = write_second_pass_gate(
+            graph, controller.gate, controller.ceiling, charge.cpu().numpy(), first.uncertainty, first.margin, pooled
+        )
+        if left is not None:
+            choice = write_affordable_choice(graph, choice, costs.cpu().numpy(), left)
+        if not writer.batched:
+            return choice, self._write_decided(graph, looks, images, choice)
+        # Images with the same options in every block run together, one group after the other. There are few groups, mostly
+        # one; groups in every block would take more nodes.
+        policies, group_of = graph.name("policies"), graph.name("group_of")
+        graph.add("Unique", [choice], [policies, "", group_of, ""], axis=0)
+
+        def run_group(inner: Graph, group: str, logits: str) -> str:
+            members = rows_of(inner, inner.add("Equal", [group_of, group]))
+            shown = inner.add("GatherND", [images, members])
+            second = self._write_decided(inner, looks, shown, inner.add("Gather", [policies, group], axis=0))
+            return inner.add("ScatterND", [logits, members, second])
+
+        return choice, graph.repeat(graph.add("Shape", [policies], end=1), first.logits, run_group)
+
+    def _write_decided(self, graph: Graph, looks: PartWriter, images: str, policy: str) -> str:
+        """Write a pass over ``images`` with the same options, (L,) or (1, L), for all; returns its logits."""
+        numbers, blocks = range(1, len(looks.network.bits)), len(looks.network.blocks)
+        # All tests at once, in one node: a node costs microseconds.
+        is_before = [[graph.name("before") for _ in numbers] for _ in range(blocks)]
+        column = graph.add("Reshape", [policy, graph.constant([blocks, 1], np.int64)])
+        tests = graph.add("Less", [column, graph.constant([list(numbers)], np.int64)])
+        tests = graph.add("Reshape", [tests, graph.constant([-1], np.int64)])
+        graph.add("Split", [tests], [name for names in is_before for name in names], axis=0)
+
+        def decide(graph: Graph, block: int, _: Pooled | None) -> Test:  # noqa: ARG001
+            return lambda _, number: is_before[block][number - 1]
+
+        return looks.write_deciding_pass(graph, images, decide, pools=False)
 
     def follow(self, graph: Graph, writer: PartWriter, images: str, decisions: Decisions) -> str:
         looks, looks_again = (writer.seeing(view) for view in self._controller.views)

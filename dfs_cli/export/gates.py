@@ -27,14 +27,15 @@ class LeftOver:
         limit: name of the limit, a double.
         extras: (L, K), what options cost more than a block's cheapest one.
         least: cost of the cheapest decision.
+        batched: whether there may be several images.
     """
 
-    def __init__(self, graph: Graph, limit: str, extras: Tensor, least: Tensor) -> None:
-        self._extras = extras.cpu().numpy()
+    def __init__(self, graph: Graph, limit: str, extras: Tensor, least: Tensor, batched: bool) -> None:
+        self._extras, self._batched = extras.cpu().numpy(), batched
         self._zero = graph.constant(0, _DOUBLE)
         rest = graph.add("Sub", [limit, graph.constant(float(least), _DOUBLE)])
         self._name = graph.add("Max", [rest, self._zero])
-        self._after = ""
+        self._after, self._has_spent = "", False
 
     def forbid(self, graph: Graph, block: int, scores: str, dtype: type[np.floating]) -> str:
         """``scores`` (..., K), hopeless for options that are too dear."""
@@ -43,8 +44,15 @@ class LeftOver:
         return graph.add("Where", [is_too_dear, graph.constant(_HOPELESS, dtype), scores])
 
     def spend(self, graph: Graph, decision: str) -> None:
-        """Pay for ``decision`` (1,), the option of the block whose scores were written last."""
-        self._name = graph.add("Gather", [self._after, decision])
+        """Pay for ``decision`` (N,), the options of the block whose scores were written last."""
+        if not self._batched:
+            self._name = graph.add("Gather", [self._after, decision])
+            return
+        column = graph.add("Unsqueeze", [decision, graph.constant([1], np.int64)])
+        # Before the first block all images have the same left: (K,), later (N, K).
+        kind = "GatherElements" if self._has_spent else "Gather"
+        self._name = graph.add(kind, [self._after, column], axis=int(self._has_spent))
+        self._has_spent = True
 
 
 class GateWriter(ABC):
@@ -58,6 +66,7 @@ class GateWriter(ABC):
         operating_point: name of the cost multiplier, a double.
         ceiling: the dearest options that the blocks may have.
         left: what a limit leaves; None: there is no limit.
+        batched: whether there may be several images.
     """
 
     dtype: ClassVar[type[np.floating]] = _DOUBLE
@@ -71,8 +80,9 @@ class GateWriter(ABC):
         operating_point: str,
         ceiling: Ceiling,
         left: LeftOver | None,
+        batched: bool,
     ) -> None:
-        self.gate, self._left = gate, left
+        self.gate, self.batched, self._left = gate, batched, left
         self._is_binary = gate.options == 2 and left is None
         charge = graph.add("Mul", [graph.constant(self._scores(option_costs), _DOUBLE), operating_point])
         preference = graph.constant(self._scores(_preference(gate.preference, ceiling)))
@@ -90,7 +100,7 @@ class GateWriter(ABC):
         """Decide on a block from the mean of its input.
 
         Returns:
-            The decision (1,): the option's index, or, of two options, whether it is the first; and the next state.
+            The decision (N,): the option's index, or, of two options, whether it is the first; and the next state.
         """
         hidden, head, state = self._hidden(graph, block, pooled, state)
         weight = self._scores(_double(head.weight).T)
@@ -105,7 +115,7 @@ class GateWriter(ABC):
                 scores = self._left.forbid(graph, block, scores, self.dtype)
             decision = graph.add("ArgMax", [scores], axis=-1, keepdims=1)
         # OpenVINO takes no condition of more axes.
-        decision = graph.add("Reshape", [decision, graph.constant([1], np.int64)])
+        decision = graph.add("Reshape", [decision, graph.constant([-1], np.int64)])
         if self._left is not None:
             self._left.spend(graph, decision)
         return decision, list(state)
@@ -114,8 +124,14 @@ class GateWriter(ABC):
         """The test whether ``decision`` names an option before another one."""
         return (lambda graph, option: decision) if self._is_binary else Graph.less(decision)
 
+    def options(self, graph: Graph, decision: str) -> str:
+        """The options (N,) that ``decision`` names."""
+        if not self._is_binary:
+            return decision
+        return graph.add("Where", [decision, *(graph.constant(option, np.int64) for option in (0, 1))])
+
     def write_bits(self, graph: Graph, decisions: Sequence[str], bits: Sequence[int]) -> str:
-        """The bitwidths (1, L) of ``decisions``."""
+        """The bitwidths (1, L) of ``decisions`` on one image."""
         joined = graph.add("Concat", decisions, axis=0)
         joined = graph.add("Reshape", [joined, graph.constant([1, len(decisions)], np.int64)])
         if not self._is_binary:
@@ -135,12 +151,14 @@ class GateWriter(ABC):
 
 class RecurrentGateWriter(GateWriter):
     """Writes a recurrent gate: one LSTM node, in single precision (runtimes have no other), behind a product whose weights hold
-    the embedding and the scale of its input."""
+    the embedding and the scale of its input. Images are its batch; each block is a step."""
 
     dtype = np.float32
     gate: RecurrentGate
 
     def start(self, graph: Graph) -> list[str]:
+        if self.batched:  # left out, a state is zero for every image
+            return ["", ""]
         zeros = graph.constant(np.zeros((1, 1, self.gate.hidden)), np.float32)
         return [zeros, zeros]
 
@@ -152,8 +170,9 @@ class RecurrentGateWriter(GateWriter):
         outer, inner = (_reordered(_double(w)) for w in (gate.cell.weight_ih, gate.cell.weight_hh))
         bias = outer @ _double(embed.bias) + _reordered(_double(gate.cell.bias_ih) + _double(gate.cell.bias_hh))
         weight = graph.constant(pooled.scale * _double(embed.weight).T, np.float32)
+        embedded = graph.add("MatMul", [pooled.name, weight])
         inputs = [
-            graph.add("MatMul", [pooled.name, weight]),
+            graph.add("Transpose", [embedded], perm=[1, 0, 2]) if self.batched else embedded,
             graph.constant(outer[None], np.float32),
             graph.constant(inner[None], np.float32),
             graph.constant(np.concatenate([bias, np.zeros_like(bias)])[None], np.float32),
@@ -181,8 +200,8 @@ def look_up_bits(graph: Graph, bits: Sequence[int], indices: str) -> str:
 
 
 def _row(graph: Graph, pooled: Pooled) -> str:
-    """``pooled`` as (1, C) in double precision, not scaled yet."""
-    row = graph.add("Squeeze", [pooled.name, graph.constant([0], np.int64)])
+    """``pooled`` as (N, C) in double precision, not scaled yet."""
+    row = graph.add("Squeeze", [pooled.name, graph.constant([1], np.int64)])
     return graph.add("Cast", [row], to=TensorProto.DOUBLE)
 
 
@@ -193,7 +212,7 @@ def _reordered(rows: np.ndarray) -> np.ndarray:
 
 
 def write_uncertainty(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
-    """The uncertainty (1, 1) of ``logits`` (1, classes), see :func:`dfs_cli.control.gates.uncertainty`, and the margin (1, 1)
+    """The uncertainty (N, 1) of ``logits`` (N, classes), see :func:`dfs_cli.control.gates.uncertainty`, and the margin (N, 1)
     between the two largest, both in double precision."""
     values = graph.add("Cast", [logits], to=TensorProto.DOUBLE)
     ordered = graph.add("TopK", [values, graph.constant([classes], np.int64)], 2, axis=1)
@@ -214,12 +233,12 @@ def write_second_pass_gate(
     margin: str,
     pooled: Pooled,
 ) -> str:
-    """The options (L,) of the second pass; (R, L) where there are charges for R rungs.
+    """The options (N, L) of the second pass; (N, R, L) where there are charges for R rungs.
 
     Args:
         ceiling: the dearest options that the blocks may have.
         charge: (L, K) or (R, L, K), subtracted from the options' scores.
-        uncertainty, margin: (1, 1), of the first pass, in double precision.
+        uncertainty, margin: (N, 1), of the first pass, in double precision.
         pooled: the first pass's features.
     """
     means = graph.add("Mul", [_row(graph, pooled), graph.constant(pooled.scale, _DOUBLE)])
@@ -227,25 +246,28 @@ def write_second_pass_gate(
     centred = graph.add("Sub", [summary, graph.constant(_double(gate.input_mean)[None])])
     x = graph.add("Div", [centred, graph.constant(_double(gate.input_deviation)[None])])
     scores = _linear(graph, gate.head, graph.add("Relu", [_linear(graph, gate.embed, x)]))
-    scores = graph.add("Reshape", [scores, graph.constant([gate.blocks, gate.options], np.int64)])
+    # (N, 1, L, K) together with (R, L, K) is (N, R, L, K).
+    rungs = [1] * (charge.ndim - 2)
+    shape = graph.constant([-1, *rungs, gate.blocks, gate.options], np.int64)
+    scores = graph.add("Reshape", [scores, shape])
     scores = graph.add("Add", [scores, graph.constant(_preference(gate.preference, ceiling))])
     return graph.add("ArgMax", [graph.add("Sub", [scores, graph.constant(charge, _DOUBLE)])], axis=-1, keepdims=0)
 
 
 def write_affordable_choice(graph: Graph, rungs: str, costs: np.ndarray, most: str) -> str:
-    """The options (L,) of the first rung that costs no more than ``most``.
+    """The options (N, L) of the first rung that costs no more than ``most``.
 
     Args:
-        rungs: (R, L), the options of each.
+        rungs: (N, R, L), the options of each.
         costs: (L, K), of the options.
         most: name of what they may cost together, a double.
     """
     blocks, options = costs.shape
     places = graph.add("Add", [rungs, graph.constant(options * np.arange(blocks), np.int64)])
     of_blocks = graph.add("Gather", [graph.constant(costs.ravel(), _DOUBLE), places])
-    totals = graph.add("ReduceSum", [of_blocks, graph.constant([1], np.int64)], keepdims=0)
+    totals = graph.add("ReduceSum", [of_blocks, graph.constant([2], np.int64)], keepdims=0)
     can_be_paid = graph.add("Cast", [graph.add("LessOrEqual", [totals, most])], to=TensorProto.FLOAT)
-    return graph.add("Gather", [rungs, graph.add("ArgMax", [can_be_paid], axis=0, keepdims=0)])
+    return graph.add("GatherND", [rungs, graph.add("ArgMax", [can_be_paid], axis=1, keepdims=1)], batch_dims=1)
 
 
 def _linear(graph: Graph, layer: nn.Module, x: str, scale: float = 1.0) -> str:

@@ -75,6 +75,25 @@ class Graph:
         )
         return outputs
 
+    def repeat(self, count: str, value: str, build: Callable[[Graph, str, str], str]) -> str:
+        """Add a ``Loop`` node; returns the value after the last turn.
+
+        Args:
+            count: name of the number of turns, an integer tensor of one element.
+            value: name of the value before the first turn, in single precision.
+            build: adds the nodes of a turn to the graph it is given, in which names from outside may be used; from the names of
+                the turn's number, a scalar, and of the value before it to the name of the value after it.
+        """
+        turn, is_going_on, before, after = (self.name(stem) for stem in ("turn", "is_going_on", "before", "after"))
+        inputs = [
+            helper.make_tensor_value_info(turn, onnx.TensorProto.INT64, []),
+            helper.make_tensor_value_info(is_going_on, onnx.TensorProto.BOOL, []),
+            helper.make_tensor_value_info(before, onnx.TensorProto.FLOAT, None),
+        ]
+        body = self._subgraph(lambda inner: [is_going_on, build(inner, turn, before)], inputs)
+        self.nodes.append(helper.make_node("Loop", [count, "", value], [after], self.name("Loop"), body=body))
+        return after
+
     def choose(self, is_before: Test, branches: Sequence[Branch], first: int = 0) -> list[str]:
         """The outputs of one of ``branches``, by a balanced tree of ``If`` nodes.
 
@@ -95,7 +114,7 @@ class Graph:
         """The test whether ``index``, the name of an integer tensor of one element, is less than a branch's number."""
         return lambda graph, value: graph.add("Less", [index, graph.constant(value, np.int64)])
 
-    def _subgraph(self, build: Branch) -> onnx.GraphProto:
+    def _subgraph(self, build: Branch, inputs: Sequence[onnx.ValueInfoProto] = ()) -> onnx.GraphProto:
         inner = Graph(self)
         outputs = list(build(inner))
         inside = {name for node in inner.nodes for name in node.output}
@@ -105,4 +124,4 @@ class Graph:
             for i, name in enumerate(outputs)
         ]
         values = [onnx.ValueInfoProto(name=name) for name in outputs]
-        return helper.make_graph(inner.nodes, self.name("branch"), [], values, inner.initializers)
+        return helper.make_graph(inner.nodes, self.name("branch"), list(inputs), values, inner.initializers)

@@ -17,17 +17,24 @@ _TO_FIRST, _TO_LAST = [0, 3, 1, 2], [0, 2, 3, 1]
 
 
 class Int8Lowering(Lowering):
-    """Lowers a part whose input, output, or both are codes (1, H, W, C).
+    """Lowers a part whose input, output, or both are codes (N, H, W, C).
 
     Args:
-        given, wanted: what the codes of input and output are; None: floating point (1, C, H, W).
+        given, wanted: what the codes of input and output are; None: floating point (N, C, H, W).
+        batched: whether N may be larger than 1.
     """
 
     def __init__(
-        self, graph: Graph, traced: Traced, x: str, given: RoundedFeatures | None, wanted: RoundedFeatures | None
+        self,
+        graph: Graph,
+        traced: Traced,
+        x: str,
+        given: RoundedFeatures | None,
+        wanted: RoundedFeatures | None,
+        batched: bool = False,
     ) -> None:
         super().__init__(graph, traced, x)
-        self.given, self.wanted, self.x = given, wanted, x
+        self.given, self.wanted, self.x, self.batched = given, wanted, x, batched
         self.planar: str | None = None
         if given is not None:
             del self.names[self.source]
@@ -48,7 +55,7 @@ class Int8Lowering(Lowering):
         return super().name(traced_name)
 
     def _planar(self) -> str:
-        """The input's codes as (1, C, H, W)."""
+        """The input's codes as (N, C, H, W)."""
         if self.planar is None:
             self.planar = self.graph.add("Transpose", [self.x], perm=_TO_FIRST)
         return self.planar
@@ -64,7 +71,9 @@ class Int8Lowering(Lowering):
             super()._copy(node)
             return
         _, channels, height, width = self.shape
-        sums = pool_codes(self.graph, self.x, self.given.zero, channels, height, width, axes=2)
+        sums = pool_codes(self.graph, self.x, self.given.zero, channels, height, width, axes=3 if self.batched else 2)
+        if self.batched:
+            sums = self.graph.add("Reshape", [sums, self.graph.constant([-1, channels], np.int64)])
         scale = self.graph.constant(self.given.step / (height * width), np.float32)
         readers, output = self.readers[node.output[0]], node.output[0]
         if output != self.result and [reader.op_type for reader in readers] == ["Flatten"]:  # it is flat already
@@ -73,15 +82,14 @@ class Int8Lowering(Lowering):
             return
         # Not dequantized: ONNX Runtime would compute what follows on integers, and round otherwise.
         mean = self.graph.add("Mul", [self.graph.add("Cast", [sums], to=onnx.TensorProto.FLOAT), scale])
-        shape = self.graph.constant([1, channels, 1, 1], np.int64)
+        shape = self.graph.constant([-1, channels, 1, 1], np.int64)
         self.names[output] = self.graph.add("Reshape", [mean, shape])
 
 
 def pool_codes(graph: Graph, codes: str, zero: int, channels: int, height: int, width: int, axes: int = 3) -> str:
-    """The sums over the pixels of ``codes`` (1, H, W, C), of which ``zero`` stands for zero, as integers of 32 bits: (1, C) or,
-    of three axes, (1, 1, C)."""
-    outer = [1] * (axes - 2)
-    rows = graph.add("Reshape", [codes, graph.constant([*outer, height * width, channels], np.int64)])
-    ones = graph.constant(np.ones((*outer, 1, height * width)), np.uint8)
+    """The sums over the pixels of ``codes`` (N, H, W, C), of which ``zero`` stands for zero, as integers of 32 bits: (N, 1, C)
+    or, of one image and with two axes, (1, C)."""
+    rows = graph.add("Reshape", [codes, graph.constant([-1] * (axes - 2) + [height * width, channels], np.int64)])
+    ones = graph.constant(np.ones([1] * (axes - 1) + [height * width]), np.uint8)
     zeros = [graph.constant(value, np.uint8) for value in (0, zero)] if zero else []
     return graph.add("MatMulInteger", [ones, rows, *zeros])

@@ -1,4 +1,4 @@
-"""A network as one ONNX graph for one image: with an ``If`` for every decision, or plain where nothing is decided."""
+"""A network as one ONNX graph, for one image or several: with an ``If`` for every decision, or plain where there is none."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dfs_cli.export.graph import IR_VERSION, Graph
 from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.trace import OPSET
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.presets import BatchSize
 
 IMAGES, OPERATING_POINT, LIMIT, LOGITS, BITS = "images", "operating_point", "limit", "logits", "bits"
 """Names of inputs and outputs."""
@@ -25,9 +26,11 @@ IMAGES, OPERATING_POINT, LIMIT, LOGITS, BITS = "images", "operating_point", "lim
 def export_network(writer: PartWriter) -> onnx.ModelProto:
     """The network with its controller.
 
-    Inputs are ``images`` (1, C, H, W) and, optional, the doubles ``operating_point`` and, where the network has a limit,
-    ``limit``. Outputs are ``logits`` (1, classes) and ``bits`` (1, P * L), the bitwidths that were chosen, pass after pass, -1
+    Inputs are ``images`` (N, C, H, W) and, optional, the doubles ``operating_point`` and, where the network has a limit,
+    ``limit``. Outputs are ``logits`` (N, classes) and ``bits`` (N, P * L), the bitwidths that were chosen, pass after pass, -1
     where a pass was not run.
+
+    N is the writer's: 1, another number, or any.
 
     A static network decides nothing: its graph is the one that :func:`export_static` describes.
     """
@@ -42,26 +45,29 @@ def export_network(writer: PartWriter) -> onnx.ModelProto:
     for name, value in optional.items():
         graph.initializers.append(helper.make_tensor(name, TensorProto.DOUBLE, [], [value]))
     graph.add("Identity", [bits], [BITS])
+    parts, chosen = writer.parts, len(controller.views) * len(network.blocks)
     return finish(
         graph,
         logits,
-        writer.parts.classes,
-        writer.parts.input_size,
+        parts.classes,
+        parts.input_size,
+        parts.batch,
         [helper.make_tensor_value_info(name, TensorProto.DOUBLE, []) for name in optional],
-        [helper.make_tensor_value_info(BITS, TensorProto.INT64, [1, len(controller.views) * len(network.blocks)])],
+        [helper.make_tensor_value_info(BITS, TensorProto.INT64, [dimension(parts.batch), chosen])],
     )
 
 
 def export_static(writer: PartWriter, decisions: Decisions) -> onnx.ModelProto:
     """The network with the same ``decisions`` (for one image) for every image: a plain graph, without control flow.
 
-    Input ``images`` (1, C, H, W), output ``logits`` (1, classes); the metadata's ``policy`` holds the bitwidths (P * L).
+    Input ``images`` (N, C, H, W), output ``logits`` (N, classes); the metadata's ``policy`` holds the bitwidths (P * L).
     """
     graph = Graph()
     logits = writer_of(controller_of(writer.network)).follow(graph, writer, IMAGES, decisions)
     policy = decisions.bits(writer.network.bits)[0].tolist()
     metadata = {"policy": json.dumps(policy)}
-    return finish(graph, logits, writer.parts.classes, writer.parts.input_size, metadata=metadata)
+    parts = writer.parts
+    return finish(graph, logits, parts.classes, parts.input_size, parts.batch, metadata=metadata)
 
 
 def fixed_decisions(network: DynamicResNet) -> Decisions | None:
@@ -69,11 +75,17 @@ def fixed_decisions(network: DynamicResNet) -> Decisions | None:
     return writer_of(controller_of(network)).decisions
 
 
+def dimension(batch: BatchSize) -> int | str:
+    """The first axis of images and results: a number, or a name."""
+    return batch if isinstance(batch, int) else "N"
+
+
 def finish(
     graph: Graph,
     logits: str,
     classes: int,
     input_size: tuple[int, int, int],
+    batch: BatchSize = 1,
     inputs: Sequence[onnx.ValueInfoProto] = (),
     outputs: Sequence[onnx.ValueInfoProto] = (),
     metadata: dict[str, str] | None = None,
@@ -83,14 +95,15 @@ def finish(
     Args:
         logits: their name in the graph.
         input_size: (C, H, W).
+        batch: how many images it takes at once.
         inputs, outputs: further ones.
     """
     graph.add("Identity", [logits], [LOGITS])
     made = helper.make_graph(
         graph.nodes,
         "dfs",
-        [helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, [1, *input_size]), *inputs],
-        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [1, classes]), *outputs],
+        [helper.make_tensor_value_info(IMAGES, TensorProto.FLOAT, [dimension(batch), *input_size]), *inputs],
+        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, [dimension(batch), classes]), *outputs],
         graph.initializers,
     )
     model = helper.make_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 from onnx import TensorProto
 
 from dfs_cli.export.graph import Graph, Test
+from dfs_cli.export.groups import Choice, write_groups
 from dfs_cli.export.int8_features import Int8Lowering, pool_codes
 from dfs_cli.export.parts import Key, Parts
 from dfs_cli.export.tensorrt import TensorRTLowering
@@ -17,7 +19,7 @@ from dfs_cli.nn.passes import View
 
 
 class Pooled(NamedTuple):
-    """The mean over the pixels of features, as ``scale`` times a value (1, 1, C) in single precision, by name."""
+    """The mean over the pixels of features, as ``scale`` times a value (N, 1, C) in single precision, by name."""
 
     name: str
     scale: float
@@ -25,6 +27,9 @@ class Pooled(NamedTuple):
 
 Decide = Callable[[Graph, int, Pooled | None], Test]
 """From the graph, a block's index and the mean of its input to the test for options; see :meth:`Graph.choose`."""
+
+Choose = Callable[[Graph, int, Pooled | None], Choice]
+"""From the graph, a block's index and the mean of its input to the options of several images."""
 
 
 class PartWriter:
@@ -51,7 +56,9 @@ class PartWriter:
         """The writer of the same network's parts for what another pass sees."""
         if view not in self._seeing:
             has_parts = view.scale == self.parts.view.scale
-            parts = self.parts if has_parts else Parts(self.network, self.parts.input_size, view.scale)
+            parts = (
+                self.parts if has_parts else Parts(self.network, self.parts.input_size, self.parts.batch, view.scale)
+            )
             self._seeing[view] = PartWriter(parts, self._tensorrt, view)
         return self._seeing[view]
 
@@ -60,6 +67,11 @@ class PartWriter:
         """What blocks hand on: ``int8`` or ``float``."""
         return "float" if self._formats[0] is None else "int8"
 
+    @property
+    def batched(self) -> bool:
+        """Whether there may be several images."""
+        return self.parts.batch != 1
+
     def write(self, graph: Graph, key: Key, x: str) -> str:
         """Add a part to ``graph`` with ``x`` as its input; returns its output."""
         if isinstance(key, tuple) and self._keeps_input(*key):
@@ -67,13 +79,13 @@ class PartWriter:
         traced = self.parts.part(key)
         if self._tensorrt:
             return TensorRTLowering(graph, traced, x).run()
-        return Int8Lowering(graph, traced, x, *self._formats_of(key)).run()
+        return Int8Lowering(graph, traced, x, *self._formats_of(key), self.batched).run()
 
     def pool(self, graph: Graph, block: int, x: str) -> Pooled:
         """The mean over the pixels of ``x``, the input of a block, or of the head where ``block`` is L."""
         if (given := self._formats[block]) is None:
             mean = graph.add("ReduceMean", [x], axes=[2, 3], keepdims=0)
-            mean = graph.add("Unsqueeze", [mean, graph.constant([0], np.int64)])
+            mean = graph.add("Unsqueeze", [mean, graph.constant([1], np.int64)])
         else:
             sums = pool_codes(graph, x, given.zero, *self.parts.features[block].shape[1:])
             mean = graph.add("Cast", [sums], to=TensorProto.FLOAT)
@@ -120,16 +132,55 @@ class PartWriter:
         return self.write(graph, "head", x)
 
     def _write_view(self, graph: Graph, images: str) -> str:
-        """What a pass sees of ``images`` (1, C, H, W)."""
+        """What a pass sees of ``images`` (N, C, H, W)."""
         view = self.view
         if view.scale != 1:
-            channels, *sides = self.parts.input_size
-            size = graph.constant([1, channels, *view.size_of(*sides)], np.int64)
-            images = graph.add("Resize", [images, "", "", size], mode="linear")
+            images = self._resize(graph, images, *view.size_of(*self.parts.input_size[1:]))
         if view.mirrored:
             numbers = [graph.constant([i], np.int64) for i in (-1, np.iinfo(np.int64).min, 3)]
             images = graph.add("Slice", [images, *numbers, numbers[0]])
         return images
+
+    def _resize(self, graph: Graph, images: str, height: int, width: int) -> str:
+        """``images`` (N, C, H, W), interpolated."""
+        channels = self.parts.input_size[0]
+        if not self.batched:
+            size = graph.constant([1, channels, height, width], np.int64)
+        else:
+            images_and_channels = graph.add("Shape", [images], end=2)
+            size = graph.add("Concat", [images_and_channels, graph.constant([height, width], np.int64)], axis=0)
+        return graph.add("Resize", [images, "", "", size], mode="linear")
+
+    def write_grouped_pass(self, graph: Graph, images: str, choose: Choose, pools: bool) -> str:
+        """Add one pass over what is seen of several ``images``, each with options of its own; returns the logits (N, classes).
+
+        Args:
+            choose: gives the options of a block.
+            pools: whether ``choose`` needs the mean of a block's input; otherwise it gets None.
+        """
+        x = self.write(graph, "stem", self._write_view(graph, images))
+        means = [self.pool(graph, 0, x).name] if pools else []
+        for block in range(last := len(self.network.blocks)):
+            pooled = Pooled(means[0], self._mean_scale(block)) if means else None
+
+            def run(inner: Graph, values: list[str], option: int, block: int = block) -> list[str]:
+                y = self.write(inner, (block, option), values[0])
+                if not pools or block + 1 == last:
+                    return [y]
+                return [y, values[1] if self._keeps_input(block, option) else self.pool(inner, block + 1, y).name]
+
+            runs = [functools.partial(run, option=option) for option in range(len(self.network.bits))]
+            none = self._none_of(block + 1)[: 1 if block + 1 == last else 1 + len(means)]
+            x, *means = write_groups(graph, choose(graph, block, pooled), [x, *means], runs, none)
+        return self.write(graph, "head", x)
+
+    def _none_of(self, block: int) -> list[np.ndarray]:
+        """The inputs of a block, or of the head, for no image, and what :meth:`pool` makes of them."""
+        channels, *size = self.parts.features[block].shape[1:]
+        shape, dtype = (
+            ((channels, *size), np.float32) if self._formats[block] is None else ((*size, channels), np.uint8)
+        )
+        return [np.zeros((0, *shape), dtype), np.zeros((0, 1, channels), np.float32)]
 
     def _mean_scale(self, block: int) -> float:
         """The factor that turns the result of :meth:`pool` into a mean."""

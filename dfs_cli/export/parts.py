@@ -8,10 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from dfs_cli.export.batched import trace_batched
 from dfs_cli.export.trace import Traced, trace
 from dfs_cli.nn.features import ByteFeatures
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import View
+from dfs_cli.presets import BatchSize
 
 Key = str | tuple[int, int]
 """Names a part: ``stem``, ``head``, or a block's index with an option's index."""
@@ -23,20 +25,24 @@ class Parts:
     Args:
         network: in evaluation mode, on the CPU.
         input_size: (C, H, W) of the images.
+        batch: how many of them the graph takes at once.
         scale: of what a pass over these parts sees of them, see :class:`dfs_cli.nn.passes.View`.
     """
 
-    def __init__(self, network: DynamicResNet, input_size: tuple[int, int, int], scale: float = 1.0) -> None:
-        self.network, self.input_size, self.view = network, input_size, View(scale=scale)
+    def __init__(
+        self, network: DynamicResNet, input_size: tuple[int, int, int], batch: BatchSize = 1, scale: float = 1.0
+    ) -> None:
+        self.network, self.input_size, self.batch, self.view = network, input_size, batch, View(scale=scale)
+        self._trace = trace if batch == 1 else trace_batched
         stem = _Part(network.backbone, None if network.features is None else network.features.at(0))
         with network.seeing(self.view):
-            self._stem, x = trace(stem, _running(network.layout.stem), self.view.of(torch.zeros(1, *input_size)))
+            self._stem, x = self._trace(stem, _running(network.layout.stem), self.view.of(torch.zeros(1, *input_size)))
             features = [x]
             for block in network.blocks:
                 with torch.no_grad():
                     x = block.skip(block.module, x)
                 features.append(x)
-            self._head, logits = trace(network.backbone, network.layout.head, x)
+            self._head, logits = self._trace(network.backbone, network.layout.head, x)
         self.features: tuple[Tensor, ...] = tuple(features)
         """L + 1 samples (1, C, H, W) of the shapes that enter each block and the head."""
         self.classes = int(logits.shape[1])
@@ -57,9 +63,9 @@ class Parts:
         if (bits := self.network.bits[option]) == 0:
             output = None if part.keeps_input else part.output
             with self.network.seeing(self.view):
-                return trace(_Part(part.module, output), _running(part.skip), x)[0]
+                return self._trace(_Part(part.module, output), _running(part.skip), x)[0]
         with self.network.seeing(self.view), part.precision.at(bits):
-            return trace(_Part(part.module, part.output), _running(lambda module, x: module(x)), x)[0]
+            return self._trace(_Part(part.module, part.output), _running(lambda module, x: module(x)), x)[0]
 
 
 class _Part(nn.Module):

@@ -19,7 +19,7 @@ _MOST_CHANNELS = 4
 
 
 def on_merged_pixels(layer: QuantizedLayer, height: int, width: int) -> QuantizedLayer | None:
-    """``layer`` for an input (1, C, ``height``, ``width``) that :func:`merge_pixels` has rearranged.
+    """``layer`` for an input (N, C, ``height``, ``width``) that :func:`merge_pixels` has rearranged.
 
     Returns:
         None where the layer is not a dense convolution of stride 2 over few channels, or the size is odd.
@@ -63,16 +63,16 @@ def _taps(size: int, padding: int, pixels: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def merge_pixels(graph: Graph, x: str, channels: int, height: int, width: int) -> str:
-    """Rearrange ``x`` (1, C, H, W) to (1, 4 C, H / 2, W / 2), ordered by column parity, row parity and channel.
+    """Rearrange ``x`` (N, C, H, W) to (N, 4 C, H / 2, W / 2), ordered by column parity, row parity and channel.
 
     Whole rows are moved first, then columns by the transposition that the kernel needs anyway; one transposition of six axes
     would take ten times as long.
     """
-    rows = graph.add("Reshape", [x, graph.constant([1, channels, height // 2, 2, width], np.int64)])
+    rows = graph.add("Reshape", [x, graph.constant([0, channels, height // 2, 2, width], np.int64)])
     halves = [graph.name("rows"), graph.name("rows")]
     graph.add("Split", [rows], halves, axis=3)
     merged = graph.add("Concat", halves, axis=1)
-    merged = graph.add("Reshape", [merged, graph.constant([1, 2 * channels, height // 2, width], np.int64)])
+    merged = graph.add("Reshape", [merged, graph.constant([0, 2 * channels, height // 2, width], np.int64)])
     last = graph.add("Transpose", [merged], perm=[0, 2, 3, 1])
-    last = graph.add("Reshape", [last, graph.constant([1, height // 2, width // 2, 4 * channels], np.int64)])
+    last = graph.add("Reshape", [last, graph.constant([0, height // 2, width // 2, 4 * channels], np.int64)])
     return graph.add("Transpose", [last], perm=[0, 3, 1, 2])

@@ -19,6 +19,7 @@ from dfs_cli.export.part_writer import PartWriter
 from dfs_cli.export.parts import Parts
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.outputs import reserve
+from dfs_cli.presets import BatchSize
 
 
 def write_onnx(
@@ -29,6 +30,7 @@ def write_onnx(
     labelled: bool,
     static: bool = False,
     tensorrt: bool = False,
+    batch: BatchSize = 1,
     force: bool = False,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> Comparison:
@@ -42,6 +44,7 @@ def write_onnx(
         static: write the most common policy on ``batches`` for every image, without gate and control flow. A static network is
             written so in any case.
         tensorrt: as ``static``, with what TensorRT's importer takes, see :mod:`dfs_cli.export.tensorrt`.
+        batch: how many images the graph takes at once.
         force: overwrite the file.
         on_batch: called with each batch before it is compared.
 
@@ -53,7 +56,7 @@ def write_onnx(
     with reserve([path], force) as outputs:
         is_plain = (static or tensorrt) and fixed_decisions(network) is None
         decisions = common_decisions(network, batches) if is_plain else None
-        content, comparison = make_graph(network, input_size, batches, labelled, decisions, tensorrt, on_batch)
+        content, comparison = make_graph(network, input_size, batches, labelled, decisions, tensorrt, batch, on_batch)
         check_holds(comparison)
         outputs.write([File(path, content)])
     return comparison
@@ -66,18 +69,20 @@ def make_graph(
     labelled: bool,
     decisions: Decisions | None = None,
     tensorrt: bool = False,
+    batch: BatchSize = 1,
     on_batch: Callable[[Batch], None] = lambda batch: None,
 ) -> tuple[bytes, Comparison]:
     """The graph of ``network``, serialised, and its comparison with it.
 
     Args:
         decisions: (for one image) write them for every image; None: the controller's.
+        batch: how many images the graph takes at once.
 
     Raises:
         ExportError: the graph is too large for ONNX.
         DataError: there is no image.
     """
-    writer = PartWriter(Parts(network, input_size), tensorrt)
+    writer = PartWriter(Parts(network, input_size, batch), tensorrt)
     content = serialise(writer, decisions)
     comparison = compare(content, network, batches, labelled, decisions, on_batch)
     return content, replace(comparison, features=writer.features)

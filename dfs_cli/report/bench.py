@@ -43,7 +43,9 @@ def print_inference(console: Console, record: dict[str, Any]) -> None:
         lines.append(f"other programs ran: of some candidates {interrupted:.0%} of the runs were interrupted{counted}")
     for row in record["rows"]:
         lines += _comparison(row)
-    _print(console, lines + _verdict(record))
+    for verdict in record["verdicts"]:
+        lines += _verdict(verdict)
+    _print(console, lines)
 
 
 def _graph(graph: dict[str, Any]) -> str:
@@ -76,25 +78,24 @@ def _comparison(row: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _verdict(record: dict[str, Any]) -> list[str]:
+def _verdict(verdict: dict[str, Any]) -> list[str]:
     """The network beside each of the others, then what is fastest at its top-1 and most accurate in its time."""
-    verdict = record["verdict"]
-    if verdict is None:
-        return []
     name, others = verdict["name"], {pairing["name"]: pairing for pairing in verdict["pairings"]}
+    batch = "" if verdict["batch"] == 1 else f"batch {verdict['batch']}: "
     lines = [_pairing(name, pairing) for pairing in verdict["pairings"]]
-    if all(pairing["top1"] is None for pairing in verdict["pairings"]):
-        return lines
-    fastest, best = verdict["at_equal_top1"], verdict["at_equal_time"]
-    if fastest is None:
-        lines.append(f"time at equal top-1: nothing else here has the top-1 of {name}")
-    else:
-        lines.append(f"time at equal top-1: {fastest} takes {1 / others[fastest]['time']:.2f} of the time of {name}")
-    if best is None:
-        lines.append(f"top-1 at equal time: nothing else here takes as little time as {name}")
-    else:
-        lines.append(f"top-1 at equal time: {best} has {-others[best]['top1']:+.2f} beside {name}")
-    return lines
+    if any(pairing["top1"] is not None for pairing in verdict["pairings"]):
+        fastest, best = verdict["at_equal_top1"], verdict["at_equal_time"]
+        if fastest is None:
+            lines.append(f"time at equal top-1: nothing else here has the top-1 of {name}")
+        else:
+            lines.append(
+                f"time at equal top-1: {fastest} takes {1 / others[fastest]['time']:.2f} of the time of {name}"
+            )
+        if best is None:
+            lines.append(f"top-1 at equal time: nothing else here takes as little time as {name}")
+        else:
+            lines.append(f"top-1 at equal time: {best} has {-others[best]['top1']:+.2f} beside {name}")
+    return [f"{batch}{line}" for line in lines]
 
 
 def _pairing(name: str, pairing: dict[str, Any]) -> str:

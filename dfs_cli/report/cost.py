@@ -14,7 +14,7 @@ from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.cost.table import CostTable, LayerCost
 from dfs_cli.cost.weighting import RULE, mac_cost
 from dfs_cli.errors import ConfigError
-from dfs_cli.presets import FULL_BITS
+from dfs_cli.presets import FULL_BITS, BatchSize
 from dfs_cli.records import Evaluation
 
 _MACS = (
@@ -319,6 +319,9 @@ def plan_record(name: str, table: CostTable, budget: float) -> dict[str, Any]:
     }
 
 
-def export_record(path: Path, static: bool, tensorrt: bool, comparison: dict[str, Any]) -> dict[str, Any]:
+def export_record(
+    path: Path, static: bool, tensorrt: bool, batch: BatchSize, comparison: dict[str, Any]
+) -> dict[str, Any]:
     """What ``dfs export --json`` prints."""
-    return {"onnx": str(path), "static": static, "tensorrt": tensorrt, "bytes": path.stat().st_size} | comparison
+    kind = {"onnx": str(path), "static": static, "tensorrt": tensorrt, "batch": batch}
+    return kind | {"bytes": path.stat().st_size} | comparison

@@ -74,8 +74,8 @@ def plot_choices(manifest: Manifest, evaluation: Evaluation) -> Figure:
 
 
 def plot_times(record: dict[str, Any]) -> Figure:
-    """Top-1 over the mean time of an image, for every candidate in ONNX Runtime; bars: the least and the largest mean of a pass
-    over all images, and the standard error of top-1.
+    """Top-1 over the mean time of an image, for every candidate in ONNX Runtime, one image at a time; bars: the least and the
+    largest mean of a pass over all images, and the standard error of top-1.
 
     Args:
         record: a :class:`dfs_cli.bench.inference.InferenceBench` as a dictionary, with the name of the ``model``.
@@ -88,9 +88,12 @@ def plot_times(record: dict[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    verdict = record["verdict"] or {"name": "", "pairings": []}
+    nothing: dict[str, Any] = {"name": "", "pairings": []}
+    verdict = next((verdict for verdict in record["verdicts"] if verdict["batch"] == 1), nothing)
     own, others = verdict["name"], [pairing["name"] for pairing in verdict["pairings"]]
-    rows = [row for row in record["rows"] if row["name"] in (own, *others) and row["top1"] is not None]
+    rows = [
+        row for row in record["rows"] if row["name"] in (own, *others) and row["batch"] == 1 and row["top1"] is not None
+    ]
     if not rows:
         raise ConfigError("--plot: there is nothing to draw without ONNX Runtime and real images")
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")

@@ -203,6 +203,9 @@ def print_export(console: Console, record: dict[str, Any], bits: Sequence[int]) 
     """The graph that was written, and how it compares with the network."""
     kind = "images" if record["labelled"] else "random images"
     lines = [f"{record['onnx']}, {record['bytes'] / 2**20:.1f} MiB, blocks hand on {record['features']} features"]
+    if record["batch"] != 1:
+        size = "any number of" if record["batch"] == "dynamic" else record["batch"]
+        lines.append(f"takes {size} images at once, each with its own decisions")
     if any(2 <= b <= 7 for b in bits):
         lines.append("options of 2 to 7 bits run on 8-bit kernels: they take as long as 8 bits")
     lines.append(f"compared on {record['images']} {kind}")

@@ -77,7 +77,7 @@ def test_a_file_is_compared_with_others_on_the_same_images(
 ) -> None:
     plot, data = tmp_path / "time.png", str(make_folder())
     twin = shutil.copy(artifact, tmp_path / "twin.safetensors")
-    record = run_bench(str(artifact), "--data", data, "--against", str(twin), "--plot", str(plot))
+    record = run_bench(str(artifact), "--data", data, "--against", str(twin), "--plot", str(plot), "--batch-sizes", "4")
     rows = {(row["name"], row["batch"]): row for row in record["rows"]}
     wanted = {"name", "batch", "mean_ms", "p50_ms", "p95_ms", "p99_ms", "images_per_second", "cost", "top1"}
     assert all(wanted <= row.keys() for row in record["rows"])
@@ -86,8 +86,13 @@ def test_a_file_is_compared_with_others_on_the_same_images(
     assert dense["top1"] == rows["pytorch-dense", 1]["top1"] > 90 and rows["ort-int8-static", 1]["top1"] > 90
     assert own["p50_ms"] <= own["p95_ms"] <= own["p99_ms"]
     assert own["images_per_second"] == pytest.approx(1000 / own["mean_ms"])
-    pairings = {pairing["name"]: pairing for pairing in record["verdict"]["pairings"]}
+    pairings = {pairing["name"]: pairing for pairing in record["verdicts"][0]["pairings"]}
     assert list(pairings) == ["ort-int8-static", "ort-fp32", "twin"] and pairings["twin"]["top1"] == 0
+    assert [(verdict["name"], verdict["batch"]) for verdict in record["verdicts"]] == [("ort-dfs", 1), ("ort-dfs", 4)]
+    for name in ("ort-dfs", "twin", "ort-fp32", "ort-int8-static"):  # batches give the answers of single images
+        one, four = rows[name, 1], rows[name, 4]
+        assert (one["runs"], four["runs"]) == (40, 10) and one["top1"] == four["top1"]
+        assert four["images_per_second"] == pytest.approx(4000 / four["mean_ms"])
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

@@ -11,6 +11,7 @@ from dfs_cli.bench.candidates import Candidate, ObservedNetwork, list_candidates
 from dfs_cli.bench.inference import Run, bench_inference, by_pass, make_rows
 from dfs_cli.bench.workload import Workload, workload_of_model
 from dfs_cli.config import DynamicConfig, GateKind
+from dfs_cli.errors import ConfigError
 
 pytestmark = pytest.mark.medium
 
@@ -95,21 +96,31 @@ def test_turns_are_divided_into_passes() -> None:
 def test_all_ways_to_run_a_model_are_compared() -> None:
     pytest.importorskip("onnxruntime")
     workload = workload_of_model(tiny_resnet(), DynamicConfig(bits=(0, 8), gate="rnn"), SIZE)
-    bench = bench_inference(workload, threads=1, repeats=2)
+    bench = bench_inference(workload, threads=1, repeats=2, batch_sizes=(1, 16))
     rows = {(row.name, row.batch): row for row in bench.rows}
     in_pytorch = [(name, batch) for name in ("pytorch-dense", "pytorch-dfs") for batch in (1, 64)]
-    assert list(rows) == in_pytorch + [(name, 1) for name in ("ort-fp32", "ort-int8-static", "ort-dfs")]
-    assert {key: row.runs for key, row in rows.items()} == {key: 128 if key[1] == 1 else 2 for key in rows}
+    names = ("ort-fp32", "ort-int8-static", "ort-dfs")
+    assert list(rows) == in_pytorch + [(name, batch) for batch in (1, 16) for name in names]
+    assert {key: row.runs for key, row in rows.items()} == {key: 128 // key[1] for key in rows}
     assert rows["ort-dfs", 1].cost == rows["pytorch-dfs", 1].cost == workload.cost
     assert rows["pytorch-dfs", 64].cost == workload.batch_cost != workload.cost
     assert rows["ort-int8-static", 1].cost == 1 / 16
     assert {name for name, _ in rows if rows[name, 1].controller_ms is not None} == {"pytorch-dfs"}
     assert bench.graph == {"features": "int8"} and bench.options == (0, 8) and bench.image_size == SIZE
-    assert bench.verdict is not None and bench.verdict.at_equal_top1 is None  # random images have no classes
-    assert [pairing.name for pairing in bench.verdict.pairings] == ["ort-int8-static", "ort-fp32"]
-    own, int8 = rows["ort-dfs", 1], rows["ort-int8-static", 1]
-    assert bench.verdict.pairings[0].time == pytest.approx(own.mean_ms / int8.mean_ms)
+    assert [verdict.batch for verdict in bench.verdicts] == [1, 16]
+    for verdict in bench.verdicts:
+        assert verdict.at_equal_top1 is None  # random images have no classes
+        assert [pairing.name for pairing in verdict.pairings] == ["ort-int8-static", "ort-fp32"]
+        own, int8 = rows["ort-dfs", verdict.batch], rows["ort-int8-static", verdict.batch]
+        assert verdict.pairings[0].time == pytest.approx(own.mean_ms / int8.mean_ms)
+        assert own.images_per_second == pytest.approx(1000 * verdict.batch / own.mean_ms)
     assert "onnxruntime" in bench.machine and bench.machine["processor"]
+
+
+@pytest.mark.parametrize("size", [0, 3, 128])
+def test_batches_fill_blocks_of_images(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"--batch-sizes {size}: expected divisors of 64"):
+        bench_inference(workload(), threads=1, batch_sizes=(1, size))
 
 
 def test_memory_of_the_dense_network_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,17 @@ PAIRING = {
     "name": "ort-int8-static", "time": 0.5, "time_low": 0.4, "time_high": 0.6, "top1": 1.25, "top1_error": 0.5,
     "winner": "first",
 }  # fmt: skip
-VERDICT = {"name": "ort-dfs", "pairings": [PAIRING], "at_equal_top1": None, "at_equal_time": "ort-int8-static"}
+VERDICT = {
+    "name": "ort-dfs",
+    "batch": 1,
+    "pairings": [PAIRING],
+    "at_equal_top1": None,
+    "at_equal_time": "ort-int8-static",
+}
 RECORD: dict[str, Any] = {
     "model": "resnet18", "rows": [ROW, DYNAMIC], "threads": 2, "repeats": 4, "options": [0, 8], "gate": "rnn",
     "image_size": [3, 64, 32], "images": 64, "decisions": "real, on validation images", "graph": {"features": "int8"},
-    "machine": {"processor": "abacus", "cores": "2"}, "verdict": None,
+    "machine": {"processor": "abacus", "cores": "2"}, "verdicts": [],
 }  # fmt: skip
 COMPARED = {"features": "float", "images": 40, "same_decisions": 0.95, "holds": False}
 
@@ -61,20 +67,25 @@ def test_a_record_of_inference_in_words() -> None:
 
 
 def test_a_verdict_in_words() -> None:
-    lines = lines_of(RECORD | {"verdict": VERDICT})[-3:]
+    lines = lines_of(RECORD | {"verdicts": [VERDICT]})[-3:]
     assert lines == [
         "ort-dfs takes 0.50 times the time of ort-int8-static (0.40 to 0.60 in single passes), top-1 +1.25 (standard error "
         "0.50): ort-dfs wins",
         "time at equal top-1: nothing else here has the top-1 of ort-dfs",
         "top-1 at equal time: ort-int8-static has -1.25 beside ort-dfs",
     ]
-    lines = lines_of(RECORD | {"verdict": VERDICT | {"at_equal_top1": "ort-int8-static", "at_equal_time": None}})
+    lines = lines_of(RECORD | {"verdicts": [VERDICT | {"at_equal_top1": "ort-int8-static", "at_equal_time": None}]})
     assert lines[-2:] == [
         "time at equal top-1: ort-int8-static takes 2.00 of the time of ort-dfs",
         "top-1 at equal time: nothing else here takes as little time as ort-dfs",
     ]
     unknown = VERDICT | {"pairings": [PAIRING | {"top1": None, "winner": "other"}]}
-    assert lines_of(RECORD | {"verdict": unknown})[-1].endswith("in single passes): ort-int8-static wins")
+    assert lines_of(RECORD | {"verdicts": [unknown]})[-1].endswith("in single passes): ort-int8-static wins")
+
+
+def test_the_verdict_of_each_batch_names_its_size() -> None:
+    lines = lines_of(RECORD | {"verdicts": [VERDICT, VERDICT | {"batch": 8}]})[-6:]
+    assert lines[3:] == [f"batch 8: {line}" for line in lines[:3]]
 
 
 def test_a_busy_machine_is_named() -> None:
@@ -96,7 +107,7 @@ def test_other_notes() -> None:
 
 def test_a_plot_has_a_point_for_each_candidate_with_a_top1() -> None:
     pytest.importorskip("matplotlib")
-    figure = plot_times(RECORD | {"verdict": VERDICT, "rows": [ROW, DYNAMIC | {"top1": 90.0}]})
+    figure = plot_times(RECORD | {"verdicts": [VERDICT], "rows": [ROW, DYNAMIC | {"top1": 90.0}, ROW | {"batch": 8}]})
     (axes,) = figure.axes
     points = {tuple(container.lines[0].get_xydata()[0]) for container in axes.containers}  # type: ignore[attr-defined]
     assert points == {(20.0, 88.0), (10.0, 90.0)}

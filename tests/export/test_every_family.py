@@ -18,6 +18,7 @@ from common_export import (
     gated_network,
     make_network,
     parts_with_other_codes,
+    run_batch,
     run_part,
     static_network,
     subgraphs,
@@ -281,6 +282,22 @@ def test_every_structure_hands_on_the_networks_codes(name: str) -> None:
     # What is neither convolution nor ReLU computes in floating point, where a value between two codes may fall to either;
     # normalisation over a group then shifts all of its values.
     assert all(share < (0.1 if name in NORMALISED_TOGETHER else 1e-3) for share in found.values()), found
+
+
+@slow
+@pytest.mark.parametrize("name", STRUCTURES)
+@torch.no_grad()
+def test_every_structure_in_batches(name: str) -> None:
+    structure, gate = STRUCTURES[name], ("probe", "rnn", "ff")[list(STRUCTURES).index(name) % 3]
+    network, size = make_network(small_model(structure), gate, (0, 4, 8), structure.size), structure.size
+    alone, together = (export_network(PartWriter(Parts(network, size, batch))) for batch in (1, "dynamic"))
+    batch = varied_images(size)
+    expected, found = run(alone.SerializeToString(), batch), run_batch(together, batch, [3, 1])
+    assert (found[BITS] == expected[BITS]).all()
+    check_close(found[LOGITS], torch.from_numpy(expected[LOGITS]), 1e-4)
+    model = small_model(structure)
+    dense = onnx.load_from_string(export_dense(model, size, "dynamic"))
+    check_close(run_batch(dense, batch, [3, 1])[LOGITS], model(batch), 1e-4)
 
 
 def test_every_family_and_architecture_is_among_them() -> None:

@@ -47,6 +47,33 @@ def test_a_plain_graph(artifact: Path, tmp_path: Path, option: str) -> None:
     assert has_unsigned == (option == "--static")
 
 
+@pytest.mark.parametrize("batch", ["16", "dynamic"])
+def test_a_graph_for_batches(artifact: Path, tmp_path: Path, batch: str) -> None:
+    arguments = [
+        "export",
+        str(artifact),
+        "--onnx",
+        str(tmp_path / "out.onnx"),
+        "--num-samples",
+        "100",
+        "--batch",
+        batch,
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    assert str(record["batch"]) == batch and record["images"] == 100 and record["same_decisions"] >= 0.995
+    said = CliRunner().invoke(app, [*arguments, "--force"]).stdout
+    assert f"takes {batch if batch == '16' else 'any number of'} images at once" in said
+
+
+@pytest.mark.parametrize("batch", ["0", "many"])
+def test_a_batch_that_is_none_is_refused(artifact: Path, tmp_path: Path, batch: str) -> None:
+    result = CliRunner().invoke(app, ["export", str(artifact), "--onnx", str(tmp_path / "out.onnx"), "--batch", batch])
+    assert result.exit_code == 2 and len(result.stderr.strip().splitlines()) == 1
+    assert f"--batch {batch!r}: expected 1 to 65536, or dynamic" in result.stderr
+
+
 def test_without_the_packages_it_says_what_to_install(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,9 @@ Start = Callable[[DynamicConfig, CostTable], Planned]
 
 # Networks are compared on so many held-out images at most, which run through each of them and, twice, through the original.
 _COMPARED, _RUNS = 2048, 6
+# Two passes must gain something, or are not worth deciding about. Smaller images fit only after tuning: where they lose as much
+# as one pass before it, they lose less after it.
+_DECIDING, _SMALLER = 1 / 0.9, 0.9
 
 
 def make_network(setup: Setup, observer: Observer) -> Planned:
@@ -92,7 +95,8 @@ def _most_promising(setup: Setup, start: Start, images: Tensor, observer: Observ
         with suppress(ConfigError) if started else nullcontext():  # of what cannot be had in one pass
             started.insert(0, start(*static))  # of equally good ones it is the simplest
     regrets = of_first([_regret(planned, setup.dynamic.mirror, images) for planned in started])
-    best = started[regrets.index(min(regrets))]
+    expected = [lost * _after_tuning(planned.dynamic) for planned, lost in zip(started, regrets, strict=True)]
+    best = started[expected.index(min(expected))]
     if len(started) > 1:
         found = zip(started, regrets, strict=True)
         losses = ", ".join(f"{_describe(planned.dynamic)} {100 * lost:.2f}" for planned, lost in found)
@@ -102,6 +106,13 @@ def _most_promising(setup: Setup, start: Start, images: Tensor, observer: Observ
     elif best.dynamic.first_scale != 1:
         observer.note(f"the first pass sees images of {best.dynamic.first_scale:g} of their height and width")
     return best
+
+
+def _after_tuning(dynamic: DynamicConfig) -> float:
+    """Beside one pass for all images, how much of the loss before tuning is to be expected."""
+    if dynamic.gate == "static":
+        return 1.0
+    return _DECIDING if dynamic.first_scale == 1 else _SMALLER
 
 
 def _describe(dynamic: DynamicConfig) -> str:

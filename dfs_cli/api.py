@@ -16,14 +16,7 @@ from dfs_cli.bench.cost_table import measure_costs
 from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.sweep import sweep
-from dfs_cli.config import (
-    DataConfig,
-    DynamicConfig,
-    Preprocessing,
-    SynthesisConfig,
-    TuningConfig,
-    check_loading,
-)
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SynthesisConfig, TuningConfig
 from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.defaults import default_data, default_tuning, resolve_device
@@ -46,6 +39,7 @@ from dfs_cli.models.zoo import load_model, load_outline
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.observer import Observer
 from dfs_cli.presets import BatchSize, parse_batch
+from dfs_cli.ranges import check_loading
 from dfs_cli.records import Evaluation, Source
 from dfs_cli.report import cost as report
 from dfs_cli.surgery.plan import plan_costs

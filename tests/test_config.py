@@ -4,17 +4,10 @@ from typing import Any
 import pytest
 
 from dfs_cli.comparison.config import SweepConfig
-from dfs_cli.config import (
-    DataConfig,
-    DynamicConfig,
-    Preprocessing,
-    TuningConfig,
-    check_budget,
-    check_loading,
-    check_range,
-)
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig
 from dfs_cli.errors import ConfigError
 from dfs_cli.presets import PRESETS, parse_bits, parse_mix
+from dfs_cli.ranges import check_budget, check_loading, check_range
 from dfs_cli.validation import Json, parse_json
 
 

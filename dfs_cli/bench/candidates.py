@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from dfs_cli.artifact.packing import packed_tensors
 from dfs_cli.bench.process import bytes_of
 from dfs_cli.bench.workload import Workload, size_of_images
-from dfs_cli.config import BATCH_SIZES, LARGE_BATCH
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.runtime import has_onnx
 from dfs_cli.freeze.batchnorm import fold_norms
 from dfs_cli.nn.network import Choose, DynamicResNet
 from dfs_cli.nn.passes import FULL_VIEW, Output, TuningTarget, View
 from dfs_cli.presets import BatchSize
+from dfs_cli.ranges import BATCH_SIZES, LARGE_BATCH
 
 OWN, INT8 = "ort-dfs", "ort-int8-static"
 """The names of the network that is measured, and of static int8, in ONNX Runtime."""

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from dfs_cli.bench.process import interruptions
-from dfs_cli.config import check_range
+from dfs_cli.ranges import check_range
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ from dfs_cli.bench.machine import describe_machine
 from dfs_cli.bench.process import added_memory, peak_bytes, size_of
 from dfs_cli.bench.verdict import Measured, Verdict, judge
 from dfs_cli.bench.workload import Workload, size_of_images
-from dfs_cli.config import BATCH_SIZES, LARGE_BATCH, check_batch_sizes
 from dfs_cli.observer import Observer
+from dfs_cli.ranges import BATCH_SIZES, LARGE_BATCH, check_batch_sizes
 from dfs_cli.validation import Json
 
 _WARM_UP = 1

@@ -11,18 +11,10 @@ import typer
 
 from dfs_cli.cli import options
 from dfs_cli.cli.output import Output
-from dfs_cli.config import (
-    BATCH_SIZES,
-    COMPARED_IMAGES,
-    LARGEST_SEED,
-    DataConfig,
-    DynamicConfig,
-    GateKind,
-    check_batch_sizes,
-    check_range,
-)
+from dfs_cli.config import COMPARED_IMAGES, DataConfig, DynamicConfig, GateKind
 from dfs_cli.errors import ConfigError
 from dfs_cli.presets import DEFAULT_MIX, Preset, parse_bits, parse_mix
+from dfs_cli.ranges import BATCH_SIZES, LARGEST_SEED, check_batch_sizes, check_range
 
 if TYPE_CHECKING:
     from dfs_cli.bench.workload import Workload

@@ -9,8 +9,9 @@ import typer
 
 from dfs_cli.cli import options
 from dfs_cli.cli.output import Output
-from dfs_cli.config import TuningConfig, check_budget
+from dfs_cli.config import TuningConfig
 from dfs_cli.presets import parse_bits
+from dfs_cli.ranges import check_budget
 
 EXAMPLES = """
 Examples:

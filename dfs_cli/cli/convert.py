@@ -17,10 +17,11 @@ from dfs_cli.cli import options
 from dfs_cli.cli.long_runs import LongRunOptions, how_to_resume, signals_wait_for
 from dfs_cli.cli.output import Output
 from dfs_cli.cli.synthetic import SyntheticOptions
-from dfs_cli.config import SynthesisConfig, check_budget, check_limit, check_range
+from dfs_cli.config import SynthesisConfig
 from dfs_cli.distributed import is_first, join, of_first
 from dfs_cli.errors import BudgetMissedError, ConfigError, DivergedError, LostProcessError, OutputError
 from dfs_cli.presets import PRESETS
+from dfs_cli.ranges import check_budget, check_limit, check_range
 
 if TYPE_CHECKING:
     from dfs_cli.checkpoint import Checkpoint

@@ -14,9 +14,9 @@ from dfs_cli.cli import options
 from dfs_cli.cli.long_runs import LongRunOptions, how_to_resume, signals_wait_for
 from dfs_cli.cli.output import Output
 from dfs_cli.comparison.config import BASELINES, SweepConfig
-from dfs_cli.config import check_budget
 from dfs_cli.distributed import is_first, join
 from dfs_cli.errors import ConfigError, LostProcessError, OutputError
+from dfs_cli.ranges import check_budget
 
 EXAMPLES = """
 Examples:

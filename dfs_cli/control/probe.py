@@ -18,12 +18,12 @@ from dfs_cli.control.division import divide, divide_by_rule
 from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
 from dfs_cli.control.ladder import affordable_scores
 from dfs_cli.control.static import mix_within
+from dfs_cli.control.threshold import ALWAYS_REFINE, LEAST_MULTIPLIER, NEVER_REFINE, best_threshold, multiplier_for
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.operating_point import (
     HIGHEST_SHARE,
     LOWEST_SHARE,
     OperatingPoint,
-    cheapest_of_the_best,
     find_operating_point,
 )
 from dfs_cli.cost.table import CostTable
@@ -31,20 +31,12 @@ from dfs_cli.distributed import joined_rows, of_first
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
-ALWAYS_REFINE, NEVER_REFINE = -1e9, 1e9
-"""Thresholds below and above every uncertainty; finite, so that they can be written as JSON."""
-
-LEAST_MULTIPLIER = 1e-3
-"""So low, a multiplier changes no decision."""
-
 _TRAINED_SHARE = 0.2  # of a batch, at most, takes the second pass in tuning: a step stays cheap
 # The middle of the interval that the budget promises: what the gate is sure of on held-out images, it need not be as sure of on
 # new ones.
 _AIM = (LOWEST_SHARE + HIGHEST_SHARE) / 2
 # With at least so large log-odds the first answer stands, where no images are there to find out what a second look changes.
 _SURE = 5.0
-# How many shares of refined images are compared where less may be spent than the budget.
-_TRIED_SHARES = 100
 
 
 class ProbeController(Controller):
@@ -52,9 +44,9 @@ class ProbeController(Controller):
 
     The first pass runs every image with ``policy`` (L,), one option per block. Images whose :func:`uncertainty` is above
     ``operating_point`` take the second, whose options maximise ``scores - cost_multiplier * option costs``, or are those of
-    ``second_policy`` (L,), where there is no gate; the answer is
-    then the sum of both passes' logits, weighted by ``logit_weights``. No block has a dearer option in the second pass than
-    ``ceiling`` says. A mirrored second pass is a second view, which tells more than a second look at the same.
+    ``second_policy`` (L,), where there is no gate; the answer is then the sum of both passes' logits, weighted by
+    ``logit_weights``. No block has a dearer option in the second pass than ``ceiling`` says. A mirrored second pass is a second
+    view, which tells more than a second look at the same.
 
     Under a ``limit`` the second pass has what the first one leaves. Where the options of an image cost more, it gets those of a
     larger multiplier (:mod:`dfs_cli.control.ladder`); where even the cheapest do, no image takes the second pass.
@@ -220,7 +212,7 @@ class ProbeController(Controller):
         self.policy.copy_(division.first)
         table = self.settle(table)
         if self.gate is not None:
-            self.cost_multiplier = self._multiplier_for(self.gate.preference, table, division.second)
+            self.cost_multiplier = multiplier_for(self.gate.preference, table, division.second)
         elif division.again is not None:
             self._repeat_with(division.again)
         self._normalise_input(network, sample)
@@ -262,16 +254,6 @@ class ProbeController(Controller):
         """Cost of the first pass."""
         return table.cost(Decisions.alike(self.policy.cpu(), 1)).item()
 
-    @staticmethod
-    def _multiplier_for(preference: Tensor, table: CostTable, cost: float) -> float:
-        """The multiplier, positive, at which a second pass by the gate's ``preference`` (L, K) alone costs at most ``cost``."""
-        preference = preference.detach().double().cpu()
-
-        def cost_at(multiplier: float) -> Tensor:
-            return table.pass_cost((preference - multiplier * table.option_costs[1]).argmax(dim=1)[None], 1)
-
-        return max(find_operating_point(cost_at, cost).value, LEAST_MULTIPLIER)
-
     @torch.inference_mode()
     def set_operating_point(
         self,
@@ -304,27 +286,8 @@ class ProbeController(Controller):
             point = find_operating_point(lambda value: run_all(value)[1], target, start=self.cost_multiplier)
             self.cost_multiplier, self.operating_point = point.value, ALWAYS_REFINE
             return OperatingPoint(ALWAYS_REFINE, point.cost)
-        first_answers, answers = (
-            join_batches([output.answers[i].logits.argmax(dim=1) for output in outputs]) for i in (0, 1)
-        )
-        uncertain = join_batches([uncertainty(output.answers[0].logits) for output in outputs])
-        order = uncertain.argsort(descending=True)
-        first = self._first_cost(table)
-        # The most uncertain images whose second passes can be paid.
-        mean_cost = first + (costs[order] - first).cumsum(0) / len(costs)
-        affordable = int((mean_cost <= target).sum())
-
-        def point_of(refined: int) -> OperatingPoint:
-            value = float(uncertain[order[refined]]) if refined < len(order) else ALWAYS_REFINE
-            is_refined = uncertain > value
-            cost = torch.where(is_refined, costs, first).mean()
-            return OperatingPoint(value, float(cost), held_out.top1(torch.where(is_refined, answers, first_answers)))
-
-        point = point_of(affordable)
-        if not request.spend and held_out.targets is not None:
-            # The same shares for every budget: a larger one can choose from all that a smaller one can.
-            tried = (round(len(order) * i / _TRIED_SHARES) for i in range(_TRIED_SHARES + 1))
-            point = cheapest_of_the_best([point_of(refined) for refined in tried if refined <= affordable])
+        first_cost = self._first_cost(table)
+        point = best_threshold(outputs, costs, first_cost, target, held_out, request.spend)
         self.operating_point = point.value
         tell(point.value, point.cost)
         return point

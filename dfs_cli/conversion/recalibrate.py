@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
-from dfs_cli.config import DataConfig, TuningConfig, check_budget, check_limit, check_loading
+from dfs_cli.config import DataConfig, TuningConfig
 from dfs_cli.control.base import Request, controller_of
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.converted import Converted
@@ -17,6 +17,7 @@ from dfs_cli.data.loading import choose_workers
 from dfs_cli.data.splits import open_splits
 from dfs_cli.errors import ConfigError
 from dfs_cli.observer import Observer
+from dfs_cli.ranges import check_budget, check_limit, check_loading
 from dfs_cli.records import Tuned
 
 

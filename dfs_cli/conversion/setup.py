@@ -11,16 +11,7 @@ from torch import nn
 
 from dfs_cli.artifact.manifest import ModelArgs
 from dfs_cli.checkpoint import Checkpoint
-from dfs_cli.config import (
-    Configuration,
-    DataConfig,
-    DynamicConfig,
-    Preprocessing,
-    SynthesisConfig,
-    TuningConfig,
-    check_budget,
-    check_limit,
-)
+from dfs_cli.config import Configuration, DataConfig, DynamicConfig, Preprocessing, SynthesisConfig, TuningConfig
 from dfs_cli.control.base import Request
 from dfs_cli.conversion.defaults import (
     default_dynamic,
@@ -44,6 +35,7 @@ from dfs_cli.errors import ConfigError, DataError
 from dfs_cli.models.zoo import load_model
 from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.observer import Observer
+from dfs_cli.ranges import check_budget, check_limit
 from dfs_cli.records import Source
 from dfs_cli.surgery.plan import SurgeryPlan, plan_costs, plan_surgery
 from dfs_cli.synthesis.moments import check_remembers

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Annotated, overload
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -15,50 +15,11 @@ from torch import Tensor
 from dfs_cli.config import GateKind
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.device import STATIC_BITS, DeviceCosts
+from dfs_cli.cost.layer import LayerCost, Macs
 from dfs_cli.cost.operating_point import HIGHEST_SHARE, LOWEST_SHARE
-from dfs_cli.cost.weighting import UNIT, mac_cost
+from dfs_cli.cost.weighting import UNIT, in_steps, mac_cost
 from dfs_cli.errors import ConfigError
 from dfs_cli.validation import Json, validated
-
-Macs = Annotated[int, Field(ge=0, le=2**53)]  # sums in double precision stay exact
-
-_STEPS = 2.0**44
-"""Costs are multiples of one over this: their sums are exact then, in whatever order, and so is a limit."""
-
-
-@overload
-def _in_steps(cost: float) -> float: ...
-
-
-@overload
-def _in_steps(cost: Tensor) -> Tensor: ...
-
-
-def _in_steps(cost: float | Tensor) -> float | Tensor:
-    return (cost * _STEPS).round() / _STEPS if isinstance(cost, Tensor) else round(cost * _STEPS) / _STEPS
-
-
-@validated
-class LayerCost(Json):
-    """One layer's MACs for one image.
-
-    Args:
-        name: module path.
-        macs: multiply-accumulates.
-        block: index of the residual block whose option it follows; None: it always runs.
-        bits: the layer's individual bitwidth, whichever option its block has, unless skipped; None: the option's.
-        first_macs: multiply-accumulates in a first pass that sees smaller images; None: as many.
-    """
-
-    name: str
-    macs: Macs
-    block: Annotated[int, Field(ge=0)] | None = None
-    bits: Annotated[int, Field(ge=0, le=32)] | None = None
-    first_macs: Macs | None = None
-
-    def macs_in(self, is_first: bool) -> int:
-        """Its MACs in the first pass, or in one that sees the full images."""
-        return self.macs if self.first_macs is None or not is_first else self.first_macs
 
 
 @validated
@@ -170,13 +131,13 @@ class CostTable(Json):
         """Cost of each option of each block in each pass, (P, L, K) in float64."""
         if self.device is None:
             first, full = (self._options_of(is_first) for is_first in (True, False))
-            return _in_steps(torch.stack([first] + [full] * (self.passes - 1)))
+            return in_steps(torch.stack([first] + [full] * (self.passes - 1)))
         first, full = (self._on_device(is_first) for is_first in (True, False))
         runs = torch.tensor([bool(b) for b in self.options], dtype=torch.float64)
         per_block = torch.tensor([per_block for _, per_block in self._deciding], dtype=torch.float64)
         again = torch.tensor(self.first_runs or (True,) * len(self.blocks), dtype=torch.float64)[:, None]
         passes = [first] + [full * (1 + self.device.crowding * again)] * (self.passes - 1)
-        return _in_steps((torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense)
+        return in_steps((torch.stack(passes) + per_block[:, None, None] * runs) / self.device.dense)
 
     def _on_device(self, is_first: bool) -> Tensor:
         """What each option of each block costs on the device, (L, K), in its unit, nothing decided; see :meth:`_options_of`."""
@@ -202,8 +163,8 @@ class CostTable(Json):
     def controller_costs(self) -> tuple[float, ...]:
         """Cost of deciding in each pass, (P,)."""
         if self.device is not None:
-            return tuple(_in_steps(always / self.device.dense) for always, _ in self._deciding)
-        return tuple(_in_steps(sum(row) / self.dense_macs) for row in self.controller_macs)
+            return tuple(in_steps(always / self.device.dense) for always, _ in self._deciding)
+        return tuple(in_steps(sum(row) / self.dense_macs) for row in self.controller_macs)
 
     @property
     def _deciding(self) -> tuple[tuple[float, float], ...]:
@@ -218,10 +179,10 @@ class CostTable(Json):
 
     def _fixed_of(self, is_first: bool) -> float:
         if self.device is not None:
-            return _in_steps(self.device.at(self.first_view if is_first else 1.0).fixed / self.device.dense)
+            return in_steps(self.device.at(self.first_view if is_first else 1.0).fixed / self.device.dense)
         fixed = [layer for layer in self.layers if layer.block is None]
         macs = sum(layer.macs_in(is_first) * mac_cost(layer.bits) for layer in fixed if layer.bits)
-        return _in_steps(macs / self.dense_macs)
+        return in_steps(macs / self.dense_macs)
 
     def fixed_cost(self, index: int) -> float:
         """Cost of a pass for an image that takes it, whatever its blocks' options: fixed layers and controller."""

@@ -22,9 +22,9 @@ from timm.models import (
 )
 from torch import nn
 
-from dfs_cli.config import LARGEST_SEED, check_range
 from dfs_cli.errors import UnsupportedModelError, WeightsError, first_line
 from dfs_cli.models.checkpoints import Weights, check_fit, read_weights
+from dfs_cli.ranges import LARGEST_SEED, check_range
 from dfs_cli.surgery.families import FAMILIES, LAYOUTS
 from dfs_cli.surgery.plan import find_blocks
 

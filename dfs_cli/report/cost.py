@@ -11,7 +11,8 @@ from typing import Any, TypedDict
 import torch
 
 from dfs_cli.artifact.manifest import Manifest
-from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.cost.layer import LayerCost
+from dfs_cli.cost.table import CostTable
 from dfs_cli.cost.weighting import RULE, mac_cost
 from dfs_cli.errors import ConfigError
 from dfs_cli.presets import FULL_BITS, BatchSize

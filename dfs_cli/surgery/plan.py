@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.factory import controller_macs
 from dfs_cli.cost.count import MacCount, count_macs
-from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.cost.layer import LayerCost
+from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import UnsupportedModelError, first_line
 from dfs_cli.nn.layers import CONVOLUTIONS
 from dfs_cli.nn.normalisation import FRACTIONAL_NORMS

@@ -15,7 +15,7 @@ import dfs_cli
 from dfs_cli.artifact.artifact import load_artifact, read_manifest, save_artifact, tensor_digest
 from dfs_cli.artifact.manifest import ModelArgs
 from dfs_cli.artifact.packing import packed_tensors
-from dfs_cli.control.probe import NEVER_REFINE
+from dfs_cli.control.threshold import NEVER_REFINE
 from dfs_cli.errors import ArtifactError, DfsError, OutputError
 
 pytestmark = pytest.mark.medium

@@ -13,7 +13,7 @@ from timm.models.resnetv2 import ResNetV2
 
 from dfs_cli.artifact.packing import load_packed, pack, packed_tensors, unpack
 from dfs_cli.config import DynamicConfig
-from dfs_cli.control.probe import ALWAYS_REFINE
+from dfs_cli.control.threshold import ALWAYS_REFINE
 from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.nn.network import DynamicResNet

@@ -13,8 +13,9 @@ from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Request, Sensitivity, controller_of
 from dfs_cli.control.division import divide_by_rule
 from dfs_cli.control.ladder import affordable_scores, charges
-from dfs_cli.control.probe import ALWAYS_REFINE, NEVER_REFINE, ProbeController
+from dfs_cli.control.probe import ProbeController
 from dfs_cli.control.static import within
+from dfs_cli.control.threshold import ALWAYS_REFINE, NEVER_REFINE
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ConfigError

@@ -9,7 +9,8 @@ from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import Request, Sensitivity, controller_of
 from dfs_cli.control.static import best_block_mix, best_layer_mix, policy_of, sufficient_cost
 from dfs_cli.cost.decisions import Decisions
-from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.cost.layer import LayerCost
+from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.layers import FractionalLayer
 from dfs_cli.surgery.plan import plan_costs

@@ -9,7 +9,8 @@ import torch
 from dfs_cli.control.base import Ceiling
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.device import DeviceCosts, read_costs
-from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.cost.layer import LayerCost
+from dfs_cli.cost.table import CostTable
 from dfs_cli.errors import ConfigError
 
 WRITTEN: dict[str, Any] = {

@@ -8,7 +8,8 @@ from common import RNN, SIZE, tiny_resnet
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
-from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.cost.layer import LayerCost
+from dfs_cli.cost.table import CostTable
 from dfs_cli.cost.weighting import mac_cost
 from dfs_cli.errors import ConfigError
 from dfs_cli.surgery.plan import plan_costs

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
-from dfs_cli.cost.table import CostTable, LayerCost
+from dfs_cli.cost.layer import LayerCost
+from dfs_cli.cost.table import CostTable
 from dfs_cli.evaluation.dynamics import choice_entropy, variance_between_images
 
 TWO_BLOCKS = CostTable((0, 8, 32), ("a", "b"), (LayerCost("a", 100, 0), LayerCost("b", 300, 1)), ((0, 0),))

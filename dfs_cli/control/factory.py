@@ -10,9 +10,26 @@ from dfs_cli.control.gated import GatedController
 from dfs_cli.control.gates import FeedForwardGate, RecurrentGate, SecondPassGate
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.control.static import StaticController
+from dfs_cli.cost.device import DeviceCosts
 from dfs_cli.cost.table import CostTable
 
 _GATES = {"rnn": RecurrentGate, "ff": FeedForwardGate}
+
+
+def alternatives(config: DynamicConfig, costs: DeviceCosts | None) -> list[DynamicConfig]:
+    """The settings of the networks that may do what ``config`` asks for, the first one as it does.
+
+    On a device they are those of a static one, which comes last, and of several sizes of the images that a first pass sees. In
+    time, deciding costs more than it saves in a second pass.
+
+    Args:
+        costs: on the device; None: MACs count.
+    """
+    if config.gate != "probe" or costs is None:
+        return [config]
+    scales = (1.0, *costs.scales) if config.first_view is None else (config.first_view,)
+    static = config.replace(gate="static", mirror=False, alike=False, first_view=None)
+    return [*(config.replace(alike=costs.measured, first_view=scale) for scale in scales), static]
 
 
 def controller_macs(config: DynamicConfig, channels: Sequence[int], features: int) -> tuple[tuple[int, ...], ...]:

@@ -142,7 +142,7 @@ class ProbeController(Controller):
             first: (N, classes), the logits of the first pass.
             features: (N, C, H, W), those before its head.
         """
-        if self.gate is None:
+        if not self.gate:
             return self.second_policy.expand(len(first), -1), None
         scores = self.gate(summarise(first, features))
         most = None if self.limit == math.inf else self.limit - self.base_costs()[0]
@@ -182,7 +182,7 @@ class ProbeController(Controller):
         """What an image costs that takes both passes, besides the blocks of the second, and what these cost at least."""
         first = self.option_costs[0].gather(1, self.policy[:, None]).sum()
         least = self.ceiling.extras(self.option_costs[1])[1]
-        if self.gate is None:
+        if not self.gate:
             least = self.option_costs[1].gather(1, self.second_policy[:, None]).sum()
         return sum(self.fixed_costs) + first, least
 
@@ -201,7 +201,7 @@ class ProbeController(Controller):
         """
         assert sensitivity is not None, "declared as needed"
         self.limit = request.limit
-        if self.gate is not None:
+        if self.gate:
             shift_preference(self.gate.preference, sensitivity.blocks)
         if request.is_bound:
             return self._start_within(network, table, sensitivity.blocks, request.budget, sample)
@@ -211,12 +211,12 @@ class ProbeController(Controller):
             division = divide(network, table, sensitivity.blocks, request.budget, sample, self.views, request.limit)
         self.policy.copy_(division.first)
         table = self.settle(table)
-        if self.gate is not None:
+        if self.gate:
             self.cost_multiplier = multiplier_for(self.gate.preference, table, division.second)
         elif division.again is not None:
             self._repeat_with(division.again)
         self._normalise_input(network, sample)
-        if self.gate is None:  # there is nothing to be aimed at within a pass
+        if not self.gate:  # there is nothing to be aimed at within a pass
             return TuningTarget(self._first_cost(table) + division.share * division.second, share=division.share)
         return TuningTarget(division.second, share=division.share)
 
@@ -245,7 +245,7 @@ class ProbeController(Controller):
 
     def _normalise_input(self, network: DynamicResNet, sample: Tensor) -> None:
         """Scale the gate's input to what the first pass finds in ``sample`` (N, C, H, W)."""
-        if self.gate is None:
+        if not self.gate:
             return
         logits, features = network.follow(sample, self.policy.expand(len(sample), -1), view=self.views[0])
         self.gate.normalise_input(summarise(logits, features))
@@ -282,7 +282,7 @@ class ProbeController(Controller):
 
         outputs, costs = run_all(float(self.tuned_multiplier))
         target = _AIM * request.budget
-        if request.spend and float(costs.mean()) <= target and self.gate is not None:
+        if request.spend and float(costs.mean()) <= target and self.gate:
             point = find_operating_point(lambda value: run_all(value)[1], target, start=self.cost_multiplier)
             self.cost_multiplier, self.operating_point = point.value, ALWAYS_REFINE
             return OperatingPoint(ALWAYS_REFINE, point.cost)
@@ -322,7 +322,7 @@ class ProbeController(Controller):
         rows = torch.atleast_2d(policies)
         self.policy.copy_(rows[0])
         self.operating_point, self.limit = NEVER_REFINE, math.inf
-        if self.gate is None:
+        if not self.gate:
             self._repeat_with(rows[-1])
             return
         nn.init.zeros_(self.gate.head.weight)

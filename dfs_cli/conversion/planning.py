@@ -95,30 +95,30 @@ def _most_promising(setup: Setup, start: Start, images: Tensor, observer: Observ
         with suppress(ConfigError) if started else nullcontext():  # of what cannot be had in one pass
             started.insert(0, start(*static))  # of equally good ones it is the simplest
     regrets = of_first([_regret(planned, setup.dynamic.mirror, images) for planned in started])
-    expected = [lost * _after_tuning(planned.dynamic) for planned, lost in zip(started, regrets, strict=True)]
+    expected = [lost * _after_tuning(planned.table) for planned, lost in zip(started, regrets, strict=True)]
     best = started[expected.index(min(expected))]
     if len(started) > 1:
         found = zip(started, regrets, strict=True)
-        losses = ", ".join(f"{_describe(planned.dynamic)} {100 * lost:.2f}" for planned, lost in found)
+        losses = ", ".join(f"{_describe(planned.table)} {100 * lost:.2f}" for planned, lost in found)
         observer.note(f"points lost before tuning, on {len(images)} held-out images: {losses}")
-    if best.dynamic.gate == "static":
+    if best.table.passes == 1:
         observer.note("one pass for all images is better than two for this budget: the network is a static one")
-    elif best.dynamic.first_scale != 1:
-        observer.note(f"the first pass sees images of {best.dynamic.first_scale:g} of their height and width")
+    elif best.table.first_view != 1:
+        observer.note(f"the first pass sees images of {best.table.first_view:g} of their height and width")
     return best
 
 
-def _after_tuning(dynamic: DynamicConfig) -> float:
+def _after_tuning(table: CostTable) -> float:
     """Beside one pass for all images, how much of the loss before tuning is to be expected."""
-    if dynamic.gate == "static":
+    if table.passes == 1:
         return 1.0
-    return _DECIDING if dynamic.first_scale == 1 else _SMALLER
+    return _DECIDING if table.first_view == 1 else _SMALLER
 
 
-def _describe(dynamic: DynamicConfig) -> str:
-    if dynamic.gate == "static":
+def _describe(table: CostTable) -> str:
+    if table.passes == 1:
         return "one pass"
-    return "two passes" + ("" if dynamic.first_scale == 1 else f" with a first view of {dynamic.first_scale:g}")
+    return "two passes" + ("" if table.first_view == 1 else f" with a first view of {table.first_view:g}")
 
 
 def _compared(setup: Setup, unreadable: UnreadableLog, observer: Observer) -> Tensor:

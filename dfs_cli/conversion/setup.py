@@ -12,6 +12,7 @@ from torch import nn
 from dfs_cli.artifact.manifest import ModelArgs
 from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import Configuration, DataConfig, DynamicConfig, Preprocessing, SynthesisConfig, TuningConfig
+from dfs_cli.control import factory
 from dfs_cli.control.base import Request
 from dfs_cli.conversion.defaults import (
     default_dynamic,
@@ -156,9 +157,12 @@ def prepare(
     plan = plan_surgery(module)
     if costs is not None:
         dynamic = _without_dominated(dynamic, costs, observer)
-    alternatives = _alternatives(module, dynamic, preprocessing, plan, costs)
-    dynamic, table = alternatives[0]
-    min((table for _, table in alternatives), key=lambda table: table.cheapest).check_budget(budget, spend, most)
+    settings = factory.alternatives(dynamic, costs)
+    tables = [plan_costs(module, one, preprocessing.input_size, plan) for one in settings]
+    if costs is not None:
+        tables = [table.on_device(costs, one.gate) for one, table in zip(settings, tables, strict=True)]
+    dynamic, table = settings[0], tables[0]
+    min(tables, key=lambda table: table.cheapest).check_budget(budget, spend, most)
     synthesis = None
     if isinstance(data, SynthesisConfig):
         if spend:
@@ -209,40 +213,20 @@ def prepare(
         splits=splits,
         plan=plan,
         table=table,
-        alternatives=alternatives,
+        alternatives=tuple(zip(settings, tables, strict=True)),
         device=device,
         steps_per_epoch=len(splits.train) // batch_size,
     )
 
 
-def _alternatives(
-    model: nn.Module,
-    dynamic: DynamicConfig,
-    preprocessing: Preprocessing,
-    plan: SurgeryPlan,
-    costs: DeviceCosts | None,
-) -> tuple[tuple[DynamicConfig, CostTable], ...]:
-    """See :class:`Setup`."""
-    size = preprocessing.input_size
-    if costs is None or dynamic.gate != "probe":
-        table = plan_costs(model, dynamic, size, plan)
-        return ((dynamic, table if costs is None else table.on_device(costs, dynamic.gate)),)
-    scales = (1.0, *costs.scales) if dynamic.first_view is None else (dynamic.first_scale,)
-    dynamics = [dynamic.replace(first_view=scale) for scale in scales]
-    tables = [plan_costs(model, dynamic, size, plan).on_device(costs, dynamic.gate) for dynamic in dynamics]
-    static = dynamic.replace(gate="static", mirror=False, alike=False, first_view=None)
-    return (*zip(dynamics, tables, strict=True), (static, tables[0].without_deciding()))
-
-
 def _without_dominated(dynamic: DynamicConfig, costs: DeviceCosts, observer: Observer) -> DynamicConfig:
-    """The settings without options that a wider one is as cheap as. In time, deciding costs more than it saves in a second
-    pass."""
+    """The settings without options that a wider one is as cheap as."""
     useful = costs.useful(dynamic.bits)
     if left_out := [bits for bits in dynamic.bits if bits not in useful]:
         observer.note(
             f"options of {','.join(map(str, left_out))} bits are left out: {','.join(map(str, useful))} bits cost no more there"
         )
-    return dynamic.replace(bits=useful, alike=costs.measured and dynamic.gate == "probe")
+    return dynamic.replace(bits=useful)
 
 
 def _make_splits(

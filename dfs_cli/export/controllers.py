@@ -175,7 +175,7 @@ class ProbeWriter(ControllerWriter):
             choice, second = self._look_again(inner, writer, shown, unsure, left)
             both = self._add_logits(inner, unsure.logits, second)
             logits = inner.add("ScatterND", [first.logits, rows, both])
-            if controller.gate is None:
+            if not controller.gate:
                 choice = inner.add("Expand", [choice, inner.add("Shape", [unsure.uncertainty])])
             return [logits, inner.add("ScatterND", [not_run, rows, look_up_bits(inner, bits, choice)])]
 
@@ -195,7 +195,7 @@ class ProbeWriter(ControllerWriter):
             The options (N, L), or (1, L) where they are the same for all, and the logits (N, classes).
         """
         controller, looks = self._controller, writer.seeing(self._controller.views[1])
-        if controller.gate is None:
+        if not controller.gate:
             policy = controller.second_policy.tolist()
             return graph.constant([policy], np.int64), looks.write_pass(graph, images, policy)[0]
         pooled = writer.seeing(controller.views[0]).pool(graph, len(writer.network.blocks), first.features)

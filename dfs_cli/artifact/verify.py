@@ -67,7 +67,7 @@ def check_figures(manifest: Manifest, model: nn.Module) -> None:
         if table.layer_bits.keys() != {layer.name for layer in expected.layers if layer.block is not None}:
             raise ValueError("the cost table has other layers than the network")
         expected = expected.with_layer_bits(table.layer_bits)
-    for name in ("blocks", "layers", "controller_macs"):
+    for name in ("blocks", "layers", "controller_macs", "first_view"):
         if getattr(table, name) != getattr(expected, name):
             raise ValueError(
                 f"the {name.replace('_', ' ')} of the cost table are not those of the network at this size"

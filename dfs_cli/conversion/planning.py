@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
@@ -53,7 +53,9 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
     network, agreement, gains = ensure_agreement(network, setup, teacher, sample, observer)
     sensitivity = measure(controller_of(network).needs, network, setup.plan, setup.table, sample)
 
-    shown = sample if len(setup.alternatives) == 1 else _compared(setup, unreadable, observer)
+    several = len(setup.alternatives)
+    compared = sample if several == 1 else _compared(setup, unreadable, observer)
+    shown = compared[: len(compared) // several]  # each network runs them many times
 
     def make(dynamic: DynamicConfig, table: CostTable) -> DynamicResNet:
         made = make_dynamic(teacher, dynamic, table, setup.plan).network
@@ -75,7 +77,7 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
         target = of_first(controller_of(chosen).start(chosen, table, sensitivity, setup.request, shown))
         return Planned(chosen, dynamic, table, target, teacher, unreadable, agreement)
 
-    planned = _most_promising(setup, start, shown, observer)
+    planned = _most_promising(setup, start, compared, observer)
     network = planned.network
     if size() > 1:  # all begin with the same numbers, to the last bit
         point = of_first(network.controller.operating_point)
@@ -94,7 +96,7 @@ def _most_promising(setup: Setup, start: Start, images: Tensor, observer: Observ
     if not (started and setup.request.is_bound):
         with suppress(ConfigError) if started else nullcontext():  # of what cannot be had in one pass
             started.insert(0, start(*static))  # of equally good ones it is the simplest
-    regrets = of_first([_regret(planned, setup.dynamic.mirror, images) for planned in started])
+    regrets = of_first(_regrets(started, images, setup.dynamic.mirror))
     expected = [lost * _after_tuning(planned.table) for planned, lost in zip(started, regrets, strict=True)]
     best = started[expected.index(min(expected))]
     if len(started) > 1:
@@ -135,9 +137,8 @@ def _compared(setup: Setup, unreadable: UnreadableLog, observer: Observer) -> Te
 
 
 @torch.inference_mode()
-def _regret(planned: Planned, is_mirrored: bool, images: Tensor) -> float:
-    """Of a network's answers over the original's, the mean of both views where there are two; see
+def _regrets(started: Sequence[Planned], images: Tensor, is_mirrored: bool) -> list[float]:
+    """Of each network's answers over the original's, the mean of both views where there are two; see
     :func:`dfs_cli.control.division.regret`."""
-    logits = planned.network.eval().run(images, target=planned.target).logits
-    wanted = teacher_logits(planned.teacher, images, len(images) if is_mirrored else 0).softmax(dim=1)
-    return regret(logits, wanted)
+    wanted = teacher_logits(started[0].teacher, images, len(images) if is_mirrored else 0).softmax(dim=1)
+    return [regret(p.network.eval().run(images, target=p.target).logits, wanted) for p in started]

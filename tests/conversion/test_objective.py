@@ -1,5 +1,6 @@
 """A budget in another unit than bit-weighted MACs."""
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.cost.count import count_macs
 from dfs_cli.cost.device import DeviceCosts, ViewCosts
-from dfs_cli.errors import ConfigError
+from dfs_cli.errors import ArtifactError, ConfigError
 from dfs_cli.observer import Observer
 from dfs_cli.report.cost import cost_report, layer_rows
 from dfs_cli.report.markdown import render_markdown
@@ -104,6 +105,26 @@ def test_a_first_pass_of_smaller_images_is_chosen_where_it_saves_enough_and_paid
     small = count_macs(dfs_cli.load_model("resnet20_digits"), (1, 6, 6)).layers["conv1"]
     expected = (small * images + stem["macs"] * refined) / evaluation.images / 16  # at 8 bits
     assert stem["name"] == "conv1" and stem["mean_bitweighted_macs"] == pytest.approx(expected)
+
+
+def test_a_network_of_two_sizes_is_saved_and_can_be_moved_and_limited(tmp_path: Path) -> None:
+    made, _ = converted("probe", 0.25, True)
+    path = tmp_path / "model.safetensors"
+    dfs_cli.save(made, path)
+    network, manifest = dfs_cli.load(path)
+    images = torch.rand(40, 1, 8, 8)
+    assert manifest == made.manifest and torch.equal(network(images), made.network(images))
+    least, most = controller_of(network).movable(manifest.table)
+    assert manifest.validation is not None
+    running = sum(block[1] > 0 for block in manifest.validation.choices[0])
+    assert least == pytest.approx((1 + 0.1 + 0.5 * running) / 30) and most > least + 6 / 30
+    # Of what it costs, both passes or one: a limit below both pays for the first one alone.
+    limited = dfs_cli.recalibrate(dfs_cli.Converted(network, manifest), limit=0.99 * most)
+    decisions = limited.network.run(images).decisions
+    assert not decisions.ran[:, 1].any() and manifest.table.cost(decisions).max() <= 0.99 * most
+    other = dataclasses.replace(manifest.table, first_view=1.0)
+    with pytest.raises(ArtifactError, match="first view of the cost table"):
+        dfs_cli.save(made._replace(manifest=manifest.replace(table=other)), tmp_path / "other.safetensors")
 
 
 def test_a_first_view_can_be_asked_for_but_must_have_costs() -> None:

@@ -104,14 +104,9 @@ def measure_costs(
         kinds = _kinds(network, images)
         dense = export_dense(model, input_size)
         clock = Clock(dense, images[:1], threads)
-        costs, error, int8 = _of_one_pass(
-            network,
-            input_size,
-            BlockCosts(kinds, options),
-            seed,
-            clock,
-            observer,
-            lambda: quantize_dense(dense, images),
+        static = Job(lambda: quantize_dense(dense, images))
+        costs, error, (int8,) = _of_one_pass(
+            network, input_size, BlockCosts(kinds, options), seed, clock, observer, (static,)
         )
         table = DeviceCosts(
             model=name or type(model).__name__,
@@ -129,9 +124,7 @@ def measure_costs(
         if "probe" in gates and FULL_BITS not in (*options, dynamic.fixed_bits):
             for scale in SMALLER:
                 looks = _network(model, settings.replace(gate="probe", first_view=scale), images)
-                smaller, error, _ = _of_one_pass(
-                    looks, input_size, BlockCosts(kinds, options), seed, clock, observer, lambda: dense
-                )
+                smaller, error, _ = _of_one_pass(looks, input_size, BlockCosts(kinds, options), seed, clock, observer)
                 view = ViewCosts(scale, _by_block(network, smaller), 1000 * smaller.fixed)
                 table = table.replace(smaller=(*table.smaller, view), error=max(table.error or 0.0, error))
         # The fewer options there are, the less is decided: those that the planner leaves out do not count.
@@ -157,16 +150,16 @@ def _of_one_pass(
     seed: int,
     clock: Clock,
     observer: Observer,
-    other: Callable[[], bytes],
-) -> tuple[BlockCosts, float, float]:
+    others: Sequence[Job] = (),
+) -> tuple[BlockCosts, float, list[float]]:
     """Fit the costs of blocks in the first pass of ``network``, nothing decided.
 
     Args:
         costs: to be fitted.
-        other: another graph, which is timed beside them.
+        others: graphs that are timed beside them.
 
     Returns:
-        The costs, the largest error of predictions for policies that they were not fitted to, and the other graph's seconds.
+        The costs, the largest error of predictions for policies that they were not fitted to, and the other graphs' seconds.
     """
     from dfs_cli.export.part_writer import PartWriter
     from dfs_cli.export.parts import Parts
@@ -176,10 +169,10 @@ def _of_one_pass(
     count = round(_PER_UNKNOWN * costs.unknowns)
     policies = costs.draw(count + _CHECKED, seed)
     jobs = [Job(lambda p=p: write(Decisions.of_pass(p[None]))) for p in policies]  # type: ignore[misc]
-    *seconds, others = (times[0][1] for times in clock.measure([*jobs, Job(other)], observer))
+    seconds = [times[0][1] for times in clock.measure([*jobs, *others], observer)]
     costs.fit(policies[:count], seconds[:count])
     predicted = costs.predict(Decisions.of_pass(policies[count:])).sum(axis=1).tolist()
-    return costs, largest_error(predicted, seconds[count:]), others
+    return costs, largest_error(predicted, seconds[count : len(policies)]), seconds[len(policies) :]
 
 
 def _by_block(network: DynamicResNet, costs: BlockCosts) -> dict[str, tuple[float, ...]]:

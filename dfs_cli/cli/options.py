@@ -109,14 +109,12 @@ Gate = Annotated[
 ]  # fmt: skip
 FirstView = Annotated[
     float | None,
-    typer.Option(
-        "--first-view",
-        metavar="SHARE",
+    _option(
+        "--first-view", metavar="SHARE", panel=NETWORK,
         help="With the probe gate, height and width of the images that the first pass sees, as a share of the full ones "
         "(default: 1; with costs on a device, what is best by them).",
-        rich_help_panel=NETWORK,
     ),
-]
+]  # fmt: skip
 Mirror = Annotated[
     bool | None,
     _option(

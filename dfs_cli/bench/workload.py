@@ -15,6 +15,7 @@ from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import DataConfig, DynamicConfig
 from dfs_cli.control.base import controller_of
 from dfs_cli.conversion.original import load_original
+from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.data.classes import check_class_count
 from dfs_cli.data.images import Batch, Images, UnreadableLog
@@ -104,7 +105,12 @@ def draw_policies(mix: Mix, options: Sequence[int], blocks: int, seed: int, imag
 
 
 def workload_of_model(
-    model: nn.Module, dynamic: DynamicConfig, input_size: tuple[int, int, int], mix: Mix | None = None, seed: int = 0
+    model: nn.Module,
+    dynamic: DynamicConfig,
+    input_size: tuple[int, int, int],
+    mix: Mix | None = None,
+    seed: int = 0,
+    refined: float = 0.0,
 ) -> Workload:
     """The workload of ``model`` made dynamic without tuning: random images, forced decisions.
 
@@ -112,9 +118,10 @@ def workload_of_model(
         input_size: (C, H, W) of the images.
         mix: None: :func:`default_mix`.
         seed: of the images, and of which blocks get which bitwidth.
+        refined: of the images, how many take the second pass of a probe controller.
 
     Raises:
-        ConfigError: the mix has a bitwidth that is none of the options.
+        ConfigError: ``refined`` is no share, or there is no second pass; or the mix has a bitwidth that is none of the options.
         UnsupportedModelError: the model cannot be converted.
     """
     plan = plan_surgery(model)
@@ -123,7 +130,30 @@ def workload_of_model(
     policies = draw_policies(mix, table.options, len(table.blocks), seed, LARGE_BATCH)
     images = _random_images(input_size, seed)
     network = untuned_network(model, dynamic, table, plan, images[:_STEP_IMAGES], policies)
+    if refined:
+        _refine(network, images, refined)
     return _forced(model, network, table, dynamic.gate, images, mix, seed)
+
+
+@torch.inference_mode()
+def _refine(network: DynamicResNet, images: Tensor, share: float) -> None:
+    """Set the operating point so that a share of ``images`` (N, C, H, W) takes the second pass.
+
+    Raises:
+        ConfigError: it is no share, or there is no second pass.
+    """
+    passes = len(controller_of(network).views)
+    if not 0 <= share <= 1 or passes == 1:
+        raise ConfigError(
+            f"--refined {share:g}: expected a share from 0 to 1, and a network of two passes, as --gate probe"
+        )
+    logits = torch.cat([network.run(part).logits for part in images.split(LARGE_BATCH)])
+    sure = logits.double().softmax(dim=1).max(dim=1).values
+    ordered = (-sure.logit()).sort(descending=True).values  # an operating point counts in log-odds
+    last = round(share * len(images))
+    # Between two images.
+    ends = torch.cat([ordered[:1] + 1, ordered, ordered[-1:] - 1])
+    network.controller.operating_point = float((ends[last] + ends[last + 1]) / 2)
 
 
 def untuned_network(
@@ -246,9 +276,11 @@ def _forced(
     """The workload of a network whose decisions are forced to those of ``mix``."""
     decisions = network.run(images).decisions
     how = f"{','.join(f'{bits}:{share:g}' for bits, share in sorted(mix.items()))} of the blocks, drawn by seed {seed}"
-    how += ", in batches anew for each image" if decisions.distinct() > 1 else ""
-    how += ", the first pass alone" if len(controller_of(network).views) > 1 else ""
-    cost, batch_cost = (_mean_cost(network, table, batch) for batch in (images[:1], images))
+    how += ", in batches anew for each image" if Decisions.of_pass(decisions.in_pass(0)).distinct() > 1 else ""
+    refined = float(decisions.ran[:, -1].double().mean()) if decisions.passes > 1 else 0.0
+    how += f", {refined:.0%} of the images in both passes" if decisions.passes > 1 else ""
+    # Decisions that differ are those of batches, but for who takes a second pass.
+    cost, batch_cost = (_mean_cost(network, table, batch) for batch in (images if refined else images[:1], images))
     return Workload(dense, network, table, gate, images, how, cost, batch_cost, images[:_SCALE_IMAGES], file_size)
 
 

@@ -30,6 +30,8 @@ Examples:
 
   dfs bench resnet50 --no-pretrained --mix 0:0.25,8:0.75 --threads 4
 
+  dfs bench resnet50 --no-pretrained --gate probe --mix 8:1 --first-view 0.625 --refined 0.25
+
   dfs bench resnet50 --cost-table costs.json
 """
 
@@ -108,6 +110,16 @@ def bench(
     ] = None,
     fixed_bits: options.FixedBits = None,
     gate: options.Gate = "rnn",
+    first_view: options.FirstView = None,
+    refined: Annotated[
+        float,
+        typer.Option(
+            "--refined",
+            metavar="SHARE",
+            help="Of MODEL with --gate probe, how many of the images take the second pass, at one policy for all.",
+            rich_help_panel=options.NETWORK,
+        ),
+    ] = 0.0,
     plot: Annotated[
         Path | None,
         typer.Option(
@@ -171,7 +183,8 @@ def bench(
                 rivals[_free_name(file, rivals)] = workload_of_file(file, None, source)
         else:
             dynamic = _dynamic_config(shares, bits, fixed_bits, gate)
-            workload = _workload_of_model(model, weights, dynamic, img_size, shares, seed)
+            dynamic = dynamic.replace(first_view=first_view, alike=refined > 0)
+            workload = _workload_of_model(model, weights, dynamic, img_size, shares, seed, refined)
 
         from dfs_cli.bench.inference import bench_inference
 
@@ -265,6 +278,7 @@ def _workload_of_model(
     img_size: int | None,
     shares: dict[int, float] | None,
     seed: int,
+    refined: float,
 ) -> Workload:
     from dfs_cli.bench.workload import workload_of_model
     from dfs_cli.data.preprocessing import resolve_preprocessing
@@ -273,4 +287,4 @@ def _workload_of_model(
     check_convertible(model)
     module = weights.load(model, seed).model
     input_size = resolve_preprocessing(module, img_size).input_size
-    return workload_of_model(module, dynamic, input_size, shares, seed)
+    return workload_of_model(module, dynamic, input_size, shares, seed, refined)

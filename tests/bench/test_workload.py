@@ -76,8 +76,21 @@ def test_the_workload_of_a_model_by_hand(gate: GateKind) -> None:
     assert workload.batch_cost == pytest.approx(workload.table.cost(batch).mean().item())
     assert workload.targets is None and len(workload.images) == 64
     differ = ", in batches anew for each image" if gate == "rnn" else ""
-    only = ", the first pass alone" if gate == "probe" else ""
+    only = ", 0% of the images in both passes" if gate == "probe" else ""
     assert workload.decisions == f"0:0.4,8:0.6 of the blocks, drawn by seed 1{differ}{only}"
+
+
+def test_a_share_of_random_images_takes_both_passes() -> None:
+    dynamic = DynamicConfig(bits=(0, 8), gate="probe", mirror=True, alike=True, first_view=0.625)
+    workload = workload_of_model(tiny_resnet(), dynamic, SIZE, {8: 1.0}, refined=0.25)
+    decisions = workload.network.run(workload.images).decisions
+    assert decisions.ran[:, 1].sum() == 16 and (decisions.in_pass(0) == 1).all()
+    assert workload.cost == workload.batch_cost == workload.table.cost(decisions).mean().item()
+    assert workload.decisions == "8:1 of the blocks, drawn by seed 0, 25% of the images in both passes"
+    refused: tuple[tuple[GateKind, float], ...] = (("probe", 1.5), ("rnn", 0.5))
+    for gate, refined in refused:
+        with pytest.raises(ConfigError, match=f"--refined {refined}: expected a share"):
+            workload_of_model(tiny_resnet(), DynamicConfig(bits=(0, 8), gate=gate), SIZE, refined=refined)
 
 
 def test_the_original_is_left_unchanged() -> None:

@@ -112,13 +112,13 @@ class _First(NamedTuple):
     Args:
         logits: (N, classes).
         features: (N, ...), before the head.
-        uncertainty, margin: (N, 1).
+        uncertainty, ordered: see :func:`dfs_cli.export.gates.write_uncertainty`.
     """
 
     logits: str
     features: str
     uncertainty: str
-    margin: str
+    ordered: str
 
 
 class ProbeWriter(ControllerWriter):
@@ -171,12 +171,13 @@ class ProbeWriter(ControllerWriter):
             def gather(name: str) -> str:
                 return inner.add("GatherND", [name, rows])
 
-            unsure, shown = _First(*map(gather, first)), gather(images)
+            needed = first._fields if controller.gate else ("logits",)
+            unsure, shown = first._replace(**{name: gather(getattr(first, name)) for name in needed}), gather(images)
             choice, second = self._look_again(inner, writer, shown, unsure, left)
             both = self._add_logits(inner, unsure.logits, second)
             logits = inner.add("ScatterND", [first.logits, rows, both])
             if not controller.gate:
-                choice = inner.add("Expand", [choice, inner.add("Shape", [unsure.uncertainty])])
+                choice = inner.add("Expand", [choice, inner.add("Shape", [rows])])
             return [logits, inner.add("ScatterND", [not_run, rows, look_up_bits(inner, bits, choice)])]
 
         logits, second_bits = graph.branch(is_any, refine, lambda inner: [first.logits, not_run])
@@ -204,7 +205,7 @@ class ProbeWriter(ControllerWriter):
         if left is not None:
             charge = charges(controller.multiplier, costs, controller.ceiling)
         choice = write_second_pass_gate(
-            graph, controller.gate, controller.ceiling, charge.cpu().numpy(), first.uncertainty, first.margin, pooled
+            graph, controller.gate, controller.ceiling, charge.cpu().numpy(), first.uncertainty, first.ordered, pooled
         )
         if left is not None:
             choice = write_affordable_choice(graph, choice, costs.cpu().numpy(), left)

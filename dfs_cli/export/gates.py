@@ -212,16 +212,14 @@ def _reordered(rows: np.ndarray) -> np.ndarray:
 
 
 def write_uncertainty(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
-    """The uncertainty (N, 1) of ``logits`` (N, classes), see :func:`dfs_cli.control.gates.uncertainty`, and the margin (N, 1)
-    between the two largest, both in double precision."""
+    """The uncertainty (N, 1) of ``logits`` (N, classes), see :func:`dfs_cli.control.gates.uncertainty`, and these, the largest
+    ones first, both in double precision; in few nodes, since every image pays for them."""
     values = graph.add("Cast", [logits], to=TensorProto.DOUBLE)
     ordered = graph.add("TopK", [values, graph.constant([classes], np.int64)], 2, axis=1)
-    ends = [graph.constant([i], np.int64) for i in (0, 1, 2, classes)]
-    top, second, others = (
-        graph.add("Slice", [ordered, ends[a], ends[b], ends[1]]) for a, b in ((0, 1), (1, 2), (1, 3))
-    )
+    others = graph.name("others")
+    top = graph.add("Split", [ordered, graph.constant([1, classes - 1], np.int64)], [graph.name("top"), others], axis=1)
     rest = graph.add("ReduceLogSumExp", [others], axes=[1], keepdims=1)
-    return graph.add("Sub", [rest, top]), graph.add("Sub", [top, second])
+    return graph.add("Sub", [rest, top]), ordered
 
 
 def write_second_pass_gate(
@@ -230,7 +228,7 @@ def write_second_pass_gate(
     ceiling: Ceiling,
     charge: np.ndarray,
     uncertainty: str,
-    margin: str,
+    ordered: str,
     pooled: Pooled,
 ) -> str:
     """The options (N, L) of the second pass; (N, R, L) where there are charges for R rungs.
@@ -238,10 +236,12 @@ def write_second_pass_gate(
     Args:
         ceiling: the dearest options that the blocks may have.
         charge: (L, K) or (R, L, K), subtracted from the options' scores.
-        uncertainty, margin: (N, 1), of the first pass, in double precision.
+        uncertainty, ordered: of the first pass, see :func:`write_uncertainty`.
         pooled: the first pass's features.
     """
     means = graph.add("Mul", [_row(graph, pooled), graph.constant(pooled.scale, _DOUBLE)])
+    top, second = (graph.add("Gather", [ordered, graph.constant([i], np.int64)], axis=1) for i in range(2))
+    margin = graph.add("Sub", [top, second])
     summary = graph.add("Concat", [graph.add("Neg", [uncertainty]), margin, means], axis=1)
     centred = graph.add("Sub", [summary, graph.constant(_double(gate.input_mean)[None])])
     x = graph.add("Div", [centred, graph.constant(_double(gate.input_deviation)[None])])

@@ -14,6 +14,7 @@ from dfs_cli.artifact.artifact import load_artifact
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import DataConfig, DynamicConfig
 from dfs_cli.control.base import controller_of
+from dfs_cli.control.gates import uncertainty
 from dfs_cli.conversion.original import load_original
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
@@ -148,8 +149,7 @@ def _refine(network: DynamicResNet, images: Tensor, share: float) -> None:
             f"--refined {share:g}: expected a share from 0 to 1, and a network of two passes, as --gate probe"
         )
     logits = torch.cat([network.run(part).logits for part in images.split(LARGE_BATCH)])
-    sure = logits.double().softmax(dim=1).max(dim=1).values
-    ordered = (-sure.logit()).sort(descending=True).values  # an operating point counts in log-odds
+    ordered = uncertainty(logits).sort(descending=True).values
     last = round(share * len(images))
     # Between two images.
     ends = torch.cat([ordered[:1] + 1, ordered, ordered[-1:] - 1])

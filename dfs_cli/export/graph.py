@@ -12,6 +12,8 @@ from onnx import helper, numpy_helper
 IR_VERSION = 8
 """Of the ONNX file format."""
 
+_SMALL = 64  # bytes
+
 Branch = Callable[["Graph"], Sequence[str]]
 """Adds its nodes to the graph it is given, and returns the names of its outputs."""
 
@@ -27,6 +29,7 @@ class Graph:
     """
 
     def __init__(self, parent: Graph | None = None) -> None:
+        self._parent = parent
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self._count: list[int] = [0] if parent is None else parent._count
@@ -38,16 +41,19 @@ class Graph:
         return f"{stem}_{self._count[0]}"
 
     def constant(self, value: Any, dtype: Any = None) -> str:
-        """The name of an initializer; equal small ones are stored once."""
+        """The name of an initializer. Equal large ones are stored once here and in the graphs around, small ones in each."""
         array = np.asarray(value, dtype=dtype)
-        key = (array.dtype.str, array.shape, array.tobytes()) if array.nbytes <= 64 else None
-        if key in self._constants:
-            return self._constants[key]
-        name = self.name("c")
-        self.initializers.append(numpy_helper.from_array(np.array(array, order="C", copy=True), name))
-        if key is not None:
-            self._constants[key] = name
+        key = (array.dtype.str, array.shape, array.tobytes())
+        name = self._known(key) if array.nbytes > _SMALL else self._constants.get(key)
+        if name is None:
+            name = self._constants[key] = self.name("c")
+            self.initializers.append(numpy_helper.from_array(np.array(array, order="C", copy=True), name))
         return name
+
+    def _known(self, key: tuple[Any, ...]) -> str | None:
+        """The name of a constant here or in a graph around this one."""
+        name = self._constants.get(key)
+        return name if name or self._parent is None else self._parent._known(key)
 
     def add(self, op: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **attributes: Any) -> str:
         """Add a node; returns the name of its first output.

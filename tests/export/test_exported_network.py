@@ -249,6 +249,13 @@ def test_weights_lie_in_the_branch_that_uses_them_and_are_bytes() -> None:
         assert weights and all(array.dtype in (np.int8, np.uint8) for array in weights)
 
 
+def test_both_passes_share_the_weights_of_the_bitwidths_that_they_share() -> None:
+    graph = export_network(part_writer(probe_network(tiny_resnet(), first_view=0.75, alike=True))).graph
+    arrays = [numpy_helper.to_array(tensor) for one in (graph, *subgraphs(graph)) for tensor in one.initializer]
+    weights = [array.tobytes() for array in arrays if array.dtype == np.int8 and array.ndim == 4]
+    assert weights and len(set(weights)) == len(weights)
+
+
 def test_parts_are_traced_without_changing_the_network() -> None:
     network = gated_network(tiny_resnet())
     before = {k: v.clone() for k, v in network.state_dict().items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import controller_of
-from dfs_cli.control.gates import Gate, summarise, uncertainty
+from dfs_cli.control.gates import Gate, summarise
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.export.graph import IR_VERSION, Graph
@@ -25,6 +25,7 @@ from dfs_cli.export.parts import Key, Parts
 from dfs_cli.export.runtime import open_session
 from dfs_cli.export.trace import OPSET
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import uncertainty
 from dfs_cli.surgery.plan import plan_costs
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -14,7 +14,6 @@ from dfs_cli.artifact.artifact import load_artifact
 from dfs_cli.artifact.manifest import Manifest
 from dfs_cli.config import DataConfig, DynamicConfig
 from dfs_cli.control.base import controller_of
-from dfs_cli.control.gates import uncertainty
 from dfs_cli.conversion.original import load_original
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.cost.table import CostTable
@@ -25,6 +24,7 @@ from dfs_cli.data.splits import open_splits
 from dfs_cli.errors import ConfigError
 from dfs_cli.freeze.weights import freeze_weights
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import uncertainty
 from dfs_cli.nn.quantization import BYTE_BITS
 from dfs_cli.ranges import LARGE_BATCH
 from dfs_cli.surgery.initialise import fit_steps

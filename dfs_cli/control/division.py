@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from dfs_cli.control.base import Request, affordable
-from dfs_cli.control.gates import uncertainty
 from dfs_cli.control.static import NEGLIGIBLE_HARM, best_block_mix, sufficient_cost, within
 from dfs_cli.cost.operating_point import sampling_error
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.passes import FULL_VIEW, View
+from dfs_cli.nn.passes import FULL_VIEW, View, uncertainty
 from dfs_cli.nn.quantization import BYTE_BITS
 
 # Of the budget, what the first pass costs, unless the cheapest mix costs more.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfs_cli.config import DynamicConfig
+from dfs_cli.nn.passes import split_top
 
 State = tuple[Tensor, Tensor]
 
@@ -229,24 +230,9 @@ class SecondPassGate(nn.Module):
         return total, *[0] * (len(channels) - 1)
 
 
-def uncertainty(logits: Tensor) -> Tensor:
-    """How unsure an answer is, (N,) in float64: minus the log-odds of the most likely class of ``logits`` (N, classes).
-
-    Orders images as their softmax confidence does, without its rounding near one.
-    """
-    top, others = _split_top(logits)
-    return others.logsumexp(dim=1) - top
-
-
-def _split_top(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest logit (N,) and the others in descending order (N, classes - 1)."""
-    ordered = logits.double().sort(dim=1, descending=True).values
-    return ordered[:, 0], ordered[:, 1:]
-
-
 def summarise(logits: Tensor, features: Tensor) -> Tensor:
     """What a pass found, (N, 2 + C): log-odds, margin between the two largest logits, and pooled ``features`` (N, C, H, W)."""
-    top, others = _split_top(logits)
+    top, others = split_top(logits)
     scalars = torch.stack([top - others.logsumexp(dim=1), top - others[:, 0]], dim=1)
     return torch.cat([scalars, pool(features).double()], dim=1)
 

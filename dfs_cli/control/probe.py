@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfs_cli.control.base import Ceiling, Controller, HeldOut, Need, Request, Sensitivity, Tell, join_batches
 from dfs_cli.control.division import divide, divide_by_rule
-from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise, uncertainty
+from dfs_cli.control.gates import SecondPassGate, shift_preference, summarise
 from dfs_cli.control.ladder import affordable_scores
 from dfs_cli.control.static import mix_within
 from dfs_cli.control.threshold import ALWAYS_REFINE, LEAST_MULTIPLIER, NEVER_REFINE, best_threshold, multiplier_for
@@ -29,7 +29,7 @@ from dfs_cli.cost.operating_point import (
 from dfs_cli.cost.table import CostTable
 from dfs_cli.distributed import joined_rows, of_first
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
+from dfs_cli.nn.passes import Answer, Output, TuningTarget, View, uncertainty
 
 _TRAINED_SHARE = 0.2  # of a batch, at most, takes the second pass in tuning: a step stays cheap
 # The middle of the interval that the budget promises: what the gate is sure of on held-out images, it need not be as sure of on

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from dfs_cli.control.base import HeldOut, join_batches
-from dfs_cli.control.gates import uncertainty
 from dfs_cli.cost.operating_point import OperatingPoint, cheapest_of_the_best, find_operating_point
 from dfs_cli.cost.table import CostTable
-from dfs_cli.nn.passes import Output
+from dfs_cli.nn.passes import Output, uncertainty
 
 ALWAYS_REFINE, NEVER_REFINE = -1e9, 1e9
 """Thresholds below and above every uncertainty; finite, so that they can be written as JSON."""

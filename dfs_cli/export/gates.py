@@ -212,7 +212,7 @@ def _reordered(rows: np.ndarray) -> np.ndarray:
 
 
 def write_uncertainty(graph: Graph, logits: str, classes: int) -> tuple[str, str]:
-    """The uncertainty (N, 1) of ``logits`` (N, classes), see :func:`dfs_cli.control.gates.uncertainty`, and these, the largest
+    """The uncertainty (N, 1) of ``logits`` (N, classes), see :func:`dfs_cli.nn.passes.uncertainty`, and these, the largest
     ones first, both in double precision; in few nodes, since every image pays for them."""
     values = graph.add("Cast", [logits], to=TensorProto.DOUBLE)
     ordered = graph.add("TopK", [values, graph.constant([classes], np.int64)], 2, axis=1)

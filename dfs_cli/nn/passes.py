@@ -83,3 +83,18 @@ class TuningTarget(NamedTuple):
     share: float = 0.0
     approached: bool = False
     explored: float = 0.1
+
+
+def uncertainty(logits: Tensor) -> Tensor:
+    """How unsure an answer is, (N,) in float64: minus the log-odds of the most likely class of ``logits`` (N, classes).
+
+    Orders images as their softmax confidence does, without its rounding near one.
+    """
+    top, others = split_top(logits)
+    return others.logsumexp(dim=1) - top
+
+
+def split_top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit (N,) and the others in descending order (N, classes - 1)."""
+    ordered = logits.double().sort(dim=1, descending=True).values
+    return ordered[:, 0], ordered[:, 1:]

@@ -6,13 +6,13 @@ from common import RNN, SIZE, make_dynamic, spread_gate, tiny_resnet
 
 from dfs_cli.config import DynamicConfig
 from dfs_cli.control.base import HeldOut, Request, Sensitivity, controller_of
-from dfs_cli.control.gates import summarise, uncertainty
+from dfs_cli.control.gates import summarise
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.control.threshold import ALWAYS_REFINE, NEVER_REFINE
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.passes import TuningTarget
+from dfs_cli.nn.passes import TuningTarget, uncertainty
 from dfs_cli.surgery.plan import plan_costs
 from dfs_cli.tuning.state import parameter_groups
 

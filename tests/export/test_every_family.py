@@ -26,7 +26,6 @@ from common_export import (
 from common_openvino import run_openvino
 from torch import Tensor, nn
 
-from dfs_cli.control.gates import uncertainty
 from dfs_cli.control.probe import ProbeController
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.export.baselines import export_dense, quantize_dense
@@ -36,6 +35,7 @@ from dfs_cli.export.parts import Key, Parts
 from dfs_cli.export.runtime import open_session
 from dfs_cli.models.zoo import candidate_names
 from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.nn.passes import uncertainty
 
 pytestmark = pytest.mark.medium
 slow = pytest.mark.slow

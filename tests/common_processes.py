@@ -11,7 +11,9 @@ from torch.multiprocessing.spawn import spawn
 from dfs_cli import distributed
 from dfs_cli.config import DynamicConfig, TuningConfig
 from dfs_cli.control.base import Request, Sensitivity, controller_of
-from dfs_cli.data.loading import EpochSampler
+from dfs_cli.data.images import Images, UnreadableLog
+from dfs_cli.data.loading import EpochSampler, eval_loader
+from dfs_cli.evaluation.evaluate import evaluate_network
 from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.surgery.initialise import fit_steps
 from dfs_cli.surgery.plan import plan_costs
@@ -58,6 +60,33 @@ def figures(rank: int, folder: Path) -> None:
         },
         folder / f"{rank}.pt",
     )
+
+
+def validation() -> Images:
+    """Images of which one cannot be read."""
+    generator = torch.Generator().manual_seed(2)
+    source = [
+        (torch.randn(SIZE, generator=generator), int(torch.randint(5, (), generator=generator))) for _ in range(120)
+    ]
+    source[70] = None  # type: ignore[call-overload]
+    return Images(source)
+
+
+def right_in(images: Images) -> dict[str, Any]:
+    """Which images a network answers right, of which this process has its share."""
+    torch.manual_seed(0)
+    model = tiny_resnet()
+    table = plan_costs(model, DYNAMIC["static"], SIZE)
+    network = make_dynamic(model, DYNAMIC["static"], table).network
+    told: list[torch.Tensor] = []
+    loader = eval_loader(images.subset(distributed.share(len(images))), 16, 0)
+    log = UnreadableLog("validation", len(images))
+    found = evaluate_network(network, table, loader, torch.device("cpu"), log, on_right=told.append)
+    return {"right": told, "unreadable": list(found.unreadable), "top1": found.top1}
+
+
+def right_in_all(rank: int, folder: Path) -> None:
+    torch.save(right_in(validation()), folder / f"{rank}.pt")
 
 
 def step_of(dynamic: DynamicConfig, pieces: int, steps: int = 2) -> dict[str, Any]:

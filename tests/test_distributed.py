@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from common_processes import DYNAMIC, figures, in_two_processes, step_of, steps_of_all
+from common_processes import (
+    DYNAMIC,
+    figures,
+    in_two_processes,
+    right_in,
+    right_in_all,
+    step_of,
+    steps_of_all,
+    validation,
+)
 from torch import Tensor
 
 import dfs_cli
@@ -50,6 +59,15 @@ def test_figures_are_those_of_all_processes(tmp_path: Path) -> None:
     # Of each batch of five the first process has two.
     assert first["order"] == whole[:2] + whole[5:7] and second["order"] == whole[2:5] + whole[7:10]
     assert (first["length"], second["length"]) == (4, 6)
+
+
+def test_right_answers_are_told_in_the_order_of_the_split(tmp_path: Path) -> None:
+    expected = right_in(validation())
+    (right,) = expected["right"]
+    assert right.shape == (119,) and 0 < right.double().mean() < 1 and expected["unreadable"] == ["image 70"]
+    for found in in_two_processes(right_in_all, tmp_path):
+        assert len(found["right"]) == 1 and torch.equal(found["right"][0], right)
+        assert found["unreadable"] == expected["unreadable"] and found["top1"] == expected["top1"]
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:

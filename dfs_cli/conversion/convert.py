@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from dfs_cli.checkpoint import Checkpoint
 from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, SynthesisConfig, TuningConfig
@@ -86,12 +88,14 @@ def run(
     observer: Observer,
     original: tuple[float, float] | None = None,
     checkpoint: Checkpoint | None = None,
+    on_right: Callable[[Tensor], None] = lambda right: None,
 ) -> Converted:
     """Go through all stages.
 
     Args:
         original: top-1 and top-5 of the original network, where they are known already.
         checkpoint: as for :func:`prepare`.
+        on_right: called at the end with which of the validation images (N,) were answered right, in order.
     """
     observer.configured(setup.configuration, setup.table)
     with stages.own_generators(setup.tuning.seed):
@@ -120,7 +124,7 @@ def run(
         )
         point = stages.set_operating_point(planned.network, planned.table, held_out, setup.request, observer)
         planned.unreadable.join()
-        return stages.finish(setup, planned, point, original, observer)
+        return stages.finish(setup, planned, point, original, observer, on_right)
 
 
 def _tune(setup: Setup, planned: stages.Planned, state: TuningState, observer: Observer, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dfs_cli.artifact.manifest import Manifest
@@ -186,20 +186,26 @@ def set_operating_point(
 
 
 def finish(
-    setup: Setup, planned: Planned, point: OperatingPoint, original: tuple[float, float] | None, observer: Observer
+    setup: Setup,
+    planned: Planned,
+    point: OperatingPoint,
+    original: tuple[float, float] | None,
+    observer: Observer,
+    on_right: Callable[[Tensor], None] = lambda right: None,
 ) -> Converted:
     """Evaluate the network on the validation split, and describe it.
 
     Args:
         original: top-1 and top-5 of the original, which are recorded beside the network's own; None: its answers
             are the labels.
+        on_right: as for :func:`dfs_cli.evaluation.evaluate.evaluate_network`.
     """
     validation = setup.splits.validation
     observer.stage("validation", len(share(len(validation))))
     log = UnreadableLog("validation", len(validation))
     network, table = planned.network, planned.table
     evaluation = evaluate_network(
-        network, table, validation_loader(setup), setup.device, log, on_batch=observer.advance
+        network, table, validation_loader(setup), setup.device, log, on_batch=observer.advance, on_right=on_right
     )
     top1, top5 = original or (None, None)
     is_synthetic = setup.synthesis is not None

@@ -65,13 +65,15 @@ def confident_answers(logits: Iterable[Tensor]) -> Answers:
 
 
 class Cascade(NamedTuple):
-    """Two networks, by index; the share of validation images that ran both; mean cost, and top-1 in percent."""
+    """Two networks, by index; the share of validation images that ran both; mean cost; top-1 in percent, and which validation
+    images (N,) were answered right."""
 
     cheap: int
     expensive: int
     share: float
     cost: float
     top1: float
+    right: Tensor
 
 
 def best_cascade(
@@ -93,14 +95,17 @@ def best_cascade(
             or (threshold := _threshold(first, second, budget, len(validation_targets))) is None
         ):
             continue
-        top1, _ = _evaluate(first.held_out, second.held_out, threshold, held_out_targets)
+        right, _ = _evaluate(first.held_out, second.held_out, threshold, held_out_targets)
+        top1 = _percent(right)
         if best is None or top1 > best[0]:
             best = top1, cheap, expensive, threshold
     if best is None:
         return None
     _, cheap, expensive, threshold = best
-    top1, share = _evaluate(networks[cheap].validation, networks[expensive].validation, threshold, validation_targets)
-    return Cascade(cheap, expensive, share, networks[cheap].cost + share * networks[expensive].cost, top1)
+    right, both = _evaluate(networks[cheap].validation, networks[expensive].validation, threshold, validation_targets)
+    share = float(both.double().mean())
+    cost = networks[cheap].cost + share * networks[expensive].cost
+    return Cascade(cheap, expensive, share, cost, _percent(right), right)
 
 
 def _threshold(first: StaticNetwork, second: StaticNetwork, budget: float, validation_images: int) -> float | None:
@@ -118,8 +123,11 @@ def _threshold(first: StaticNetwork, second: StaticNetwork, budget: float, valid
     return float(first.held_out.confidence.quantile(share))
 
 
-def _evaluate(first: Answers, second: Answers, threshold: float, targets: Tensor) -> tuple[float, float]:
-    """Top-1 in percent, and the share of images that ran the second network."""
+def _evaluate(first: Answers, second: Answers, threshold: float, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images (N,) were answered right, and which ran the second network."""
     unsure = first.confidence < threshold
-    answers = torch.where(unsure, second.answers, first.answers)
-    return 100 * float((answers == targets).double().mean()), float(unsure.double().mean())
+    return torch.where(unsure, second.answers, first.answers) == targets, unsure
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * float(right.double().mean())

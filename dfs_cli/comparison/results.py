@@ -17,16 +17,17 @@ from torch import nn
 from dfs_cli.artifact.artifact import tensor_digest
 from dfs_cli.atomic import File, held, write_files
 from dfs_cli.comparison.config import SweepConfig
+from dfs_cli.comparison.intervals import right_answers
 from dfs_cli.comparison.jobs import Job, static_fixed_bits
-from dfs_cli.comparison.summary import summarise, verdicts
+from dfs_cli.comparison.summary import overall, summarise, verdicts
 from dfs_cli.config import DataConfig, Preprocessing, TuningConfig
 from dfs_cli.conversion.defaults import describe_model
 from dfs_cli.data.splits import open_splits
 from dfs_cli.distributed import is_first, of_first
 from dfs_cli.errors import OutputError
 
-RECIPE = 7
-"""Raised with every change of how networks are tuned: results of different recipes must not share a file."""
+RECIPE = 8
+"""Raised with every change of how networks are tuned or recorded: results of different recipes must not share a file."""
 
 _GROWING = ("dynamic", "original", "points", "skipped")
 """What changes while a sweep runs; all the rest is its identity."""
@@ -76,6 +77,7 @@ class Results:
             self.record = self._read() or self.record
             yield self.record
             self.record["summary"], self.record["verdicts"] = summarise(self.record), verdicts(self.record)
+            self.record["overall"] = overall([self.record])
             self._write(self.record)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -99,6 +101,7 @@ class Results:
             same = same and all(stored.get(budget, value) == value for budget, value in dynamic.items())
             for point in (*record["points"], *record["skipped"]):
                 Job(**{field.name: point[field.name] for field in dataclasses.fields(Job)})
+                right_answers(point)
             record["dynamic"] = stored | dynamic
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(f"{self.path} exists and is not the result of a sweep: {error}") from None

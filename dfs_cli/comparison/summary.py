@@ -1,23 +1,45 @@
-"""The outcome of a sweep: summary over seeds, and a verdict for each budget."""
+"""The outcome of a sweep: summary over seeds, a verdict for each budget, and one over all budgets."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
+from dfs_cli.comparison.intervals import Interval, difference_interval, top1_interval
 from dfs_cli.cost.operating_point import HIGHEST_SHARE
 
 STATIC = ("uniform", "mixed")
 """The methods that give all images the same bitwidths."""
 
 
-def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Means over seeds of each method at each budget or bitwidth; ``spread`` is top-1's largest less smallest."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+Points = list[dict[str, Any]]
+
+
+def _groups(results: dict[str, Any]) -> dict[tuple[Any, ...], Points]:
+    """The points, one for each seed, of each method at each budget or bitwidth."""
+    groups: dict[tuple[Any, ...], Points] = {}
     for point in results["points"]:
-        groups.setdefault((point["method"], point["budget"], point["bits"]), []).append(point)
+        groups.setdefault(_key(point), []).append(point)
+    return groups
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["method"], row["budget"], row["bits"]
+
+
+def _ends(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else list(interval)
+
+
+def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Means over seeds of each method at each budget or bitwidth.
+
+    ``spread`` is top-1's largest less smallest. ``top1_interval`` holds the ends of the 95% interval of ``top1``, in percent;
+    None: the answers are not known, or not of the same images.
+    """
     rows = []
-    for (method, budget, bits), points in groups.items():
+    for (method, budget, bits), points in _groups(results).items():
         top1 = [p["top1"] for p in points]
         dynamics = [p["dynamics"] for p in points if p.get("dynamics")]
         members = {tuple(p["members"]) for p in points if p.get("members")}
@@ -28,6 +50,7 @@ def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "bits": bits,
                 "cost": statistics.fmean(p["cost"] for p in points),
                 "top1": statistics.fmean(top1),
+                "top1_interval": _ends(top1_interval(points)),
                 "spread": max(top1) - min(top1),
                 "seeds": len(points),
                 "keeps_budget": all(p.get("keeps_budget", True) for p in points),
@@ -45,13 +68,25 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
     """For each budget: DFS, the best baseline within the budget, and the difference in points of top-1.
 
     A baseline counts if it costs no more than the budget allows, or than DFS does. The best baseline is the most accurate one;
-    of equally accurate ones, the cheapest.
+    of equally accurate ones, the cheapest. It is chosen by the validation images, which flatters it a little.
+
+    ``interval``, the ends of the difference's 95% interval, and ``outcome`` (``win``, ``draw`` or ``loss`` of DFS) are None
+    where the answers of the networks are not known, or not of the same images. The best static baseline likewise.
     """
 
     def best_of(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         return max(rows, key=lambda r: (round(r["top1"], 4), -r["cost"]), default=None)
 
-    rows = summarise(results)
+    rows, groups = summarise(results), _groups(results)
+
+    def beside(dfs: dict[str, Any], other: dict[str, Any] | None, suffix: str = "") -> dict[str, Any]:
+        known = None if other is None else difference_interval([(groups[_key(dfs)], groups[_key(other)])])
+        return {
+            f"difference{suffix}": None if other is None else dfs["top1"] - other["top1"],
+            f"interval{suffix}": _ends(known),
+            f"outcome{suffix}": known and known.outcome,
+        }
+
     verdict_rows = []
     for dfs in sorted((r for r in rows if r["method"] == "dfs"), key=lambda r: -r["budget"]):
         limit = max(dfs["cost"], HIGHEST_SHARE * dfs["budget"])
@@ -62,9 +97,36 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "budget": dfs["budget"],
                 "dfs": dfs,
                 "best": best,
-                "difference": None if best is None else dfs["top1"] - best["top1"],
+                **beside(dfs, best),
                 "best_static": best_static,
-                "difference_to_static": None if best_static is None else dfs["top1"] - best_static["top1"],
+                **beside(dfs, best_static, "_to_static"),
             }
         )
     return verdict_rows
+
+
+def overall(sweeps: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """How far DFS is above the best baselines in the mean over all budgets of one sweep, or of several of other networks.
+
+    One pair of networks leaves much to chance; the mean of several pairs on the same images leaves less.
+
+    Returns:
+        ``budgets``, how many were averaged; ``difference``, in points of top-1; ``interval`` and ``outcome``, as of
+        :func:`verdicts`. None: there are fewer than two budgets with a baseline.
+    """
+    pairs, differences = [], []
+    for results in sweeps:
+        groups = _groups(results)
+        for verdict in verdicts(results):
+            if verdict["best"] is not None:
+                pairs.append((groups[_key(verdict["dfs"])], groups[_key(verdict["best"])]))
+                differences.append(verdict["difference"])
+    if len(pairs) < 2:
+        return None
+    known = difference_interval(pairs)
+    return {
+        "budgets": len(pairs),
+        "difference": statistics.fmean(differences),
+        "interval": _ends(known),
+        "outcome": known and known.outcome,
+    }

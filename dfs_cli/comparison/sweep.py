@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from dfs_cli.checkpoint import Checkpoint, Checkpoints
-from dfs_cli.comparison.cascade import StaticNetwork, best_cascade, confident_answers, load_answers, save_answers
+from dfs_cli.comparison.cascade import (
+    Cascade,
+    StaticNetwork,
+    best_cascade,
+    confident_answers,
+    load_answers,
+    save_answers,
+)
 from dfs_cli.comparison.config import SweepConfig
+from dfs_cli.comparison.intervals import answers_record
 from dfs_cli.comparison.jobs import Job, jobs, settings
 from dfs_cli.comparison.results import Results, answers_folder, open_results
 from dfs_cli.comparison.summary import STATIC
@@ -52,8 +60,9 @@ def sweep(
     Args:
         model: as for :func:`dfs_cli.convert`; so are the other arguments.
         path: the results, JSON: ``points`` is a list with ``method``, ``budget``, ``bits``, ``cost``, ``top1``, ``seed``,
-            ``steps`` and, where the network is dynamic, how dynamic it is; ``skipped`` lists jobs that failed, and why;
-            ``summary`` and ``verdicts`` as :mod:`dfs_cli.comparison.summary` makes them.
+            ``steps``, which ``images`` were answered ``right`` (as :func:`dfs_cli.comparison.intervals.answers_record` has it)
+            and, where the network is dynamic, how dynamic it is; ``skipped`` lists jobs that failed, and why; ``summary``,
+            ``verdicts`` and ``overall`` as :mod:`dfs_cli.comparison.summary` makes them.
         restart: delete the results of an earlier sweep, once the settings have been checked.
         checkpoints: how the network that is being tuned is saved, beside the results, and whether it is gone on with.
 
@@ -120,7 +129,8 @@ def _measure(job: Job, setup: Setup, results: Results, observer: Observer, check
         with results.update() as record:
             record["original"] = {"top1": top1, "top5": top5}
     original = of_first(results.record["original"])
-    converted = run(setup, observer, (original["top1"], original["top5"]), checkpoint)
+    told: list[Tensor] = []
+    converted = run(setup, observer, (original["top1"], original["top5"]), checkpoint, on_right=told.append)
     manifest = converted.manifest
     evaluation = manifest.validation
     assert evaluation is not None, "a conversion ends with an evaluation"
@@ -130,6 +140,7 @@ def _measure(job: Job, setup: Setup, results: Results, observer: Observer, check
         "top5": evaluation.top5,
         "steps": setup.steps,
         "agreement": manifest.agreement.to_dict() if manifest.agreement else None,
+        **answers_record(told[0].numpy(), evaluation.unreadable),
     }
     if job.method in STATIC:
         point["layer_bits"] = manifest.table.layer_bits
@@ -170,34 +181,47 @@ def _save_answers(path: Path, setup: Setup, converted: Converted, observer: Obse
 def _update_cascades(seed: int, config: SweepConfig, results: Results) -> None:
     """Update the best cascade of two static networks for each budget, from all static networks so far.
 
-    Where the answers of some of them are missing, a cascade of the others might be worse: an earlier record is kept.
+    Where the answers of some of them are missing, a cascade of the others might be worse: an earlier record is kept. So it is
+    where they answered different images.
     """
     points = results.record["points"]
-    static = [
-        Job(p["method"], p["seed"], p["budget"], p["bits"])
-        for p in points
-        if p["method"] in STATIC and p["seed"] == seed
-    ]
+    static_points = [p for p in points if p["method"] in STATIC and p["seed"] == seed]
+    static = [Job(p["method"], p["seed"], p["budget"], p["bits"]) for p in static_points]
     missing = [job for job in static if not results.answers_path(job).is_file()]
     loaded = [] if missing else [load_answers(results.answers_path(job)) for job in static]
+    problem = None
+    if missing:
+        problem = f"the answers of {len(missing)} static networks are not in {answers_folder(results.path)}"
+    elif any(not torch.equal(*both) for found in loaded for both in zip(found[1:], loaded[0][1:], strict=True)):
+        problem = "the static networks answered different images: some could not be read each time"
     steps = {p["steps"] for p in points if p["seed"] == seed}
     for budget in sorted({*config.budgets, *(p["budget"] for p in points if p["budget"])}, reverse=True):
         job = Job("cascade", seed, budget)
-        if missing and any(job.matches(p) for p in results.record["points"]):
+        if problem and any(job.matches(p) for p in results.record["points"]):
             continue
-        cascade = best_cascade([network for network, _, _ in loaded], budget, *loaded[0][1:]) if loaded else None
-        if cascade is not None:
-            results.add(
-                job,
-                cost=cascade.cost,
-                top1=cascade.top1,
-                steps=max(steps),
-                members=[static[i].name.partition(",")[0] for i in (cascade.cheap, cascade.expensive)],
-                second_share=cascade.share,
-            )
-        elif missing:
-            results.add(
-                job, reason=f"the answers of {len(missing)} static networks are not in {answers_folder(results.path)}"
-            )
-        else:
-            results.add(job, reason=f"no two of {len(static)} static networks fit the budget")
+        cascade = None
+        if loaded and not problem:
+            cascade = best_cascade([network for network, _, _ in loaded], budget, *loaded[0][1:])
+        if cascade is None:
+            results.add(job, reason=problem or f"no two of {len(static)} static networks fit the budget")
+            continue
+        results.add(
+            job,
+            cost=cascade.cost,
+            top1=cascade.top1,
+            steps=max(steps),
+            members=[static[i].name.partition(",")[0] for i in (cascade.cheap, cascade.expensive)],
+            second_share=cascade.share,
+            **_cascade_answers(cascade, [static_points[i] for i in (cascade.cheap, cascade.expensive)]),
+        )
+
+
+def _cascade_answers(cascade: Cascade, members: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a cascade's answers; empty where those of its members are not of the same images.
+
+    Its members' answers were given in another pass over the images than their own records.
+    """
+    first, second = members
+    is_same = first["unreadable"] == second["unreadable"]
+    is_same = is_same and len(cascade.right) == first["images"] == second["images"]
+    return answers_record(cascade.right.numpy(), first["unreadable"]) if is_same else {}

@@ -42,7 +42,8 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
     """All points, the most expensive first, and the verdicts."""
     grid = Table(box=None, pad_edge=False, header_style="bold")
     repeated = any(row["seeds"] > 1 for row in results["summary"])
-    headings = ["method", "budget", "cost", "top-1 (%)", *(["spread"] if repeated else []), "policies", "one for all"]
+    spread = ["spread"] if repeated else []
+    headings = ["method", "budget", "cost", "top-1 (%)", "±", *spread, "policies", "one for all"]
     for heading in headings:
         grid.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=heading != "method")
     for row in sorted(results["summary"], key=lambda r: (-r["cost"], r["method"])):
@@ -52,14 +53,16 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
             "" if row["budget"] is None else f"{row['budget']:g}",
             f"{row['cost']:.4f}",
             f"{row['top1']:.2f}",
+            _half_width(row["top1_interval"]),
             *([f"{row['spread']:.2f}" if row["seeds"] > 1 else "-"] if repeated else []),
             f"{dynamics['policies']:.0f}" if dynamics else "1" if row["method"] != "cascade" else "2",
             f"{dynamics['common_top1']:.2f} {dynamics['common_cost']:.4f}" if dynamics else "",
             style="bold" if row["method"] == "dfs" else "",
         )
     console.print(
-        f"{results['model']}, dense top-1 {results['original']['top1']:.2f} %; one for all: top-1 and cost when every image "
-        "gets the most common policy",
+        f"{results['model']}, dense top-1 {results['original']['top1']:.2f} %; ±: half of its 95% interval over images "
+        "(differences are judged image by image, below); one for all: top-1 and cost when every image gets the most common "
+        "policy",
         highlight=False,
     )
     console.print(grid)
@@ -69,6 +72,12 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
     console.print()
     for verdict in results["verdicts"]:
         console.print(verdict_line(verdict), highlight=False)
+    if results["overall"] is not None:
+        console.print(overall_line(results["overall"]), highlight=False)
+
+
+def _half_width(interval: list[float] | None) -> str:
+    return "" if interval is None else f"{(interval[1] - interval[0]) / 2:.2f}"
 
 
 def verdict_line(verdict: dict[str, Any]) -> str:
@@ -80,23 +89,38 @@ def verdict_line(verdict: dict[str, Any]) -> str:
     line += f" ({', '.join(notes)})" if notes else ""
     if best is None:
         return f"{line}; no baseline keeps the budget"
-    line += (
-        f"; best baseline {_name(best)} {best['top1']:.2f} at {best['cost']:.4f}: DFS {_outcome(verdict['difference'])}"
-    )
+    line += f"; best baseline {_name(best)} {best['top1']:.2f} at {best['cost']:.4f}: "
+    line += _outcome(verdict["difference"], verdict["interval"], verdict["outcome"])
     static = verdict["best_static"]
     if static not in (None, best):
         line += f"; best static one {_name(static)} {static['top1']:.2f} at {static['cost']:.4f}: "
-        line += f"DFS {_outcome(verdict['difference_to_static'])}"
+        line += _outcome(verdict["difference_to_static"], verdict["interval_to_static"], verdict["outcome_to_static"])
     return line
 
 
-def _outcome(difference: float) -> str:
-    points = round(difference, 2)
-    return f"wins by {points:.2f}" if points > 0 else f"loses by {-points:.2f}" if points else "draws"
+def overall_line(overall: dict[str, Any]) -> str:
+    """The verdict over all budgets in words."""
+    outcome = _outcome(overall["difference"], overall["interval"], overall["outcome"])
+    return f"mean over {overall['budgets']} budgets, beside the best baselines: {outcome}"
+
+
+def _outcome(difference: float, interval: list[float] | None, outcome: str | None) -> str:
+    """A difference in points of top-1, with its interval; only what is outside of it is called a win or a loss."""
+    if interval is None or outcome is None:
+        return f"difference {difference:+.2f}, which may be chance (no interval: answers unknown, or of other images)"
+    low, high = interval
+    if outcome == "draw":
+        return f"draw: {difference:+.2f} (95%: {low:.2f} to {high:.2f})"
+    if outcome == "loss":
+        return f"DFS loses by {-difference:.2f} (95%: {-high:.2f} to {-low:.2f})"
+    return f"DFS wins by {difference:.2f} (95%: {low:.2f} to {high:.2f})"
 
 
 def plot_sweep(results: dict[str, Any]) -> Figure:
     """Accuracy over cost (logarithmic), a line per method and the dense network's accuracy; every point is labelled.
+
+    Pale bars are 95% intervals of top-1 over images, bars with caps are the spread over seeds. At the dynamic networks stands
+    whether they win.
 
     Returns:
         A matplotlib figure.
@@ -108,6 +132,7 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
     axes: Axes = figure.subplots()
     rows = results["summary"]
     dense = results["original"]["top1"]
+    outcomes = {v["budget"]: v["outcome"] for v in results["verdicts"] if v["outcome"] is not None}
     axes.axhline(dense, color="0.6", linewidth=1, linestyle="--", zorder=1)
     axes.annotate(
         f"dense {dense:.2f}", (0.002, dense), xycoords=("axes fraction", "data"), fontsize=7, color="0.4", va="bottom"
@@ -127,9 +152,14 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
         )  # fmt: skip
         for row, y in zip(points, clipped, strict=True):
             text = f"{row['bits']} bit" if row["bits"] else f"{row['budget']:g}"
+            text += f" {outcomes[row['budget']]}" if method == "dfs" and row["budget"] in outcomes else ""
             below = f" ({row['top1']:.1f})" if row["top1"] < floor else ""
             labels.append((row["cost"], y, text + below, colour))
-            if row["seeds"] > 1 and not below:
+            if below:
+                continue
+            if row["top1_interval"] is not None:
+                axes.vlines(row["cost"], *row["top1_interval"], color=colour, linewidth=3, alpha=0.15, zorder=1.5)
+            if row["seeds"] > 1:
                 axes.errorbar(row["cost"], y, row["spread"] / 2, color=colour, elinewidth=0.8, capsize=2)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -137,10 +167,22 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("cost: bit-weighted MACs, fraction of the dense 32-bit network's")
     axes.set_ylabel("top-1 (%)")
-    axes.set_title(f"{results['model']}: accuracy over cost", fontsize=10)
+    meant = (
+        f" ({', '.join(sorted(set(outcomes.values())))}: DFS beside the best baseline at no more cost)"
+        if outcomes
+        else ""
+    )
+    axes.set_title(f"{results['model']}: accuracy over cost{meant}", fontsize=10)
     axes.grid(True, which="major", color="0.92", zorder=0)
+    if any(row["top1_interval"] for row in rows):
+        axes.plot([], [], color="0.5", linewidth=3, alpha=0.3, label="95% over images")
+    if any(row["seeds"] > 1 for row in rows):
+        axes.errorbar([], [], [], fmt="none", color="0.5", elinewidth=0.8, capsize=2, label="spread over seeds")
     if rows:
-        figure.legend(frameon=False, loc="outside lower center", ncols=len(_STYLES), fontsize=8)
+        columns = len(_STYLES) + 2
+        figure.legend(
+            frameon=False, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5, fontsize=7
+        )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     _label(figure, axes, labels)

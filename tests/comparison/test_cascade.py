@@ -15,4 +15,8 @@ def test_a_cascade_by_hand() -> None:
     found = best_cascade(networks, 0.023, targets.repeat(1000), targets.repeat(1000))
     assert found is not None and (found.cheap, found.expensive) == (0, 1)
     assert found.top1 == 100 and found.share == 0.25 and found.cost == pytest.approx(0.02)
+    assert found.right.shape == (4000,) and found.right.all()
+    few = best_cascade(networks, 0.023, targets.repeat(1000), torch.tensor([0, 1, 1, 1]).repeat(1000))
+    assert few is not None and few.top1 == 100 * few.right.double().mean() == 75
+    assert few.right.tolist() == [True, True, False, True] * 1000
     assert best_cascade(networks, 0.009, targets.repeat(1000), targets.repeat(1000)) is None

@@ -83,7 +83,16 @@ def test_starting_again_follows_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"model": "net", "dynamic": {}, "points": [null], "skipped": []}']
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"model": "net", "dynamic": {}, "points": [null], "skipped": []}',
+        json.dumps(
+            fresh(points=[{"method": "dfs", "seed": 0, "budget": 0.1, "bits": None, "right": "gA==", "images": 9}])
+        ),
+    ],
 )
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "s.json"

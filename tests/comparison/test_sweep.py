@@ -1,12 +1,15 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from dfs_cli.cli.app import app
+from dfs_cli.comparison.cascade import load_answers, save_answers
 from dfs_cli.comparison.config import SweepConfig
+from dfs_cli.comparison.intervals import right_answers
 from dfs_cli.comparison.results import answers_folder
 from dfs_cli.comparison.sweep import sweep
 from dfs_cli.config import DataConfig, DynamicConfig
@@ -36,6 +39,13 @@ def sweep_digits(path: Path, *more: str) -> str:
     return result.stdout
 
 
+def assert_answers_are_those_of_top1(results: dict[str, Any]) -> None:
+    for point in results["points"]:
+        right = right_answers(point)
+        assert right is not None and len(right) == results["images"]["validation"] and point["unreadable"] == []
+        assert 100 * right.mean() == pytest.approx(point["top1"])
+
+
 @pytest.mark.slow
 def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
@@ -49,6 +59,10 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     assert steps == {3}
     for p in results["points"]:
         assert {"method", "budget", "bits", "cost", "top1", "seed", "steps"} <= set(p)
+    assert_answers_are_those_of_top1(results)
+    verdict = results["verdicts"][0]
+    assert verdict["outcome"] in ("win", "draw", "loss") and verdict["interval"][0] <= verdict["difference"]
+    assert all(row["top1_interval"] is not None for row in results["summary"]) and results["overall"] is None
     uniform = {p["bits"]: p["cost"] for p in results["points"] if p["method"] == "uniform"}
     assert uniform[8] == pytest.approx(1 / 16) and uniform[4] < 0.02
     mixed = next(p for p in results["points"] if p["method"] == "mixed")
@@ -66,6 +80,18 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     assert next(p for p in again if p["method"] == "mixed") == mixed, "a seed gives the same network again"
     assert next(p for p in again if p["method"] == "dfs") == dfs
     assert [p for p in again if p["method"] not in ("dfs", "mixed", "cascade")] == kept
+
+    # Nor is one made of answers to different images.
+    other = next(answers_folder(path).glob("uniform-*"))
+    network, held_out, validation = load_answers(other)
+    save_answers(other, network, held_out, validation.roll(1))
+    sweep_digits(path)
+    assert json.loads(path.read_text())["points"] == again
+    path.write_text(json.dumps({**results, "points": [p for p in again if p["method"] != "cascade"]}))
+    sweep_digits(path)
+    reasons = [s["reason"] for s in json.loads(path.read_text())["skipped"] if s["method"] == "cascade"]
+    assert len(reasons) == 1 and "answered different images" in reasons[0]
+    path.write_text(json.dumps({**results, "points": again}))
 
     # Without all answers no cascade is made, and none is given up.
     next(answers_folder(path).glob("uniform-*")).unlink()
@@ -126,6 +152,7 @@ def test_the_librarys_sweep_tunes_as_a_conversion_does_and_keeps_apart_what_diff
     converted = convert("resnet20_digits", 0.05, data, tuning=tuning)
     assert converted.manifest.validation is not None
     assert results["points"][0]["cost"] == converted.manifest.validation.cost
+    assert_answers_are_those_of_top1(results)
     for other in (
         SweepConfig((0.05,), baselines=(), dynamic={0.05: DynamicConfig((0, 4, 8), gate="rnn")}),
         SweepConfig((0.03,), baselines=(), dynamic={0.03: DynamicConfig((0, 4, 8), fixed_bits=4)}),

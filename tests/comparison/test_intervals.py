@@ -42,9 +42,7 @@ def test_the_interval_of_a_known_difference() -> None:
     assert found == pytest.approx((expected - 1.96 * error, expected + 1.96 * error), abs=0.03)
     # SciPy draws images, and knows nothing of those that were not seen.
     values = 100 * (first.astype(float) - other)
-    by_scipy = bootstrap(
-        (values,), np.mean, n_resamples=4000, batch=100, method="percentile", rng=np.random.default_rng(1)
-    )
+    by_scipy = bootstrap((values,), np.mean, n_resamples=4000, batch=100, method="percentile")
     assert found == pytest.approx(tuple(by_scipy.confidence_interval), abs=0.05)
     assert difference_interval([(points(first), points(other))]) == found, "the same numbers each time"
     turned = difference_interval([(points(other), points(first))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,10 @@ class Graph:
     def constant(self, value: Any, dtype: Any = None) -> str:
         """The name of an initializer. Equal large ones are stored once here and in the graphs around, small ones in each."""
         array = np.asarray(value, dtype=dtype)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        name = self._known(key) if array.nbytes > _SMALL else self._constants.get(key)
+        is_large, content = array.nbytes > _SMALL, array.tobytes()
+        # The digest of a large one: its bytes need not be kept twice.
+        key = (array.dtype.str, array.shape, sha256(content).digest() if is_large else content)
+        name = self._known(key) if is_large else self._constants.get(key)
         if name is None:
             name = self._constants[key] = self.name("c")
             self.initializers.append(numpy_helper.from_array(np.array(array, order="C", copy=True), name))

@@ -17,6 +17,7 @@ from dfs_cli.bench.machine import describe_machine
 from dfs_cli.bench.workload import size_of_images, untuned_network
 from dfs_cli.config import DynamicConfig, GateKind
 from dfs_cli.control.base import controller_of
+from dfs_cli.control.threshold import ALWAYS_REFINE, NEVER_REFINE
 from dfs_cli.cost.decisions import NOT_RUN, Decisions
 from dfs_cli.cost.device import DeviceCosts, ViewCosts
 from dfs_cli.export.runtime import require_onnx
@@ -31,13 +32,12 @@ SMALLER = (0.75, 0.625)
 _IMAGES = 8  # random: times do not depend on what they show, once decisions are forced
 _PER_UNKNOWN, _CHECKED = 2.5, 12  # policies for each unknown of the fit, and policies that are not in it
 _DECIDING = 16  # policies from which the time of deciding is found; half as many are not in that fit
-_LARGEST = (
-    1 << 29
-)  # bytes of graphs in memory at a time: the more there are, the longer the time over which each is measured
+# Bytes of graphs in memory at a time: the more there are, the longer the time over which each is measured.
+_LARGEST = 1 << 29
 _ROUNDS, _RUNS, _SECONDS = 12, 3, 0.015  # in each round a graph runs so many times, and so long, at least
 _UNTIMED = 0.005
 # Operating points at which no image takes the second pass, once after one that took it and once not, and every image.
-_REFINE = (1e9, 1e9, -1e9)
+_REFINE = (NEVER_REFINE, NEVER_REFINE, ALWAYS_REFINE)
 
 
 class Measured(NamedTuple):
@@ -238,7 +238,7 @@ def _deciding(
 
 
 def _measured(times: Sequence[Sequence[Run]], bits: tuple[int, ...], passes: int) -> Measured:
-    """What graphs decided, from the bitwidths (1, P * L) that they gave, and how long they took.
+    """What graphs decided, and how long they took.
 
     Of two passes the first one needs more time after a second one, which leaves little of its weights in the caches: that is a
     cost of the second one.

@@ -51,7 +51,8 @@ class DynamicConfig(Json):
             (Shen et al., 2020); ``ff``, a feed-forward gate per block; or ``static``, the same bitwidths for all images.
         embedding: width of the gate's input.
         hidden: width of the gate's hidden state.
-        mirror: with the probe gate, show the second pass the mirrored image.
+        mirror: with the probe gate, show the second pass the mirrored image; with ``static``, show every image a second
+            time, mirrored.
         alike: with the probe gate, the second pass has the same bitwidths for all images that take it: nothing is decided.
         first_view: with the probe gate, height and width of the images that the first pass sees, as a share of the full ones;
             None: the full ones, or what is best by the costs on a device.
@@ -84,8 +85,8 @@ class DynamicConfig(Json):
             raise ConfigError("bits: at least two options are needed for a choice")
         object.__setattr__(self, "bits", tuple(sorted(self.bits)))
         _check_bitwidth(self.fixed_bits)
-        if self.mirror and self.gate != "probe":
-            raise ConfigError(f"mirror is for the second pass of the probe gate, not for {self.gate}")
+        if self.mirror and self.gate not in ("probe", "static"):
+            raise ConfigError(f"mirror is for a second pass, which the gate {self.gate} does not have")
         if self.first_view is not None and self.gate != "probe":
             raise ConfigError(f"first-view is for the first pass of the probe gate, not for {self.gate}")
         if self.alike and self.gate != "probe":

@@ -100,13 +100,14 @@ def static_network(
     choose: Callable[[int, int], int],
     bits: tuple[int, ...] = (0, 4, 8),
     size: tuple[int, int, int] = SIZE,
+    mirror: bool = False,
 ) -> DynamicResNet:
     """A static network.
 
     Args:
         choose: from a block's index and a layer's index in the block to the layer's bitwidth.
     """
-    config = DynamicConfig(bits=bits, gate="static")
+    config = DynamicConfig(bits=bits, gate="static", mirror=mirror)
     table = plan_costs(model, config, size)
     seen = [0] * len(table.blocks)
     chosen = {}

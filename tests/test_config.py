@@ -97,7 +97,7 @@ def test_wrong_dynamic_settings_are_refused(settings: dict[str, Any]) -> None:
 def test_what_contradicts_is_refused() -> None:
     with pytest.raises(ConfigError, match="give one of them"):
         TuningConfig(epochs=1, steps=10)
-    with pytest.raises(ConfigError, match="mirror is for the second pass"):
+    with pytest.raises(ConfigError, match="mirror is for a second pass"):
         DynamicConfig(gate="rnn", mirror=True)
     with pytest.raises(ConfigError, match="std has 1 values for 3 channels"):
         Preprocessing((3, 8, 8), (3, 8, 8), "bicubic", 0.9, "center", (0.5,) * 3, (1.0,))
@@ -131,7 +131,7 @@ def test_tuning_steps_in_all(settings: dict[str, Any], steps_per_epoch: int, exp
         TuningConfig(epochs=3, lr=0.1, amp=True),
         DataConfig(data_dir="x", num_samples=5),
         Preprocessing((3, 8, 8), (3, 8, 8), "bicubic", 0.9, "center", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)),
-        SweepConfig((0.1, 0.05), ("uniform",), 2, {0.05: DynamicConfig(bits=(0, 8))}, spend=True),
+        SweepConfig((0.1, 0.05), ("uniform",), 2, 2, {0.05: DynamicConfig(bits=(0, 8))}, spend=True),
         PRESETS["paper"],
     ],
 )

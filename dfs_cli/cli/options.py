@@ -119,7 +119,8 @@ Mirror = Annotated[
     bool | None,
     _option(
         "--mirror/--no-mirror", panel=NETWORK,
-        help="Show the probe's second pass the mirrored image (default: if --hflip is not 0).",
+        help="Show the probe's second pass the mirrored image (default: if --hflip is not 0); with --gate static, show "
+        "every image twice, once mirrored.",
     ),
 ]  # fmt: skip
 Spend = Annotated[

@@ -23,7 +23,7 @@ Examples:
 
   dfs sweep resnet20_digits --budgets 0.03,0.015
 
-  dfs sweep resnet50 --data imagenet/ --baselines uniform,mixed --seeds 3
+  dfs sweep resnet50 --data imagenet/ --baselines uniform,mixed --views 2 --seeds 3
 """
 
 
@@ -43,6 +43,10 @@ def sweep(
         str, typer.Option("--baselines", help="What to compare with: some of these, or none.")
     ] = ",".join(BASELINES),
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Repeat with N seeds.")] = 1,
+    views: Annotated[
+        int,
+        typer.Option("--views", metavar="N", help="2: compare with static networks that see every image twice, too."),
+    ] = 1,
     output: Annotated[
         Path,
         typer.Option(
@@ -99,6 +103,7 @@ def sweep(
         budgets=wanted,
         baselines=names,  # type: ignore[arg-type]  # checked by the class
         seeds=seeds,
+        views=views,
         dynamic={budget: network.config(budget, settings) for budget in wanted},
         spend=network.spend,
     )

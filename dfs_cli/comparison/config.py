@@ -25,6 +25,7 @@ class SweepConfig(Json):
         budgets: of the dynamic networks, and of the baselines that have one.
         baselines: some of ``uniform``, ``mixed``, ``skipnet``, ``cascade``.
         seeds: how many repetitions, from the tuning settings' seed on.
+        views: 2: static networks that see every image twice, once mirrored, and pay for both, are baselines, too.
         dynamic: options and gate of the dynamic network for a budget; where there is none, those that a conversion uses.
         spend: reach for the budget itself, as ``dfs convert --spend``.
 
@@ -42,6 +43,7 @@ class SweepConfig(Json):
     budgets: Annotated[tuple[Budget, ...], Field(min_length=1)]
     baselines: tuple[Baseline, ...] = BASELINES
     seeds: Annotated[int, Field(ge=1, le=10**4)] = 1
+    views: Annotated[int, Field(ge=1, le=2)] = 1
     dynamic: dict[float, DynamicConfig] = dataclasses.field(default_factory=dict)
     spend: bool = False
 

@@ -17,7 +17,7 @@ Points = list[dict[str, Any]]
 
 
 def _groups(results: dict[str, Any]) -> dict[tuple[Any, ...], Points]:
-    """The points, one for each seed, of each method at each budget or bitwidth."""
+    """The points, one for each seed, of each method at each budget or bitwidth and number of views."""
     groups: dict[tuple[Any, ...], Points] = {}
     for point in results["points"]:
         groups.setdefault(_key(point), []).append(point)
@@ -25,7 +25,7 @@ def _groups(results: dict[str, Any]) -> dict[tuple[Any, ...], Points]:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["method"], row["budget"], row["bits"]
+    return row["method"], row["budget"], row["bits"], row["views"]
 
 
 def _ends(interval: Interval | None) -> list[float] | None:
@@ -33,13 +33,13 @@ def _ends(interval: Interval | None) -> list[float] | None:
 
 
 def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Means over seeds of each method at each budget or bitwidth.
+    """Means over seeds of each method at each budget or bitwidth and number of views.
 
     ``spread`` is top-1's largest less smallest. ``top1_interval`` holds the ends of the 95% interval of ``top1``, in percent;
     None: the answers are not known, or not of the same images.
     """
     rows = []
-    for (method, budget, bits), points in _groups(results).items():
+    for (method, budget, bits, views), points in _groups(results).items():
         top1 = [p["top1"] for p in points]
         dynamics = [p["dynamics"] for p in points if p.get("dynamics")]
         members = {tuple(p["members"]) for p in points if p.get("members")}
@@ -48,6 +48,7 @@ def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
                 "method": method,
                 "budget": budget,
                 "bits": bits,
+                "views": views,
                 "cost": statistics.fmean(p["cost"] for p in points),
                 "top1": statistics.fmean(top1),
                 "top1_interval": _ends(top1_interval(points)),

@@ -186,7 +186,7 @@ def _update_cascades(seed: int, config: SweepConfig, results: Results) -> None:
     """
     points = results.record["points"]
     static_points = [p for p in points if p["method"] in STATIC and p["seed"] == seed]
-    static = [Job(p["method"], p["seed"], p["budget"], p["bits"]) for p in static_points]
+    static = [Job(p["method"], p["seed"], p["budget"], p["bits"], p["views"]) for p in static_points]
     missing = [job for job in static if not results.answers_path(job).is_file()]
     loaded = [] if missing else [load_answers(results.answers_path(job)) for job in static]
     problem = None
@@ -210,7 +210,7 @@ def _update_cascades(seed: int, config: SweepConfig, results: Results) -> None:
             cost=cascade.cost,
             top1=cascade.top1,
             steps=max(steps),
-            members=[static[i].name.partition(",")[0] for i in (cascade.cheap, cascade.expensive)],
+            members=[static[i].network for i in (cascade.cheap, cascade.expensive)],
             second_share=cascade.share,
             **_cascade_answers(cascade, [static_points[i] for i in (cascade.cheap, cascade.expensive)]),
         )

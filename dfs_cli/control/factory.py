@@ -39,10 +39,11 @@ def controller_macs(config: DynamicConfig, channels: Sequence[int], features: in
         channels: width of the features that enter each block.
         features: width of those that enter the classifier.
     """
+    nothing = ((0,) * len(channels),)
     if config.gate == "static":
-        return ((0,) * len(channels),)
+        return nothing * (1 + config.mirror)
     if config.gate == "probe" and config.alike:
-        return ((0,) * len(channels),) * 2
+        return nothing * 2
     if config.gate == "probe":
         return (0,) * len(channels), SecondPassGate.macs(channels, features, config)
     return (_GATES[config.gate].macs(channels, config),)
@@ -51,7 +52,7 @@ def controller_macs(config: DynamicConfig, channels: Sequence[int], features: in
 def create_controller(config: DynamicConfig, table: CostTable, channels: Sequence[int], features: int) -> Controller:
     """The controller that ``config`` names, for a network of these costs; arguments as for :func:`controller_macs`."""
     if config.gate == "static":
-        return StaticController(table)
+        return StaticController(table, config.mirror)
     if config.gate == "probe":
         gate = None if config.alike else SecondPassGate(channels, features, config)
         return ProbeController(table, gate, config.mirror, config.first_scale)

@@ -31,18 +31,22 @@ _SECOND_LOOK = 0.01
 
 
 class StaticController(Controller):
-    """One pass with one policy for all images.
+    """One policy for all images, in one pass or, with two views, in two: over the image and its mirror image, whose logits are
+    averaged.
 
     The mix of bitwidths lies in the cost table, a bitwidth for each layer; a block whose layers have 0 bits is skipped. The
     policy follows from it: skipped, or the option of the block's widest layer. Of a table without a mix, every block takes
     its widest option.
+
+    Args:
+        mirror: show every image twice.
     """
 
     needs = Need.BLOCKS_AND_LAYERS
     policy: Tensor
 
-    def __init__(self, table: CostTable) -> None:
-        super().__init__(table, (View(),))
+    def __init__(self, table: CostTable, mirror: bool = False) -> None:
+        super().__init__(table, (View(), View(mirrored=True)) if mirror else (View(),))
         self.has_mix = bool(table.layer_bits)
         self.register_buffer("policy", policy_of(table), persistent=False)
 
@@ -54,9 +58,14 @@ class StaticController(Controller):
         target: TuningTarget | None = None,
     ) -> Output:
         """See :meth:`dfs_cli.nn.network.DynamicResNet.run`."""
-        decisions = Decisions.alike(self.policy, len(images)) if decisions is None else decisions
-        logits, _ = network.follow(images, decisions.in_pass(0), explored=target.explored if target else 0.0)
-        return Output(logits, decisions, (Answer(None, logits),))
+        decisions = _alike(self.policy, len(self.views), len(images)) if decisions is None else decisions
+        explored = target.explored if target else 0.0
+        logits, answers = images.new_zeros(()), []
+        for index, view in enumerate(self.views[: decisions.passes]):
+            seen, _ = network.follow(images, decisions.in_pass(index), explored=explored, view=view)
+            logits = (index * logits + seen) / (index + 1)
+            answers.append(Answer(None, logits))
+        return Output(logits, decisions, tuple(answers))
 
     @property
     def operating_point(self) -> float:
@@ -88,13 +97,14 @@ class StaticController(Controller):
             # As many bits as there may be: what harm they do to real images is not known.
             budget, least = request.budget, 0.0
         elif not request.spend:
-            budget, least = min(budget, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)), 0.0
+            enough = table.passes * sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM)
+            budget, least = min(budget, enough), 0.0
 
         def by_layer(cost: float) -> CostTable:
             return table.with_layer_bits(best_layer_mix(table, sensitivity, cost, least))
 
         def by_block(cost: float) -> CostTable:
-            options = best_block_mix(table, sensitivity.blocks, cost, least)
+            options = best_block_mix(table, sensitivity.blocks, cost, least, range(table.passes))
             layers = [layer for layer in table.layers if layer.block is not None]
             return table.with_layer_bits(
                 {layer.name: table.options[int(options[layer.block or 0])] for layer in layers}
@@ -135,7 +145,7 @@ class StaticController(Controller):
         return OperatingPoint(0.0, cost, top1)
 
     def movable(self, table: CostTable) -> tuple[float, float]:
-        cost = table.cost(Decisions.alike(self.policy.cpu(), 1)).item()
+        cost = table.cost(_alike(self.policy.cpu(), table.passes, 1)).item()
         return cost, cost
 
     def check(self, table: CostTable) -> None:
@@ -147,7 +157,12 @@ class StaticController(Controller):
 
 def _static_cost(table: CostTable) -> float:
     """The cost of an image in a static network with these costs."""
-    return table.cost(Decisions.alike(policy_of(table), 1)).item()
+    return table.cost(_alike(policy_of(table), table.passes, 1)).item()
+
+
+def _alike(policy: Tensor, passes: int, images: int) -> Decisions:
+    """The same ``policy`` (L,) in every pass for every image."""
+    return Decisions.alike(policy.expand(passes, -1), images)
 
 
 def policy_of(table: CostTable) -> Tensor:
@@ -242,7 +257,7 @@ def mix_within(table: CostTable, sensitivity: Tensor, budget: float, limit: floa
 
 
 def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float, least: float = 0.0) -> dict[str, int]:
-    """Bitwidths of the blocks' layers, by name, of least total harm that cost at most ``cost`` in a first pass; 0 for all
+    """Bitwidths of the blocks' layers, by name, of least total harm that cost at most ``cost`` in all passes, alike; 0 for all
     layers of a block that is skipped, where skipping is an option.
 
     Args:
@@ -259,12 +274,12 @@ def best_layer_mix(table: CostTable, sensitivity: Sensitivity, cost: float, leas
     # A variable for each layer and option, and one for each block that may be skipped.
     member = np.array([[layer.block == block for block in blocks] for layer in layers], dtype=float)
     one_each = np.hstack([np.kron(np.eye(len(layers)), np.ones(len(runs))), member])
-    shares = np.array([layer.macs / table.dense_macs for layer in layers])
+    shares = np.array([table.passes * layer.macs / table.dense_macs for layer in layers])
     costs = np.outer(shares, [mac_cost(b) for b in bits.tolist()])
     harm = sensitivity.layers[:, runs].double().cpu().numpy().ravel()
     skipping = sensitivity.blocks[list(blocks), 0].double().cpu().numpy()
     harms, prices = np.concatenate([harm, skipping]), np.concatenate([costs.ravel(), np.zeros(len(blocks))])
-    chosen = _choose(harms, prices, one_each, table.fixed_cost(0), cost, least)
+    chosen = _choose(harms, prices, one_each, sum(map(table.fixed_cost, range(table.passes))), cost, least)
     kept = chosen[: costs.size].reshape(costs.shape)
     return {layer.name: int(row @ bits) for layer, row in zip(layers, kept, strict=True)}
 

@@ -96,21 +96,21 @@ def default_dynamic(
     Args:
         options: None: :func:`default_options`.
         fixed_bits: None: those that belong to the options.
-        mirror: None: images are mirrored for the second pass where they are mirrored in tuning, that is, where it does not
-            change their class.
+        mirror: None: a probe's second pass sees the mirrored image where images are mirrored in tuning, that is, where it
+            does not change their class; a static network sees one view.
         known: bitwidths whose costs on a device are known; None: MACs count.
 
     Raises:
         ConfigError: mirroring is asked for where there is no second pass.
     """
-    if gate != "probe" and mirror is not None:
-        raise ConfigError(f"--mirror is for the second pass of --gate probe, not for {gate}")
+    if gate not in ("probe", "static") and mirror is not None:
+        raise ConfigError(f"--mirror is for a second pass, which --gate {gate} does not have")
     options = options or default_options(gate, budget, spend, known)
     return DynamicConfig(
         bits=options.bits,
         fixed_bits=options.fixed_bits if fixed_bits is None else fixed_bits,
         gate=gate,
-        mirror=gate == "probe" and (tuning.hflip > 0 if mirror is None else mirror),
+        mirror=(gate == "probe" and tuning.hflip > 0) if mirror is None else mirror,
     )
 
 

@@ -249,7 +249,10 @@ class CostTable(Json):
         Raises:
             ConfigError: the costs are of another network, of other options, or not of this gate.
         """
-        return dataclasses.replace(self, device=costs.narrowed(self.options, gate, self.first_view))
+        device = costs.narrowed(self.options, gate, self.first_view)
+        if gate == "static" and self.passes > 1:  # two views, nothing decided
+            device = device.replace(deciding={gate: ((0.0, 0.0),) * self.passes})
+        return dataclasses.replace(self, device=device)
 
     def most_in_one_pass(self, budget: float) -> float:
         """What a pass for all images may cost. Measured times are no more exact than the share by which a budget may be

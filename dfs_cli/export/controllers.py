@@ -66,10 +66,18 @@ class ControllerWriter:
 
 
 class StaticWriter(ControllerWriter):
-    """One pass with one policy: a plain graph."""
+    """One policy: a plain graph, with one pass for each view."""
 
     def __init__(self, controller: StaticController) -> None:
-        self.decisions = Decisions.alike(controller.policy.cpu(), 1)
+        self._views = controller.views
+        self.decisions = Decisions.alike(controller.policy.cpu().expand(len(self._views), -1), 1)
+
+    def follow(self, graph: Graph, writer: PartWriter, images: str, decisions: Decisions) -> str:
+        logits = [
+            writer.seeing(view).write_pass(graph, images, _policy(decisions, index))[0]
+            for index, view in enumerate(self._views[: decisions.passes])
+        ]
+        return logits[0] if len(logits) == 1 else graph.add("Mean", logits)
 
 
 class GatedWriter(ControllerWriter):

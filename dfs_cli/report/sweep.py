@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLUMNS = ("method", "budget", "bits", "cost", "top1", "top5", "seed", "steps")
+_COLUMNS = ("method", "budget", "bits", "views", "cost", "top1", "top5", "seed", "steps")
 _STYLES = {
     "dfs": ("tab:red", "o", "DFS"),
     "uniform": ("tab:blue", "s", "static, uniform"),
     "mixed": ("tab:cyan", "D", "static, mixed"),
+    "uniform, 2 views": ("tab:purple", "s", "static, uniform, 2 views"),
+    "mixed, 2 views": ("tab:pink", "D", "static, mixed, 2 views"),
     "skipnet": ("tab:green", "^", "SkipNet gate (0/32)"),
     "cascade": ("tab:orange", "v", "cascade of two static"),
 }
@@ -35,7 +37,16 @@ def points_csv(results: dict[str, Any]) -> str:
 def _name(row: dict[str, Any]) -> str:
     if row["members"]:
         return f"{row['method']} ({' + '.join(m.removeprefix('uniform ') for m in row['members'])})"
-    return f"{row['method']} {row['bits']} bit" if row["bits"] else row["method"]
+    return f"{row['method']} {row['bits']} bit" + _views(row) if row["bits"] else _line(row)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """The line of the plot that a row is on."""
+    return f"{row['method']}{_views(row)}"
+
+
+def _views(row: dict[str, Any]) -> str:
+    return "" if row["views"] == 1 else f", {row['views']} views"
 
 
 def print_sweep(console: Console, results: dict[str, Any]) -> None:
@@ -68,6 +79,7 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
     console.print(grid)
     for skipped in results["skipped"]:
         what = f"{skipped['bits']} bit" if skipped["bits"] else f"{skipped['budget']:g}"
+        what += _views(skipped)
         console.print(f"without {skipped['method']} {what}: {skipped['reason']}", highlight=False, style="dim")
     console.print()
     for verdict in results["verdicts"]:
@@ -142,7 +154,7 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
     floor = min(lowest, dense) - max(6.0, 2 * (dense - lowest))
     labels: list[tuple[float, float, str, str]] = []
     for method, (colour, marker, label) in _STYLES.items():
-        points = sorted((r for r in rows if r["method"] == method), key=lambda r: r["cost"])
+        points = sorted((r for r in rows if _line(r) == method), key=lambda r: r["cost"])
         if not points:
             continue
         clipped = [max(r["top1"], floor) for r in points]

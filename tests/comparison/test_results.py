@@ -90,7 +90,11 @@ def test_starting_again_follows_links(tmp_path: Path) -> None:
         "{}",
         '{"model": "net", "dynamic": {}, "points": [null], "skipped": []}',
         json.dumps(
-            fresh(points=[{"method": "dfs", "seed": 0, "budget": 0.1, "bits": None, "right": "gA==", "images": 9}])
+            fresh(
+                points=[
+                    {"method": "dfs", "seed": 0, "budget": 0.1, "bits": None, "views": 1, "right": "gA==", "images": 9}
+                ]
+            )
         ),
     ],
 )

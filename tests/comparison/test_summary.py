@@ -21,7 +21,7 @@ def judged(results: dict[str, Any]) -> dict[str, Any]:
 
 def point(method: str, cost: float, top1: float, **kwargs: Any) -> dict[str, Any]:
     """A network that answers the first images right, and no others."""
-    values: dict[str, Any] = {"budget": None, "bits": None, "seed": 0, "steps": 10, "top5": 99.0}
+    values: dict[str, Any] = {"budget": None, "bits": None, "views": 1, "seed": 0, "steps": 10, "top5": 99.0}
     answers = answers_record(np.arange(IMAGES) < round(top1 * IMAGES / 100), [])
     return {"method": method, "cost": cost, "top1": top1, **values, **answers, **kwargs}
 
@@ -128,6 +128,17 @@ def test_the_table_keeps_its_figures_on_narrow_terminals() -> None:
         assert f"{row['cost']:.4f}" in shown and f"{row['top1']:.2f}" in shown
     assert "0.59" in shown, "1.96 standard errors of 90% of 10,000 images"
     assert verdicts({**RESULTS, "points": RESULTS["points"][2:]}) == []
+
+
+def test_two_views_are_another_network() -> None:
+    both = {**RESULTS, "points": [*RESULTS["points"], point("mixed", 0.0298, 88.7, budget=0.03, views=2)]}
+    (verdict,) = verdicts(both)
+    assert verdict["best"] == verdict["best_static"] and verdict["best"]["views"] == 2
+    assert verdict["difference"] == pytest.approx(-0.5)
+    assert "best baseline mixed, 2 views 88.70" in verdict_line(verdict)
+    assert [row["views"] for row in csv.DictReader(points_csv(both).splitlines())] == ["1"] * 6 + ["2"]
+    labels = [line.get_label() for line in plot_sweep(judged(both)).axes[0].get_lines()]
+    assert "static, mixed" in labels and "static, mixed, 2 views" in labels
 
 
 def test_csv_and_plot_have_every_point() -> None:

@@ -47,6 +47,23 @@ def assert_answers_are_those_of_top1(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_static_networks_of_two_views_pay_for_both_and_count(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    shown = sweep_digits(path, "--baselines", "uniform,mixed", "--views", "2")
+    assert "uniform 8 bit, 2 views" in shown
+    results = json.loads(path.read_text())
+    costs = {
+        views: {p["bits"]: p["cost"] for p in results["points"] if p["method"] == "uniform" and p["views"] == views}
+        for views in (1, 2)
+    }
+    assert len(costs[1]) == 6 and costs[2] == pytest.approx({bits: 2 * cost for bits, cost in costs[1].items()})
+    mixed = {p["views"]: p for p in results["points"] if p["method"] == "mixed"}
+    assert all(0.04 < p["cost"] <= 0.05 for p in mixed.values()) and mixed[1]["layer_bits"] != mixed[2]["layer_bits"]
+    assert len([row for row in results["summary"] if row["method"] == "uniform"]) == 12
+    assert_answers_are_those_of_top1(results)
+
+
+@pytest.mark.slow
 def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     shown = sweep_digits(path)

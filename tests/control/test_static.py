@@ -1,3 +1,4 @@
+import dataclasses
 from itertools import product
 
 import pytest
@@ -144,6 +145,35 @@ def test_candidates_are_the_best_layer_mix_and_the_best_block_mix() -> None:
     assert only.layer_bits == dict.fromkeys(by_block.layer_bits, 32), "with room for everything both are the same"
     with pytest.raises(ConfigError, match="no static mix"):
         controller.candidates(table, sensitivity, Request(0.0001, False, 10, 10))
+
+
+def test_two_views_are_both_paid_and_their_logits_are_averaged() -> None:
+    model = tiny_resnet()
+    views = STATIC.replace(bits=(0, 4, 8), mirror=True)
+    table = plan_costs(model, views, SIZE)
+    network = make_dynamic(model, views, table=table)
+    images = torch.randn(3, *SIZE)
+    with torch.no_grad():
+        output = network.run(images)
+        one, other = (network.run(x, Decisions.alike(policy_of(table), 3)).logits for x in (images, images.flip(-1)))
+    assert output.decisions.passes == 2 and output.decisions.ran.all()
+    assert torch.allclose(output.logits, (one + other) / 2, atol=1e-5)
+    alone = plan_costs(model, views.replace(mirror=False), SIZE).cost(Decisions.alike(policy_of(table), 1))
+    assert torch.equal(table.cost(output.decisions), 2 * alone.expand(3))
+    assert controller_of(network).movable(table) == (2 * alone.item(), 2 * alone.item())
+
+
+def test_a_mix_for_two_views_costs_half_as_much_in_each() -> None:
+    two = two_blocks()
+    two = dataclasses.replace(two, controller_macs=two.controller_macs * 2)
+    blocks = torch.rand(2, 5, generator=torch.Generator().manual_seed(2)).sort(dim=1, descending=True).values
+    sensitivity = Sensitivity(blocks, harm_of_layers())
+    controller = controller_of(make_dynamic(tiny_resnet(), STATIC))
+    request = Request(0.05, False, 10, 10)
+    alone = controller.candidates(two_blocks(), sensitivity, request._replace(budget=0.025))
+    assert [mix.layer_bits for mix in controller.candidates(two, sensitivity, request)] == [
+        mix.layer_bits for mix in alone
+    ]
 
 
 def test_with_one_option_there_is_one_candidate_and_nothing_to_measure() -> None:

@@ -62,8 +62,10 @@ def test_images_are_mirrored_where_they_are_in_tuning() -> None:
     flips, none = TuningConfig(), TuningConfig(hflip=0.0)
     assert default_dynamic(0.1, flips).mirror and not default_dynamic(0.1, none).mirror
     assert default_dynamic(0.1, none, mirror=True).mirror and not default_dynamic(0.1, flips, mirror=False).mirror
-    assert not default_dynamic(0.1, flips, "static").mirror
-    with pytest.raises(ConfigError, match="--mirror is for the second pass"):
+    assert (
+        not default_dynamic(0.1, flips, "static").mirror and default_dynamic(0.1, flips, "static", mirror=True).mirror
+    )
+    with pytest.raises(ConfigError, match="--mirror is for a second pass"):
         default_dynamic(0.1, flips, "rnn", mirror=False)
 
 

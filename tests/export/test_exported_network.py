@@ -191,6 +191,18 @@ def test_the_graph_of_a_static_network_is_plain_and_computes_what_the_network_co
     assert np.abs(logits - expected).max() < CLOSE * np.abs(expected).max()
 
 
+def test_a_static_network_of_two_views_is_a_plain_graph_with_both() -> None:
+    network = static_network(tiny_resnet(), mixed_bits, mirror=True)
+    model = export_network(part_writer(network))
+    onnx.checker.check_model(model)
+    assert not list(subgraphs(model.graph))
+    expected = network.run(images(4))
+    assert expected.decisions.passes == 2
+    logits = np.concatenate([run_graph(model, image)[LOGITS] for image in images(4)])
+    expected_logits = expected.logits.detach().numpy()
+    assert np.abs(logits - expected_logits).max() < CLOSE * np.abs(expected_logits).max()
+
+
 def test_the_metadata_of_a_plain_graph_names_the_policy() -> None:
     """Of a block whose layers differ, the widest layer's bitwidth."""
     model = export_network(part_writer(static_network(tiny_resnet(), mixed_bits)))

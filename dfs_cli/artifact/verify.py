@@ -67,7 +67,7 @@ def check_figures(manifest: Manifest, model: nn.Module) -> None:
         if table.layer_bits.keys() != {layer.name for layer in expected.layers if layer.block is not None}:
             raise ValueError("the cost table has other layers than the network")
         expected = expected.with_layer_bits(table.layer_bits)
-    for name in ("blocks", "layers", "controller_macs", "first_view"):
+    for name in ("blocks", "layers", "controller_macs", "first_view", "compulsory_passes"):
         if getattr(table, name) != getattr(expected, name):
             raise ValueError(
                 f"the {name.replace('_', ' ')} of the cost table are not those of the network at this size"
@@ -98,7 +98,7 @@ def _check_evaluation(table: CostTable, evaluation: Evaluation) -> None:
     runs = [sum(rows[0]) for rows in choices]
     if any(sum(row) != count for rows, count in zip(choices, runs, strict=True) for row in rows):
         raise ValueError("validation.choices: blocks of a pass ran for different numbers of images")
-    if runs[0] != evaluation.images or max(runs) > evaluation.images:
+    if set(runs[: table.compulsory_passes]) != {evaluation.images} or max(runs) > evaluation.images:
         raise ValueError("validation.choices: the counts do not add up to the number of images")
     counts = torch.tensor(choices, dtype=torch.float64)
     total = float((counts * table.option_costs).sum()) + sum(n * table.fixed_cost(i) for i, n in enumerate(runs))

@@ -38,6 +38,7 @@ class CostTable(Json):
         first_view: height and width of the images that the first pass sees, as a share of the full ones.
         first_runs: (L,), whether the first pass of every image runs a block, which makes it dearer in a second one on a device;
             empty: it may run any.
+        compulsory_passes: how many passes every image takes.
 
     Raises:
         ConfigError: lengths or indices do not agree.
@@ -59,10 +60,13 @@ class CostTable(Json):
     device: DeviceCosts | None = None
     first_view: Annotated[float, Field(gt=0, le=1)] = 1.0
     first_runs: tuple[bool, ...] = ()
+    compulsory_passes: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
         if any(len(row) != len(self.blocks) for row in self.controller_macs):
             raise ConfigError("the cost table has another number of blocks than its controller")
+        if self.compulsory_passes > self.passes:
+            raise ConfigError("the cost table has more passes that every image takes than passes")
         if any(layer.block is not None and layer.block >= len(self.blocks) for layer in self.layers):
             raise ConfigError("the cost table has a layer of a block that is not there")
         if any(layer.block is None and layer.bits is None for layer in self.layers):
@@ -190,8 +194,13 @@ class CostTable(Json):
 
     @property
     def cheapest(self) -> float:
-        """The smallest cost that any decision can have: of the first pass alone."""
-        return self.cheapest_pass(0)
+        """The smallest cost that any decision can have: of the passes that every image takes."""
+        return sum(self.cheapest_pass(index) for index in range(self.compulsory_passes))
+
+    @property
+    def always(self) -> float:
+        """What an image costs whatever is decided: fixed layers and controller of the passes that every image takes."""
+        return sum(self.fixed_cost(index) for index in range(self.compulsory_passes))
 
     def cheapest_pass(self, index: int) -> float:
         """The smallest cost of a pass."""
@@ -250,7 +259,7 @@ class CostTable(Json):
             ConfigError: the costs are of another network, of other options, or not of this gate.
         """
         device = costs.narrowed(self.options, gate, self.first_view)
-        if gate == "static" and self.passes > 1:  # two views, nothing decided
+        if self.compulsory_passes == self.passes > 1:  # two views, nothing decided
             device = device.replace(deciding={gate: ((0.0, 0.0),) * self.passes})
         return dataclasses.replace(self, device=device)
 
@@ -270,7 +279,13 @@ class CostTable(Json):
         layers = tuple(dataclasses.replace(layer, first_macs=None) for layer in self.layers)
         controller_macs = ((0,) * len(self.blocks),)
         return dataclasses.replace(
-            self, layers=layers, controller_macs=controller_macs, device=device, first_view=1.0, first_runs=()
+            self,
+            layers=layers,
+            controller_macs=controller_macs,
+            device=device,
+            first_view=1.0,
+            first_runs=(),
+            compulsory_passes=1,
         )
 
     def check_budget(self, budget: float, spend: bool = False, limit: float = math.inf) -> None:

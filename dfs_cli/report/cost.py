@@ -217,7 +217,7 @@ def cost_report(manifest: Manifest) -> dict[str, Any]:
         "cost_p95": evaluation.cost_p95,
         "cost_max": evaluation.cost_max,
         "cost_all_8_bit": table.uniform_cost(8),
-        "cost_always": table.fixed_cost(0),
+        "cost_always": table.always,
         "reachable_budgets": list(manifest.movable or (table.cheapest, table.dearest)),
         "gmacs_dense": table.dense_macs / 1e9,
         "gmacs_bitweighted": bitweighted_gmacs(table, evaluation),

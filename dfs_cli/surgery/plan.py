@@ -157,7 +157,15 @@ def plan_costs(
         for name, macs in count.layers.items()
     )
     macs = controller_macs(config, plan.channels, plan.features)
-    return CostTable(config.bits, plan.blocks, layers, macs, count.not_counted, first_view=config.first_scale)
+    return CostTable(
+        config.bits,
+        plan.blocks,
+        layers,
+        macs,
+        count.not_counted,
+        first_view=config.first_scale,
+        compulsory_passes=len(macs) if config.gate == "static" else 1,
+    )
 
 
 def _count(model: nn.Module, input_size: tuple[int, int, int]) -> MacCount:

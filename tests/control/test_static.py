@@ -165,11 +165,14 @@ def test_two_views_are_both_paid_and_their_logits_are_averaged() -> None:
 
 def test_a_mix_for_two_views_costs_half_as_much_in_each() -> None:
     two = two_blocks()
-    two = dataclasses.replace(two, controller_macs=two.controller_macs * 2)
+    two = dataclasses.replace(two, controller_macs=two.controller_macs * 2, compulsory_passes=2)
     blocks = torch.rand(2, 5, generator=torch.Generator().manual_seed(2)).sort(dim=1, descending=True).values
     sensitivity = Sensitivity(blocks, harm_of_layers())
     controller = controller_of(make_dynamic(tiny_resnet(), STATIC))
     request = Request(0.05, False, 10, 10)
+    assert two.cheapest == pytest.approx(2 * two_blocks().cheapest) and two.always == pytest.approx(
+        two.fixed_cost(0) * 2
+    )
     alone = controller.candidates(two_blocks(), sensitivity, request._replace(budget=0.025))
     assert [mix.layer_bits for mix in controller.candidates(two, sensitivity, request)] == [
         mix.layer_bits for mix in alone

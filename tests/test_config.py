@@ -131,7 +131,7 @@ def test_tuning_steps_in_all(settings: dict[str, Any], steps_per_epoch: int, exp
         TuningConfig(epochs=3, lr=0.1, amp=True),
         DataConfig(data_dir="x", num_samples=5),
         Preprocessing((3, 8, 8), (3, 8, 8), "bicubic", 0.9, "center", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)),
-        SweepConfig((0.1, 0.05), ("uniform",), 2, 2, {0.05: DynamicConfig(bits=(0, 8))}, spend=True),
+        SweepConfig((0.1, 0.05), ("uniform",), 2, 2, spend=True),
         PRESETS["paper"],
     ],
 )

@@ -23,7 +23,7 @@ Examples:
 
   dfs sweep resnet20_digits --budgets 0.03,0.015
 
-  dfs sweep resnet50 --data imagenet/ --baselines uniform,mixed --views 2 --seeds 3
+  dfs sweep resnet50 --data imagenet/ --budgets auto --views 2 --seeds 3
 """
 
 
@@ -37,12 +37,23 @@ def sweep(
     long_run: LongRunOptions,
     sink: Output,
     budgets: Annotated[
-        str, typer.Option("--budgets", "-b", metavar="B,B,...", help="Budgets of the dynamic networks.")
+        str,
+        typer.Option(
+            "--budgets",
+            "-b",
+            metavar="B,B,...|auto",
+            help="Budgets of the dynamic networks; auto: where uniform static ones have lost 0.5, 1, 2 and 4 points.",
+        ),
     ] = "0.4,0.1,0.05,0.03,0.015",
     baselines: Annotated[
         str, typer.Option("--baselines", help="What to compare with: some of these, or none.")
     ] = ",".join(BASELINES),
-    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Repeat with N seeds.")] = 1,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            "--seeds", metavar="N", help="N seeds for dynamic networks and the two best rivals of each budget."
+        ),
+    ] = 1,
     views: Annotated[
         int,
         typer.Option("--views", metavar="N", help="2: compare with static networks that see every image twice, too."),
@@ -68,7 +79,7 @@ def sweep(
     force: options.Force = False,
 ) -> None:
     """Compare dynamic networks with static ones and others at equal cost. An interrupted sweep goes on where it stopped."""
-    wanted = options.numbers("--budgets", budgets) or ()
+    wanted = () if budgets == "auto" else options.numbers("--budgets", budgets) or ()
     for budget in wanted:
         check_budget(budget)
     names = tuple(name for name in baselines.split(",") if name != "none")
@@ -104,7 +115,6 @@ def sweep(
         baselines=names,  # type: ignore[arg-type]  # checked by the class
         seeds=seeds,
         views=views,
-        dynamic={budget: network.config(budget, settings) for budget in wanted},
         spend=network.spend,
     )
     module = weights.load(model, settings.seed).model
@@ -127,6 +137,7 @@ def sweep(
                 observer=observer,
                 restart=force,
                 checkpoints=Checkpoints(resume, long_run.checkpoint_minutes, stop, sink.say),
+                dynamic=lambda budget: network.config(budget, settings),
             )
         except (KeyboardInterrupt, LostProcessError):
             sink.say(f"to go on: {how_to_resume()}")

@@ -19,10 +19,16 @@ from dfs_cli.cost.operating_point import target_cost
 
 
 class Answers(NamedTuple):
-    """The most likely classes (N,) of N images, and the softmax confidence (N,) in them."""
+    """The most likely classes (N,) of N images, the softmax confidence (N,) in them, and the right classes (N,)."""
 
     confidence: Tensor
     answers: Tensor
+    targets: Tensor
+
+    @property
+    def top1(self) -> float:
+        """In percent."""
+        return percent(self.answers == self.targets)
 
 
 class StaticNetwork(NamedTuple):
@@ -32,102 +38,104 @@ class StaticNetwork(NamedTuple):
     held_out: Answers
     validation: Answers
 
+    def is_comparable(self, other: StaticNetwork) -> bool:
+        """Whether both answered the same images."""
+        return torch.equal(self.held_out.targets, other.held_out.targets) and torch.equal(
+            self.validation.targets, other.validation.targets
+        )
 
-def save_answers(path: Path, network: StaticNetwork, held_out_targets: Tensor, validation_targets: Tensor) -> None:
+
+def save_answers(path: Path, network: StaticNetwork) -> None:
     """Save the answers of a static network, from which cascades are made later."""
-    tensors = {
-        "held_out_confidence": network.held_out.confidence,
-        "held_out_answers": network.held_out.answers,
-        "held_out_targets": held_out_targets,
-        "validation_confidence": network.validation.confidence,
-        "validation_answers": network.validation.answers,
-        "validation_targets": validation_targets,
-        "cost": torch.tensor(network.cost, dtype=torch.float64),
-    }
+    tensors = {"cost": torch.tensor(network.cost, dtype=torch.float64)}
+    for split in ("held_out", "validation"):
+        answers: Answers = getattr(network, split)
+        tensors |= {f"{split}_{name}": tensor.contiguous() for name, tensor in answers._asdict().items()}
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, serialise({k: v.contiguous() for k, v in tensors.items()}))
+    write_atomically(path, serialise(tensors))
 
 
-def load_answers(path: Path) -> tuple[StaticNetwork, Tensor, Tensor]:
-    """What :func:`save_answers` saved: the network, and the class indices of held-out and validation images."""
+def load_answers(path: Path) -> StaticNetwork:
+    """What :func:`save_answers` saved."""
     tensors = load_file(path)
     held_out, validation = (
-        Answers(tensors[f"{split}_confidence"], tensors[f"{split}_answers"]) for split in ("held_out", "validation")
+        Answers(*(tensors[f"{split}_{name}"] for name in Answers._fields)) for split in ("held_out", "validation")
     )
-    network = StaticNetwork(float(tensors["cost"]), held_out, validation)
-    return network, tensors["held_out_targets"], tensors["validation_targets"]
+    return StaticNetwork(float(tensors["cost"]), held_out, validation)
 
 
-def confident_answers(logits: Iterable[Tensor]) -> Answers:
-    """The answers in ``logits``, a tensor (N, classes) for each batch, and in those of other processes."""
+def confident_answers(logits: Iterable[Tensor], targets: Sequence[Tensor]) -> Answers:
+    """The answers in ``logits``, a tensor (N, classes) for each batch, and in those of other processes.
+
+    Args:
+        targets: (N,) for each batch; read after ``logits``.
+    """
     tops = [batch.double().softmax(dim=1).max(dim=1) for batch in logits]
-    return Answers(join_batches([top.values for top in tops]), join_batches([top.indices for top in tops]))
+    confidence, answers = join_batches([top.values for top in tops]), join_batches([top.indices for top in tops])
+    return Answers(confidence, answers, join_batches(targets))
 
 
 class Cascade(NamedTuple):
-    """Two networks, by index; the share of validation images that ran both; mean cost; top-1 in percent, and which validation
-    images (N,) were answered right."""
+    """All images run the ``cheap`` network. Those whose softmax confidence is below ``threshold`` also run the ``expensive``
+    one, which then answers; its cost is added."""
 
-    cheap: int
-    expensive: int
-    share: float
-    cost: float
-    top1: float
-    right: Tensor
+    cheap: StaticNetwork
+    expensive: StaticNetwork
+    threshold: float
+
+    def unsure(self, split: str) -> Tensor:
+        """Which images (N,) of ``held_out`` or ``validation`` run both."""
+        answers: Answers = getattr(self.cheap, split)
+        return answers.confidence < self.threshold
+
+    def right(self, split: str) -> Tensor:
+        """Which images (N,) of ``held_out`` or ``validation`` are answered right."""
+        first, second = getattr(self.cheap, split), getattr(self.expensive, split)
+        right: Tensor = torch.where(self.unsure(split), second.answers, first.answers) == first.targets
+        return right
+
+    @property
+    def held_out_top1(self) -> float:
+        """In percent."""
+        return percent(self.right("held_out"))
+
+    @property
+    def cost(self) -> float:
+        """Mean cost of a validation image."""
+        return self.cheap.cost + float(self.unsure("validation").double().mean()) * self.expensive.cost
 
 
-def best_cascade(
-    networks: Sequence[StaticNetwork], budget: float, held_out_targets: Tensor, validation_targets: Tensor
-) -> Cascade | None:
-    """The pair with the best top-1 on held-out images whose mean cost keeps ``budget`` there.
-
-    All images run the cheap network. Those whose softmax confidence is below a threshold, set on held-out images, also run the
-    expensive one, which then answers; its cost is added.
+def best_pair(networks: Sequence[StaticNetwork], budget: float) -> tuple[int, int] | None:
+    """The indices of the cheap and of the expensive network whose cascade has the best top-1 on held-out images, where it keeps
+    ``budget``.
 
     Returns:
         None where no pair fits the budget.
     """
-    best: tuple[float, int, int, float] | None = None
+    found = []
     for cheap, expensive in permutations(range(len(networks)), 2):
-        first, second = networks[cheap], networks[expensive]
-        if (
-            second.cost <= first.cost
-            or (threshold := _threshold(first, second, budget, len(validation_targets))) is None
-        ):
-            continue
-        right, _ = _evaluate(first.held_out, second.held_out, threshold, held_out_targets)
-        top1 = _percent(right)
-        if best is None or top1 > best[0]:
-            best = top1, cheap, expensive, threshold
-    if best is None:
-        return None
-    _, cheap, expensive, threshold = best
-    right, both = _evaluate(networks[cheap].validation, networks[expensive].validation, threshold, validation_targets)
-    share = float(both.double().mean())
-    cost = networks[cheap].cost + share * networks[expensive].cost
-    return Cascade(cheap, expensive, share, cost, _percent(right), right)
+        if networks[expensive].cost > networks[cheap].cost:
+            cascade = cascade_of(networks[cheap], networks[expensive], budget)
+            if cascade is not None:
+                found.append((cascade.held_out_top1, cheap, expensive))
+    return max(found, key=lambda pair: pair[0])[1:] if found else None
 
 
-def _threshold(first: StaticNetwork, second: StaticNetwork, budget: float, validation_images: int) -> float | None:
-    """The confidence below which the second network runs, so that the held-out images keep the budget."""
-    share = (budget - first.cost) / second.cost
+def cascade_of(cheap: StaticNetwork, expensive: StaticNetwork, budget: float) -> Cascade | None:
+    """The cascade whose threshold is set on held-out images so that they keep ``budget``; None where it cannot be kept."""
+    share = (budget - cheap.cost) / expensive.cost
     if share <= 0:
         return None
     if share >= 1:
-        return math.inf  # all images may run both
-    deviation = second.cost * math.sqrt(share * (1 - share))
-    images = len(first.held_out.confidence)
-    share = (target_cost(budget, deviation, images, validation_images) - first.cost) / second.cost
+        return Cascade(cheap, expensive, math.inf)  # all images may run both
+    deviation = expensive.cost * math.sqrt(share * (1 - share))
+    images = len(cheap.held_out.confidence), len(cheap.validation.confidence)
+    share = (target_cost(budget, deviation, *images) - cheap.cost) / expensive.cost
     if share <= 0:
         return None
-    return float(first.held_out.confidence.quantile(share))
+    return Cascade(cheap, expensive, float(cheap.held_out.confidence.quantile(share)))
 
 
-def _evaluate(first: Answers, second: Answers, threshold: float, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images (N,) were answered right, and which ran the second network."""
-    unsure = first.confidence < threshold
-    return torch.where(unsure, second.answers, first.answers) == targets, unsure
-
-
-def _percent(right: Tensor) -> float:
+def percent(right: Tensor) -> float:
+    """The share of true values in ``right`` (N,)."""
     return 100 * float(right.double().mean())

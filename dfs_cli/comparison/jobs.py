@@ -6,11 +6,14 @@ import dataclasses
 from typing import Any
 
 from dfs_cli.comparison.config import SweepConfig
+from dfs_cli.comparison.summary import STATIC, affordable
 from dfs_cli.config import DynamicConfig
 from dfs_cli.presets import PRESETS
 
 UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
 """Bitwidths of the uniform static networks."""
+
+_RIVALS = 2  # of each budget, tuned with every seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,36 +40,64 @@ class Job:
         """Whether a point of the results is of this job."""
         return all(point[key] == value for key, value in dataclasses.asdict(self).items())
 
+    @classmethod
+    def of(cls, point: dict[str, Any], seed: int | None = None) -> Job:
+        """The job of a point of the results, or the same with another seed.
+
+        Raises:
+            KeyError: it is no such point.
+        """
+        values = {field.name: point[field.name] for field in dataclasses.fields(cls)}
+        return cls(**values if seed is None else {**values, "seed": seed})
+
 
 def jobs(config: SweepConfig, seed: int) -> list[Job]:
-    """The networks to tune, dynamic ones first; a cascade uses the static ones."""
+    """The networks of the first seed, dynamic ones first, cascades, which use the static ones, last. Without a budget: those
+    that a static network's curve is made of."""
     planned = [Job("dfs", seed, budget=budget) for budget in config.budgets]
     views = range(1, config.views + 1)
-    if "uniform" in config.baselines or "cascade" in config.baselines:
+    if not config.budgets or {"uniform", "cascade"} & set(config.baselines):
         planned += [Job("uniform", seed, bits=bits, views=count) for count in views for bits in UNIFORM_BITS]
     if "mixed" in config.baselines:
         planned += [Job("mixed", seed, budget, views=count) for count in views for budget in config.budgets]
-    if "skipnet" in config.baselines:
-        planned += [Job("skipnet", seed, budget) for budget in config.budgets]
+    for method in ("skipnet", "cascade"):
+        if method in config.baselines:
+            planned += [Job(method, seed, budget) for budget in config.budgets]
     return planned
 
 
-def settings(job: Job, config: SweepConfig) -> tuple[float, DynamicConfig, bool]:
-    """A job's budget, options and gate, and whether the budget is to be spent."""
-    fixed_bits = static_fixed_bits(config)
+def repeated_jobs(config: SweepConfig, results: dict[str, Any], first: int, seed: int) -> list[Job]:
+    """The networks of another seed: dynamic ones, and at each budget the two rivals that were the best on held-out images with
+    the ``first`` seed. Before a cascade come the networks that it is made of."""
+    planned = [Job("dfs", seed, budget=budget) for budget in config.budgets]
+    points = [point for point in results["points"] if point["seed"] == first and point["method"] != "dfs"]
+    for budget in config.budgets:
+        rivals = [point for point in affordable(points, budget) if point["method"] in (*config.baselines, *STATIC)]
+        rivals.sort(key=lambda point: -point["held_out_top1"])
+        for rival in rivals[:_RIVALS]:
+            members = [point for point in points if Job.of(point).network in rival.get("members", ())]
+            planned += [Job.of(point, seed) for point in (*members, rival)]
+    return list(dict.fromkeys(planned))
+
+
+def settings(
+    job: Job, dynamic: dict[float, DynamicConfig], spend: bool, fixed_bits: int
+) -> tuple[float, DynamicConfig, bool]:
+    """A job's budget, options and gate, and whether the budget is to be spent.
+
+    Args:
+        dynamic: those of the dynamic network for each budget.
+        spend: whether it is to spend the budget.
+        fixed_bits: bitwidth of the fixed layers of static networks.
+    """
     mirror = job.views > 1
     if job.bits is not None:
         return 1.0, DynamicConfig((job.bits,), fixed_bits, gate="static", mirror=mirror), False
     assert job.budget is not None, "all but uniform networks have one"
     if job.method == "dfs":
-        return job.budget, config.dynamic[job.budget], config.spend
+        return job.budget, dynamic[job.budget], spend
     if job.method == "skipnet":
         preset = PRESETS["skipnet"]
         return job.budget, DynamicConfig(preset.bits, preset.fixed_bits, gate="rnn"), True
     # A rival may use all of the budget.
     return job.budget, DynamicConfig(PRESETS["static"].bits, fixed_bits, gate="static", mirror=mirror), True
-
-
-def static_fixed_bits(config: SweepConfig) -> int:
-    """Bitwidth of the fixed layers of static networks: the widest among the dynamic ones."""
-    return max(settings.fixed_bits for settings in config.dynamic.values())

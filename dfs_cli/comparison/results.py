@@ -1,4 +1,4 @@
-"""The results of a sweep on disk: a JSON file, written after every network, and the static networks' answers beside it."""
+"""The results of a sweep on disk: a JSON file, written after every network; beside it the static networks and their answers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from torch import nn
 
 from dfs_cli.artifact.artifact import tensor_digest
 from dfs_cli.atomic import File, held, write_files
-from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.intervals import right_answers
-from dfs_cli.comparison.jobs import Job, static_fixed_bits
+from dfs_cli.comparison.jobs import Job
 from dfs_cli.comparison.summary import overall, summarise, verdicts
-from dfs_cli.config import DataConfig, Preprocessing, TuningConfig
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig
 from dfs_cli.conversion.defaults import describe_model
 from dfs_cli.data.splits import open_splits
 from dfs_cli.distributed import is_first, of_first
 from dfs_cli.errors import OutputError
 
-RECIPE = 8
+RECIPE = 9
 """Raised with every change of how networks are tuned or recorded: results of different recipes must not share a file."""
 
 _GROWING = ("dynamic", "original", "points", "skipped")
@@ -51,10 +50,25 @@ class Results:
             self._empty()
         self.record = self._read() or copy.deepcopy(fresh)
 
+    def add_budgets(self, dynamic: dict[float, DynamicConfig]) -> None:
+        """Budgets may be added; those that are there keep their options and gate.
+
+        Raises:
+            OutputError: one of them has others.
+        """
+        self.fresh["dynamic"] |= _named(dynamic)
+        with self.update():  # which compares and stores them
+            pass
+
     def has(self, job: Job) -> bool:
         """Whether a job is done, or could not be done; also by another sweep meanwhile."""
         self.record = (self._read() if is_first() else None) or self.record
-        return of_first(any(job.matches(point) for point in (*self.record["points"], *self.record["skipped"])))
+        points = [point for point in self.record["points"] if not point.get("unfinished")]
+        return of_first(any(job.matches(point) for point in (*points, *self.record["skipped"])))
+
+    def get(self, job: Job) -> dict[str, Any] | None:
+        """The point of a job; None: there is none."""
+        return of_first(next((point for point in self.record["points"] if job.matches(point)), None))
 
     def add(self, job: Job, **values: Any) -> None:
         """Record a point or, with a ``reason``, a skipped job, in place of earlier records of the job."""
@@ -100,7 +114,7 @@ class Results:
             same = all(record[key] == value for key, value in self.fresh.items() if key not in _GROWING)
             same = same and all(stored.get(budget, value) == value for budget, value in dynamic.items())
             for point in (*record["points"], *record["skipped"]):
-                Job(**{field.name: point[field.name] for field in dataclasses.fields(Job)})
+                Job.of(point)
                 right_answers(point)
             record["dynamic"] = stored | dynamic
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -111,13 +125,18 @@ class Results:
             )
         return record
 
-    def checkpoint_path(self, job: Job) -> Path:
-        """The file from which a network that is being tuned can be gone on with."""
-        return self.path.with_name(f"{self.path.stem}.{_slug(job)}.checkpoint")
+    def checkpoint_path(self, job: Job, part: str = "") -> Path:
+        """The file from which a network that is being tuned can be gone on with; several, one after the other, have a ``part``
+        of a job each."""
+        return self.path.with_name(f"{self.path.stem}.{_slug(job)}{part}.checkpoint")
 
     def answers_path(self, job: Job) -> Path:
         """The file of a static network's answers."""
         return answers_folder(self.path) / f"{_slug(job)}.safetensors"
+
+    def network_path(self, job: Job) -> Path:
+        """The file of a static network."""
+        return answers_folder(self.path) / f"{_slug(job)}.network.safetensors"
 
 
 def _slug(job: Job) -> str:
@@ -125,20 +144,26 @@ def _slug(job: Job) -> str:
 
 
 def answers_folder(path: Path) -> Path:
-    """The folder of the static networks' answers, for the results ``path``."""
+    """The folder of the static networks and their answers, for the results ``path``."""
     return path.with_suffix(".answers")
 
 
 def open_results(
     path: Path,
     model: nn.Module,
-    config: SweepConfig,
+    dynamic: dict[float, DynamicConfig],
+    spend: bool,
+    static_fixed_bits: int,
     tuning: TuningConfig,
     data: DataConfig,
     preprocessing: Preprocessing,
     restart: bool,
 ) -> Results:
     """The results so far; an empty record where there are none, or with ``restart``.
+
+    Args:
+        dynamic: options and gate of the dynamic network for each budget.
+        static_fixed_bits: bitwidth of the fixed layers of static networks.
 
     Raises:
         OutputError: the file is the result of another sweep, or of none.
@@ -154,10 +179,12 @@ def open_results(
         "data": data.to_dict() | {"data_dir": None},
         "images": {name: len(getattr(splits, name)) for name in ("train", "calibration", "validation")},
         "classes": len(splits.class_names),
-        "static_fixed_bits": static_fixed_bits(config),
-        "spend": config.spend,
+        "static_fixed_bits": static_fixed_bits,
+        "spend": spend,
     }
-    # Budgets may be added later; those that are there keep their options and gate.
-    dynamic = {str(budget): settings.to_dict() for budget, settings in config.dynamic.items()}
-    fresh: dict[str, Any] = {**identity, "dynamic": dynamic, "original": None, "points": [], "skipped": []}
+    fresh: dict[str, Any] = {**identity, "dynamic": _named(dynamic), "original": None, "points": [], "skipped": []}
     return Results(path, fresh, restart)
+
+
+def _named(dynamic: dict[float, DynamicConfig]) -> dict[str, Any]:
+    return {str(budget): settings.to_dict() for budget, settings in dynamic.items()}

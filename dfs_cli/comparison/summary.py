@@ -1,9 +1,11 @@
-"""The outcome of a sweep: summary over seeds, a verdict for each budget, and one over all budgets."""
+"""The outcome of a sweep: summary over seeds, a verdict for each budget, and one over all budgets; and which budgets tell."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from dfs_cli.comparison.intervals import Interval, difference_interval, top1_interval
@@ -11,6 +13,9 @@ from dfs_cli.cost.operating_point import HIGHEST_SHARE
 
 STATIC = ("uniform", "mixed")
 """The methods that give all images the same bitwidths."""
+
+LOST = (0.5, 1.0, 2.0, 4.0)
+"""In points of top-1: where static networks have lost so much, a dynamic one may have something to win."""
 
 
 Points = list[dict[str, Any]]
@@ -68,8 +73,9 @@ def summarise(results: dict[str, Any]) -> list[dict[str, Any]]:
 def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
     """For each budget: DFS, the best baseline within the budget, and the difference in points of top-1.
 
-    A baseline counts if it costs no more than the budget allows, or than DFS does. The best baseline is the most accurate one;
-    of equally accurate ones, the cheapest. It is chosen by the validation images, which flatters it a little.
+    A baseline counts if it costs no more than the budget allows, or than DFS does, and no other such one was tuned with more
+    seeds: else luck would choose. The best baseline is the most accurate one; of equally accurate ones, the cheapest. It is
+    chosen by the validation images, which flatters it a little.
 
     ``interval``, the ends of the difference's 95% interval, and ``outcome`` (``win``, ``draw`` or ``loss`` of DFS) are None
     where the answers of the networks are not known, or not of the same images. The best static baseline likewise.
@@ -90,9 +96,9 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
 
     verdict_rows = []
     for dfs in sorted((r for r in rows if r["method"] == "dfs"), key=lambda r: -r["budget"]):
-        limit = max(dfs["cost"], HIGHEST_SHARE * dfs["budget"])
-        baselines = [r for r in rows if r["method"] != "dfs" and r["cost"] <= limit * (1 + 1e-9)]
-        best, best_static = best_of(baselines), best_of([r for r in baselines if r["method"] in STATIC])
+        baselines = affordable([r for r in rows if r["method"] != "dfs"], dfs["budget"], dfs["cost"])
+        static = [r for r in baselines if r["method"] in STATIC]
+        best, best_static = best_of(_most_seeds(baselines)), best_of(_most_seeds(static))
         verdict_rows.append(
             {
                 "budget": dfs["budget"],
@@ -104,6 +110,38 @@ def verdicts(results: dict[str, Any]) -> list[dict[str, Any]]:
             }
         )
     return verdict_rows
+
+
+def affordable(rows: Points, budget: float, cost: float = 0.0) -> Points:
+    """Those that cost no more than ``budget`` allows, or than ``cost``."""
+    limit = max(cost, HIGHEST_SHARE * budget)
+    return [row for row in rows if row["cost"] <= limit * (1 + 1e-9)]
+
+
+def _most_seeds(rows: Points) -> Points:
+    return [row for row in rows if row["seeds"] == max(r["seeds"] for r in rows)]
+
+
+def telling_budgets(results: dict[str, Any]) -> tuple[float, ...]:
+    """The budgets at which uniform static networks, of one view, have lost :data:`LOST` points of top-1, the largest first.
+
+    Between two networks the loss is interpolated over the logarithm of the cost. These networks say where to compare, not who
+    is compared there: at each budget stand other ones, too. What even the cheapest of them has not lost has no budget.
+    """
+    dense = results["original"]["top1"]
+    curve = [
+        (row["cost"], dense - row["top1"])
+        for row in sorted(summarise(results), key=lambda row: -row["cost"])
+        if row["method"] == "uniform" and row["views"] == 1
+    ]
+    budgets = []
+    for lost in LOST:
+        for (cost, less), (cheaper, more) in pairwise(curve):
+            if less <= lost < more:
+                share = (lost - less) / (more - less)
+                budgets.append(float(f"{math.exp((1 - share) * math.log(cost) + share * math.log(cheaper)):.2g}"))
+                break
+    return tuple(sorted(set(budgets), reverse=True))
 
 
 def overall(sweeps: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dfs_cli.comparison.intervals import answers_record
-from dfs_cli.comparison.summary import overall, summarise, verdicts
+from dfs_cli.comparison.summary import overall, summarise, telling_budgets, verdicts
 from dfs_cli.report.sweep import overall_line, plot_sweep, points_csv, print_sweep, verdict_line
 
 IMAGES = 10_000
@@ -157,3 +157,22 @@ def test_csv_and_plot_have_every_point() -> None:
     boxes = [t.get_window_extent() for t in axes.texts if t.get_text() != "dense 90.00"]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     plot_sweep(judged({**RESULTS, "points": RESULTS["points"][2:]}))  # a sweep whose own networks all diverged
+
+
+def test_a_baseline_of_fewer_seeds_does_not_win_by_luck() -> None:
+    lucky = point("uniform", 0.0244, 89.5, bits=5)
+    rivals = [point("mixed", 0.0299, 87.9, budget=0.03, seed=seed) for seed in (0, 1)]
+    dynamic = [p for p in RESULTS["points"] if p["method"] == "dfs"]
+    (verdict,) = verdicts({**RESULTS, "points": [*dynamic, lucky, *rivals]})
+    assert verdict["best"]["method"] == "mixed" and verdict["best"]["seeds"] == 2 == verdict["best_static"]["seeds"]
+    (verdict,) = verdicts({**RESULTS, "points": [*dynamic, lucky, rivals[0]]})
+    assert verdict["best"]["method"] == "uniform", "all have one seed"
+
+
+def test_the_telling_budgets_are_where_uniform_networks_have_lost_something() -> None:
+    curve = [(8, 1 / 16, 89.9), (6, 0.0352, 89.5), (4, 0.0156, 88.5), (3, 0.0088, 86.5), (2, 0.0039, 87.0)]
+    points = [point("uniform", cost, top1, bits=bits) for bits, cost, top1 in curve]
+    results = {**RESULTS, "points": [*points, point("uniform", 0.1, 50.0, bits=6, views=2)]}
+    # 0.5 was lost at 6 bits, 1 half-way to 4 bits in the logarithm, 2 a quarter of the way from 4 to 3 bits, 4 nowhere.
+    assert telling_budgets(results) == (0.035, 0.023, 0.014)
+    assert telling_budgets({**results, "points": points[:1]}) == ()

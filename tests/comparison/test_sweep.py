@@ -1,5 +1,6 @@
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dfs_cli.comparison.cascade import load_answers, save_answers
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.intervals import right_answers
 from dfs_cli.comparison.results import answers_folder
+from dfs_cli.comparison.summary import telling_budgets
 from dfs_cli.comparison.sweep import sweep
 from dfs_cli.config import DataConfig, DynamicConfig
 from dfs_cli.conversion.convert import convert
@@ -77,6 +79,10 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     for p in results["points"]:
         assert {"method", "budget", "bits", "cost", "top1", "seed", "steps"} <= set(p)
     assert_answers_are_those_of_top1(results)
+    cascade = next(p for p in results["points"] if p["method"] == "cascade")
+    assert len(cascade["members"]) == 2 and 0 < cascade["second_share"] <= 1
+    members = [p["held_out_top1"] for p in results["points"] if p["method"] in ("uniform", "mixed")]
+    assert len(members) == 7 and cascade["held_out_top1"] > min(members)
     verdict = results["verdicts"][0]
     assert verdict["outcome"] in ("win", "draw", "loss") and verdict["interval"][0] <= verdict["difference"]
     assert all(row["top1_interval"] is not None for row in results["summary"]) and results["overall"] is None
@@ -93,15 +99,17 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     kept = [p for p in results["points"] if p["method"] != "cascade"]
     sweep_digits(path)
     again = json.loads(path.read_text())["points"]
-    assert [p["method"] for p in again][-3:] == ["dfs", "mixed", "cascade"] and len(again) == len(methods)
+    assert [p["method"] for p in again][-2:] == ["dfs", "mixed"] and len(again) == len(methods)
+    assert next(p for p in again if p["method"] == "cascade") == cascade, "of the same two networks as before"
     assert next(p for p in again if p["method"] == "mixed") == mixed, "a seed gives the same network again"
     assert next(p for p in again if p["method"] == "dfs") == dfs
     assert [p for p in again if p["method"] not in ("dfs", "mixed", "cascade")] == kept
 
     # Nor is one made of answers to different images.
-    other = next(answers_folder(path).glob("uniform-*"))
-    network, held_out, validation = load_answers(other)
-    save_answers(other, network, held_out, validation.roll(1))
+    other = next(answers_folder(path).glob("uniform-*-seed-0.safetensors"))
+    static = load_answers(other)
+    rolled = static.validation._replace(targets=static.validation.targets.roll(1))
+    save_answers(other, static._replace(validation=rolled))
     sweep_digits(path)
     assert json.loads(path.read_text())["points"] == again
     path.write_text(json.dumps({**results, "points": [p for p in again if p["method"] != "cascade"]}))
@@ -111,7 +119,7 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     path.write_text(json.dumps({**results, "points": again}))
 
     # Without all answers no cascade is made, and none is given up.
-    next(answers_folder(path).glob("uniform-*")).unlink()
+    next(answers_folder(path).glob("uniform-*-seed-0.safetensors")).unlink()
     sweep_digits(path)
     assert json.loads(path.read_text())["points"] == again
     shutil.rmtree(answers_folder(path))
@@ -120,8 +128,50 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     path.write_text(json.dumps(results))
     results = json.loads(sweep_digits(path, "--json"))
     assert results == json.loads(path.read_text())
-    assert any(s["method"] == "cascade" and "answers of 7 static networks" in s["reason"] for s in results["skipped"])
+    assert any(
+        s["method"] == "cascade" and "7 of 7 static networks are not in" in s["reason"] for s in results["skipped"]
+    )
     assert results["verdicts"][0]["budget"] == 0.05 and len(results["summary"]) == 9
+
+
+@pytest.mark.slow
+def test_skipnet_is_tuned_until_that_gains_nothing_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    sweep_digits(path, "--baselines", "skipnet", "--budgets", "0.6")
+    skipnet = next(p for p in json.loads(path.read_text())["points"] if p["method"] == "skipnet")
+    tried = skipnet["tried"]
+    assert [(t["gate"], t["longer"], t["steps"]) for t in tried[:3]] == [("static", 1, 3), ("rnn", 1, 3), ("rnn", 2, 6)]
+    found = [t["held_out_top1"] for t in tried]
+    assert skipnet["held_out_top1"] == max(found), "never below the static choice of skipped blocks"
+    rounds = found[1:]
+    assert all(later > earlier for earlier, later in pairwise(rounds[:-1])), "it stops at the first that gains nothing"
+    assert rounds[-1] <= rounds[-2] or tried[-1]["longer"] == 16
+    assert all(t["cost"] <= 0.6 * 1.02 for t in tried)
+
+    results = json.loads(path.read_text())
+    unfinished = skipnet | {"tried": tried[:2], "unfinished": True}
+    results["points"] = [unfinished if p["method"] == "skipnet" else p for p in results["points"]]
+    path.write_text(json.dumps(results))
+    sweep_digits(path, "--baselines", "skipnet", "--budgets", "0.6")
+    again = next(p for p in json.loads(path.read_text())["points"] if p["method"] == "skipnet")
+    assert again["tried"] == tried and again["held_out_top1"] == skipnet["held_out_top1"]
+
+
+@pytest.mark.slow
+def test_budgets_can_be_left_to_the_curve_of_static_networks_and_seeds_to_the_best_rivals(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    arguments = ["--budgets", "auto", "--baselines", "mixed,cascade", "--seeds", "2"]
+    sweep_digits(path, *arguments)
+    results = json.loads(path.read_text())
+    budgets = telling_budgets(results)
+    assert len(budgets) > 1 and [v["budget"] for v in results["verdicts"]] == list(budgets)
+    for verdict in results["verdicts"]:
+        assert verdict["dfs"]["seeds"] == 2
+        assert verdict["best"] is None or verdict["best"]["seeds"] == 2
+    again = [p for p in results["points"] if p["seed"] == 1 and p["method"] != "dfs"]
+    assert again and len(again) < len([p for p in results["points"] if p["seed"] == 0 and p["method"] != "dfs"])
+    sweep_digits(path, *arguments)
+    assert json.loads(path.read_text()) == results
 
 
 @pytest.mark.slow
@@ -170,12 +220,10 @@ def test_the_librarys_sweep_tunes_as_a_conversion_does_and_keeps_apart_what_diff
     assert converted.manifest.validation is not None
     assert results["points"][0]["cost"] == converted.manifest.validation.cost
     assert_answers_are_those_of_top1(results)
-    for other in (
-        SweepConfig((0.05,), baselines=(), dynamic={0.05: DynamicConfig((0, 4, 8), gate="rnn")}),
-        SweepConfig((0.03,), baselines=(), dynamic={0.03: DynamicConfig((0, 4, 8), fixed_bits=4)}),
-    ):
+    for budget, other in ((0.05, DynamicConfig((0, 4, 8), gate="rnn")), (0.03, DynamicConfig((0, 4, 8), fixed_bits=4))):
+        of_budget = {budget: other}.__getitem__
         with pytest.raises(OutputError, match="other settings"):
-            sweep("resnet20_digits", other, path, data, tuning=tuning)
+            sweep("resnet20_digits", config.replace(budgets=(budget,)), path, data, tuning=tuning, dynamic=of_budget)
     with pytest.raises(OutputError, match="other settings"):
         sweep("resnet20_digits", config, path, data.replace(num_samples=100), tuning=tuning)
 

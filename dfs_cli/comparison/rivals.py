@@ -1,0 +1,142 @@
+"""The baselines of a sweep that take more than one network: SkipNet's gate, and cascades."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dfs_cli.artifact.artifact import load_artifact
+from dfs_cli.comparison.cascade import Cascade, StaticNetwork, best_pair, cascade_of, load_answers, percent
+from dfs_cli.comparison.intervals import answers_record
+from dfs_cli.comparison.jobs import Job
+from dfs_cli.comparison.results import answers_folder
+from dfs_cli.comparison.summary import STATIC
+from dfs_cli.comparison.tuner import Tuned, Tuner, least_sure
+from dfs_cli.config import DynamicConfig
+from dfs_cli.conversion.setup import Setup
+from dfs_cli.distributed import of_first
+from dfs_cli.errors import DivergedError
+
+_MOST_LONGER = 16  # times the steps of the other networks
+
+
+def tune_skipnet(tuner: Tuner, job: Job) -> None:
+    """SkipNet's gate (Wang et al., 2018), as strong as it can be made.
+
+    It begins with the best static choice of skipped blocks and learns to deviate from it, in twice as many steps again and
+    again, until that gains nothing on held-out images. Where it never is better than the static choice, tuned, it is that.
+    """
+    _, gated, _ = tuner.settings(job)
+    best: dict[str, Any] = {}
+    tried: list[dict[str, Any]] = []
+    if (earlier := tuner.results.get(job)) is not None:  # it was interrupted
+        tried = earlier["tried"]
+        best = {name: value for name, value in earlier.items() if name not in ("tried", "unfinished")}
+
+    def attempt(dynamic: DynamicConfig, longer: int) -> float:
+        nonlocal best
+        if (known := [t["held_out_top1"] for t in tried if (t["gate"], t["longer"]) == (dynamic.gate, longer)]) != []:
+            return float(known[0])
+        tuned = tuner.tune(job, f"-{dynamic.gate}-{longer}", dynamic, longer)
+        found = tuned.dynamic_point()
+        kept = "held_out_top1", "gate", "steps", "cost", "top1"
+        tried.append({"longer": longer, **{name: found[name] for name in kept}})
+        if not best or found["held_out_top1"] > best["held_out_top1"]:
+            best = found
+        tuner.results.add(job, **best | {"tried": tried, "unfinished": True})
+        return float(found["held_out_top1"])
+
+    static = DynamicConfig(gated.bits, gated.fixed_bits, gate="static")
+    attempt(static, 1)
+    last, longer = attempt(gated, 1), 2
+    while longer <= _MOST_LONGER:
+        try:
+            found = attempt(gated, longer)
+        except DivergedError:
+            break
+        if found <= last:
+            break
+        last, longer = found, 2 * longer
+    tuner.results.add(job, **best | {"tried": tried})
+
+
+def tune_cascade(tuner: Tuner, job: Job, members: list[str] | None = None) -> None:
+    """The best cascade of two static networks for a budget. The second one is tuned again on the share of the training images
+    that the first one is least sure of; where that gains nothing on held-out images, the cascade is that of both as they were.
+
+    Where the answers of some static networks are missing, or are those of different images, a cascade of the others might be
+    worse: an earlier record is kept.
+
+    Args:
+        members: the two networks, as :attr:`Job.network` has them; None: the best two of all.
+    """
+    results, budget = tuner.results, job.budget
+    assert budget is not None, "a cascade has one"
+    points = [p for p in results.record["points"] if p["method"] in STATIC and p["seed"] == job.seed]
+    if members is not None:
+        points = [p for p in points if Job.of(p).network in members]
+    static = of_first([Job.of(point) for point in points])
+    problem, networks = of_first(_load(tuner, static))
+    before = results.get(job)
+    if problem:
+        if before is None:
+            results.add(job, reason=problem)
+        return
+    pair = best_pair(networks, budget)
+    if pair is None:
+        results.add(job, reason=f"no two of {len(static)} static networks fit the budget")
+        return
+    names = [static[index].network for index in pair]
+    if before is not None and before["members"] == names:
+        return
+    cheap, expensive = (networks[index] for index in pair)
+    first, second = (static[index] for index in pair)
+    cascade = cascade_of(cheap, expensive, budget)
+    assert cascade is not None, "it fits the budget"
+    seen = percent(cascade.unsure("held_out")) / 100
+    network, _ = load_artifact(results.network_path(first))
+
+    def on_what_it_will_see(setup: Setup) -> Setup:
+        images = least_sure(network, setup, seen, tuner.observer)
+        batch = min(setup.tuning.batch_size, len(images))
+        tuning = setup.tuning.replace(steps=setup.steps, epochs=None, batch_size=batch)
+        splits = dataclasses.replace(setup.splits, train=images)
+        return dataclasses.replace(setup, splits=splits, tuning=tuning, steps_per_epoch=len(images) // batch)
+
+    tuned = tuner.tune(second, f"-after-{first.network.replace(' ', '-')}", change=on_what_it_will_see)
+    again = cascade_of(cheap, tuner.save(job, tuned), budget)
+    is_better = again is not None and again.held_out_top1 > cascade.held_out_top1
+    chosen = again if again is not None and is_better else cascade
+    results.add(
+        job,
+        cost=chosen.cost,
+        top1=percent(chosen.right("validation")),
+        held_out_top1=chosen.held_out_top1,
+        steps=tuned.setup.steps,
+        members=names,
+        second_share=percent(chosen.unsure("validation")) / 100,
+        second_is_tuned_for_it=is_better,
+        **_answers_record(chosen, tuned, [points[index] for index in pair]),
+    )
+
+
+def _load(tuner: Tuner, static: list[Job]) -> tuple[str | None, list[StaticNetwork]]:
+    """What static networks answered, or why no cascade can be made of them."""
+    results = tuner.results
+    paths = [(results.answers_path(job), results.network_path(job)) for job in static]
+    if missing := sum(not (answers.is_file() and network.is_file()) for answers, network in paths):
+        return f"{missing} of {len(static)} static networks are not in {answers_folder(results.path)}", []
+    networks = [load_answers(answers) for answers, _ in paths]
+    if any(not network.is_comparable(networks[0]) for network in networks):
+        return "the static networks answered different images: some could not be read each time", []
+    return None, networks
+
+
+def _answers_record(cascade: Cascade, tuned: Tuned, members: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of a cascade's answers; empty where those of its members are not of the same images.
+
+    Its members' answers were given in another pass over the images than their own records.
+    """
+    right, unreadable = cascade.right("validation"), list(tuned.evaluation.unreadable)
+    seen = [(len(right), sorted(unreadable)), *((point["images"], point["unreadable"]) for point in members)]
+    return answers_record(right.numpy(), unreadable) if all(one == seen[0] for one in seen) else {}

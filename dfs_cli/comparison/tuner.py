@@ -1,0 +1,202 @@
+"""Tunes and measures the networks of a sweep, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dfs_cli.artifact.artifact import save_artifact
+from dfs_cli.checkpoint import Checkpoints
+from dfs_cli.comparison.cascade import Answers, StaticNetwork, confident_answers
+from dfs_cli.comparison.intervals import answers_record
+from dfs_cli.comparison.jobs import Job
+from dfs_cli.comparison.results import Results
+from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig
+from dfs_cli.conversion import stages
+from dfs_cli.conversion.convert import run
+from dfs_cli.conversion.converted import Converted
+from dfs_cli.conversion.setup import Setup, eval_batch, hard_crops, prepare
+from dfs_cli.data.images import Batch, Images, UnreadableLog
+from dfs_cli.data.loading import eval_loader
+from dfs_cli.distributed import is_first, of_first, share
+from dfs_cli.nn.network import DynamicResNet
+from dfs_cli.observer import Observer
+from dfs_cli.records import Evaluation
+from dfs_cli.report.cost import dynamics_record, option_shares
+
+
+class Tuned(NamedTuple):
+    """A tuned network, how it came about, which validation images (N,) it answers right, and its answers to held-out images as
+    hard as new ones."""
+
+    setup: Setup
+    converted: Converted
+    right: Tensor
+    held_out: Answers
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """On the validation split."""
+        evaluation = self.converted.manifest.validation
+        assert evaluation is not None, "a conversion ends with an evaluation"
+        return evaluation
+
+    def point(self) -> dict[str, Any]:
+        """What the results record of every network."""
+        manifest, evaluation = self.converted.manifest, self.evaluation
+        return {
+            "cost": evaluation.cost,
+            "top1": evaluation.top1,
+            "top5": evaluation.top5,
+            "held_out_top1": self.held_out.top1,
+            "steps": self.setup.steps,
+            "agreement": manifest.agreement.to_dict() if manifest.agreement else None,
+            **answers_record(self.right.numpy(), evaluation.unreadable),
+        }
+
+    def dynamic_point(self) -> dict[str, Any]:
+        """The same, and how dynamic the network is."""
+        manifest, evaluation = self.converted.manifest, self.evaluation
+        return self.point() | {
+            "option_shares": {str(b): n for b, n in option_shares(manifest.table, evaluation).items() if n},
+            "gate": self.setup.dynamic.gate,
+            "keeps_budget": self.converted.keeps_budget,
+            "dynamics": dynamics_record(evaluation),
+        }
+
+
+@dataclasses.dataclass
+class Tuner:
+    """Tunes the networks of a sweep, with the same weights to begin with, images and steps.
+
+    Args:
+        settings: of a job: its budget, options and gate, and whether the budget is to be spent.
+        restart: checkpoints are of no use.
+    """
+
+    model: nn.Module
+    settings: Callable[[Job], tuple[float, DynamicConfig, bool]]
+    data: DataConfig
+    tuning: TuningConfig
+    preprocessing: Preprocessing
+    results: Results
+    observer: Observer
+    checkpoints: Checkpoints
+    restart: bool
+    _has_told: bool = False
+
+    def tune(
+        self,
+        job: Job,
+        part: str = "",
+        dynamic: DynamicConfig | None = None,
+        longer: int = 1,
+        change: Callable[[Setup], Setup] = lambda setup: setup,
+    ) -> Tuned:
+        """Tune and evaluate a network.
+
+        Args:
+            part: where a job has several networks, a name for each.
+            dynamic: in place of those of the job's settings.
+            longer: how many times as many steps.
+            change: what is different from a conversion of these settings.
+        """
+        budget, usual, spend = self.settings(job)
+        tuning = self.tuning.replace(seed=job.seed)
+        with self.checkpoints.at(self.results.checkpoint_path(job, part), self.restart) as checkpoint:
+            told = Observer() if self._has_told else self.observer  # the images are those of the first network
+            setup = prepare(
+                self.model,
+                budget,
+                self.data,
+                dynamic or usual,
+                tuning,
+                self.preprocessing,
+                None,
+                spend,
+                told,
+                checkpoint=checkpoint,
+            )
+            self._has_told = True
+            if longer > 1:
+                tuning = setup.tuning.replace(steps=longer * setup.steps, epochs=None)
+                setup = dataclasses.replace(setup, tuning=tuning)
+            setup, right = change(setup), list[Tensor]()
+            original = self._original(setup)
+            converted = run(setup, self.observer, original, checkpoint, on_right=right.append)
+            return Tuned(setup, converted, right[0], self._held_out_answers(setup, converted.network))
+
+    def _original(self, setup: Setup) -> tuple[float, float]:
+        """Top-1 and top-5 of the original network, which are measured once."""
+        if of_first(self.results.record["original"]) is None:
+            with stages.own_generators(setup.tuning.seed):
+                top1, top5 = stages.evaluate_original(setup, self.observer)
+            with self.results.update() as record:
+                record["original"] = {"top1": top1, "top5": top5}
+        original = of_first(self.results.record["original"])
+        return original["top1"], original["top5"]
+
+    def _held_out_answers(self, setup: Setup, network: DynamicResNet) -> Answers:
+        images = hard_crops(setup.splits.calibration, setup.preprocessing, setup.tuning)
+        self.observer.stage("held-out images", len(share(len(images))))
+        return _answers(network, _loader(images, setup), setup, self.observer)
+
+    def save(self, job: Job, tuned: Tuned) -> StaticNetwork:
+        """Save a static network, from which cascades are made, and say what it answers."""
+        path, (network, manifest) = self.results.network_path(job), tuned.converted
+        validation = _answers(network, stages.validation_loader(tuned.setup), tuned.setup)
+        if is_first():
+            path.parent.mkdir(exist_ok=True)
+            save_artifact(path, network, manifest, force=True)
+        of_first(None)
+        return StaticNetwork(tuned.evaluation.cost, tuned.held_out, validation)
+
+
+def least_sure(network: DynamicResNet, setup: Setup, part: float, observer: Observer) -> Images:
+    """The ``part`` of the training images that ``network`` is least sure of, as hard as new ones; at least one batch."""
+    images = hard_crops(setup.splits.train, setup.preprocessing, setup.tuning)
+    own = share(len(images))
+    observer.stage("training images", len(own))
+    names, log = images.names(), UnreadableLog("training", len(images))
+    found = _answers(network, _loader(images, setup), setup, observer, log)
+    readable = [index for index, name in enumerate(names) if name not in log.reasons]
+    count = max(round(part * len(readable)), min(setup.tuning.batch_size, len(readable)))
+    least = found.confidence.argsort(stable=True)[:count].sort().values
+    return setup.splits.train.subset([readable[index] for index in least.tolist()])
+
+
+def _loader(images: Images, setup: Setup) -> DataLoader[Batch]:
+    """This process's share of the images, in order."""
+    return eval_loader(images.subset(share(len(images))), eval_batch(setup.preprocessing), setup.workers, setup.pin)
+
+
+@torch.inference_mode()
+def _answers(
+    network: DynamicResNet,
+    loader: DataLoader[Batch],
+    setup: Setup,
+    observer: Observer | None = None,
+    log: UnreadableLog | None = None,
+) -> Answers:
+    """What ``network`` answers to the images of ``loader``, and of those of other processes."""
+    network, targets = network.to(setup.device).eval(), list[Tensor]()
+
+    def logits() -> Iterator[Tensor]:
+        for batch in loader:
+            if log is not None:
+                log.add(batch.unreadable)
+            if observer is not None:
+                observer.advance(len(batch.targets) + len(batch.unreadable))
+            if len(batch.targets):
+                targets.append(batch.targets)
+                yield network.run(batch.images.to(setup.device)).logits
+
+    answers = confident_answers(logits(), targets)
+    if log is not None:
+        log.join()
+    return answers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.summary import STATIC, affordable
@@ -80,10 +80,16 @@ def repeated_jobs(config: SweepConfig, results: dict[str, Any], first: int, seed
     return list(dict.fromkeys(planned))
 
 
-def settings(
-    job: Job, dynamic: dict[float, DynamicConfig], spend: bool, fixed_bits: int
-) -> tuple[float, DynamicConfig, bool]:
-    """A job's budget, options and gate, and whether the budget is to be spent.
+class Settings(NamedTuple):
+    """What a network is tuned for: its budget, options and gate, and whether the budget is to be spent."""
+
+    budget: float
+    dynamic: DynamicConfig
+    spend: bool
+
+
+def settings(job: Job, dynamic: dict[float, DynamicConfig], spend: bool, fixed_bits: int) -> Settings:
+    """What a job's network is tuned for.
 
     Args:
         dynamic: those of the dynamic network for each budget.
@@ -92,12 +98,12 @@ def settings(
     """
     mirror = job.views > 1
     if job.bits is not None:
-        return 1.0, DynamicConfig((job.bits,), fixed_bits, gate="static", mirror=mirror), False
+        return Settings(1.0, DynamicConfig((job.bits,), fixed_bits, gate="static", mirror=mirror), False)
     assert job.budget is not None, "all but uniform networks have one"
     if job.method == "dfs":
-        return job.budget, dynamic[job.budget], spend
+        return Settings(job.budget, dynamic[job.budget], spend)
     if job.method == "skipnet":
         preset = PRESETS["skipnet"]
-        return job.budget, DynamicConfig(preset.bits, preset.fixed_bits, gate="rnn"), True
+        return Settings(job.budget, DynamicConfig(preset.bits, preset.fixed_bits, gate="rnn"), True)
     # A rival may use all of the budget.
-    return job.budget, DynamicConfig(PRESETS["static"].bits, fixed_bits, gate="static", mirror=mirror), True
+    return Settings(job.budget, DynamicConfig(PRESETS["static"].bits, fixed_bits, gate="static", mirror=mirror), True)

@@ -8,11 +8,11 @@ from typing import Any
 from dfs_cli.artifact.artifact import load_artifact
 from dfs_cli.comparison.cascade import Cascade, StaticNetwork, best_pair, cascade_of, load_answers, percent
 from dfs_cli.comparison.intervals import answers_record
-from dfs_cli.comparison.jobs import Job
+from dfs_cli.comparison.jobs import Job, Settings
 from dfs_cli.comparison.results import answers_folder
 from dfs_cli.comparison.summary import STATIC
 from dfs_cli.comparison.tuner import Tuned, Tuner, least_sure
-from dfs_cli.config import DynamicConfig
+from dfs_cli.config import GateKind
 from dfs_cli.conversion.setup import Setup
 from dfs_cli.distributed import of_first
 from dfs_cli.errors import DivergedError
@@ -26,18 +26,20 @@ def tune_skipnet(tuner: Tuner, job: Job) -> None:
     It begins with the best static choice of skipped blocks and learns to deviate from it, in twice as many steps again and
     again, until that gains nothing on held-out images. Where it never is better than the static choice, tuned, it is that.
     """
-    _, gated, _ = tuner.settings(job)
+    budget, dynamic, spend = tuner.settings(job)
     best: dict[str, Any] = {}
     tried: list[dict[str, Any]] = []
     if (earlier := tuner.results.get(job)) is not None:  # it was interrupted
         tried = earlier["tried"]
         best = {name: value for name, value in earlier.items() if name not in ("tried", "unfinished")}
 
-    def attempt(dynamic: DynamicConfig, longer: int) -> float:
+    def attempt(gate: GateKind, longer: int) -> float:
         nonlocal best
-        if (known := [t["held_out_top1"] for t in tried if (t["gate"], t["longer"]) == (dynamic.gate, longer)]) != []:
+        if (known := [t["held_out_top1"] for t in tried if (t["gate"], t["longer"]) == (gate, longer)]) != []:
             return float(known[0])
-        tuned = tuner.tune(job, f"-{dynamic.gate}-{longer}", dynamic, longer)
+        # The best static choice need not cost just the budget.
+        settings = Settings(budget, dynamic.replace(gate=gate), spend and gate != "static")
+        tuned = tuner.tune(job, f"-{gate}-{longer}", settings, longer)
         found = tuned.dynamic_point()
         kept = "held_out_top1", "gate", "steps", "cost", "top1"
         tried.append({"longer": longer, **{name: found[name] for name in kept}})
@@ -46,12 +48,11 @@ def tune_skipnet(tuner: Tuner, job: Job) -> None:
         tuner.results.add(job, **best | {"tried": tried, "unfinished": True})
         return float(found["held_out_top1"])
 
-    static = DynamicConfig(gated.bits, gated.fixed_bits, gate="static")
-    attempt(static, 1)
-    last, longer = attempt(gated, 1), 2
+    attempt("static", 1)
+    last, longer = attempt("rnn", 1), 2
     while longer <= _MOST_LONGER:
         try:
-            found = attempt(gated, longer)
+            found = attempt("rnn", longer)
         except DivergedError:
             break
         if found <= last:

@@ -11,7 +11,7 @@ from torch import nn
 from dfs_cli.checkpoint import Checkpoints
 from dfs_cli.comparison.cascade import save_answers
 from dfs_cli.comparison.config import SweepConfig
-from dfs_cli.comparison.jobs import Job, jobs, repeated_jobs, settings
+from dfs_cli.comparison.jobs import Job, Settings, jobs, repeated_jobs, settings
 from dfs_cli.comparison.results import open_results
 from dfs_cli.comparison.rivals import tune_cascade, tune_skipnet
 from dfs_cli.comparison.summary import STATIC, telling_budgets
@@ -86,7 +86,7 @@ def sweep(
             )
         of_first(None)
 
-    def settings_of(job: Job) -> tuple[float, DynamicConfig, bool]:
+    def settings_of(job: Job) -> Settings:
         return settings(job, chosen, config.spend, fixed_bits)
 
     observer, checkpoints = observer or Observer(), checkpoints or Checkpoints()

@@ -14,9 +14,9 @@ from dfs_cli.artifact.artifact import save_artifact
 from dfs_cli.checkpoint import Checkpoints
 from dfs_cli.comparison.cascade import Answers, StaticNetwork, confident_answers
 from dfs_cli.comparison.intervals import answers_record
-from dfs_cli.comparison.jobs import Job
+from dfs_cli.comparison.jobs import Job, Settings
 from dfs_cli.comparison.results import Results
-from dfs_cli.config import DataConfig, DynamicConfig, Preprocessing, TuningConfig
+from dfs_cli.config import DataConfig, Preprocessing, TuningConfig
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.convert import run
 from dfs_cli.conversion.converted import Converted
@@ -75,12 +75,12 @@ class Tuner:
     """Tunes the networks of a sweep, with the same weights to begin with, images and steps.
 
     Args:
-        settings: of a job: its budget, options and gate, and whether the budget is to be spent.
+        settings: of a job.
         restart: checkpoints are of no use.
     """
 
     model: nn.Module
-    settings: Callable[[Job], tuple[float, DynamicConfig, bool]]
+    settings: Callable[[Job], Settings]
     data: DataConfig
     tuning: TuningConfig
     preprocessing: Preprocessing
@@ -94,7 +94,7 @@ class Tuner:
         self,
         job: Job,
         part: str = "",
-        dynamic: DynamicConfig | None = None,
+        settings: Settings | None = None,
         longer: int = 1,
         change: Callable[[Setup], Setup] = lambda setup: setup,
     ) -> Tuned:
@@ -102,11 +102,11 @@ class Tuner:
 
         Args:
             part: where a job has several networks, a name for each.
-            dynamic: in place of those of the job's settings.
+            settings: in place of the job's.
             longer: how many times as many steps.
             change: what is different from a conversion of these settings.
         """
-        budget, usual, spend = self.settings(job)
+        budget, dynamic, spend = settings or self.settings(job)
         tuning = self.tuning.replace(seed=job.seed)
         with self.checkpoints.at(self.results.checkpoint_path(job, part), self.restart) as checkpoint:
             told = Observer() if self._has_told else self.observer  # the images are those of the first network
@@ -114,7 +114,7 @@ class Tuner:
                 self.model,
                 budget,
                 self.data,
-                dynamic or usual,
+                dynamic,
                 tuning,
                 self.preprocessing,
                 None,

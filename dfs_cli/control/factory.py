@@ -49,6 +49,11 @@ def controller_macs(config: DynamicConfig, channels: Sequence[int], features: in
     return (_GATES[config.gate].macs(channels, config),)
 
 
+def compulsory_passes(config: DynamicConfig) -> int:
+    """How many passes every image takes."""
+    return 1 + config.mirror if config.gate == "static" else 1
+
+
 def create_controller(config: DynamicConfig, table: CostTable, channels: Sequence[int], features: int) -> Controller:
     """The controller that ``config`` names, for a network of these costs; arguments as for :func:`controller_macs`."""
     if config.gate == "static":

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from dfs_cli.config import DynamicConfig
-from dfs_cli.control.factory import controller_macs
+from dfs_cli.control.factory import compulsory_passes, controller_macs
 from dfs_cli.cost.count import MacCount, count_macs
 from dfs_cli.cost.layer import LayerCost
 from dfs_cli.cost.table import CostTable
@@ -164,7 +164,7 @@ def plan_costs(
         macs,
         count.not_counted,
         first_view=config.first_scale,
-        compulsory_passes=len(macs) if config.gate == "static" else 1,
+        compulsory_passes=compulsory_passes(config),
     )
 
 

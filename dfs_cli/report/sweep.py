@@ -81,6 +81,9 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
         what = f"{skipped['bits']} bit" if skipped["bits"] else f"{skipped['budget']:g}"
         what += _views(skipped)
         console.print(f"without {skipped['method']} {what}: {skipped['reason']}", highlight=False, style="dim")
+    for point in results["points"]:
+        if point.get("tried"):
+            console.print(tried_line(point), highlight=False, style="dim")
     console.print()
     for verdict in results["verdicts"]:
         console.print(verdict_line(verdict), highlight=False)
@@ -90,6 +93,16 @@ def print_sweep(console: Console, results: dict[str, Any]) -> None:
 
 def _half_width(interval: list[float] | None) -> str:
     return "" if interval is None else f"{(interval[1] - interval[0]) / 2:.2f}"
+
+
+def tried_line(point: dict[str, Any]) -> str:
+    """What was tried for a point, in words."""
+    ways = ", ".join(
+        f"{'static' if t['gate'] == 'static' else 'gated'} {t['held_out_top1']:.2f} after {t['steps']} steps"
+        for t in point["tried"]
+    )
+    unfinished = "; not finished" if point.get("unfinished") else ""
+    return f"{point['method']} {point['budget']:g}, top-1 on held-out images: {ways}{unfinished}"
 
 
 def verdict_line(verdict: dict[str, Any]) -> str:

@@ -137,11 +137,12 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
 @pytest.mark.slow
 def test_skipnet_is_tuned_until_that_gains_nothing_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     path = tmp_path / "s.json"
-    sweep_digits(path, "--baselines", "skipnet", "--budgets", "0.6")
+    shown = sweep_digits(path, "--baselines", "skipnet", "--budgets", "0.6")
     skipnet = next(p for p in json.loads(path.read_text())["points"] if p["method"] == "skipnet")
     tried = skipnet["tried"]
     assert [(t["gate"], t["longer"], t["steps"]) for t in tried[:3]] == [("static", 1, 3), ("rnn", 1, 3), ("rnn", 2, 6)]
     found = [t["held_out_top1"] for t in tried]
+    assert f"skipnet 0.6, top-1 on held-out images: static {found[0]:.2f} after 3 steps, gated {found[1]:.2f}" in shown
     assert skipnet["held_out_top1"] == max(found), "never below the static choice of skipped blocks"
     rounds = found[1:]
     assert all(later > earlier for earlier, later in pairwise(rounds[:-1])), "it stops at the first that gains nothing"

@@ -45,7 +45,7 @@ def packed_tensors(network: DynamicResNet) -> dict[str, Tensor]:
             joined.setdefault(_kind_of_codes(layer), []).append(codes.cpu())
         if steps is not None:
             tensors[f"{name}.{_STEPS}"] = steps.cpu().bfloat16()
-    packed = {kind: pack(parts, _TYPES[kind]) for kind, parts in joined.items() if parts}
+    packed = {kind: pack(parts, _TYPES[kind]) for kind, parts in joined.items() if any(part.numel() for part in parts)}
     return packed | {name: _narrowed(tensor) for name, tensor in tensors.items()}
 
 
@@ -73,7 +73,9 @@ def load_packed(network: DynamicResNet, tensors: dict[str, Tensor]) -> None:
         if names := _names(state, kind):
             if repeated := tensors.keys() & set(names):
                 raise ValueError(f"{min(repeated)} is stored twice")
-            parts = unpack(tensors.pop(kind, _EMPTY), _TYPES[kind], [state[name].shape for name in names])
+            parts = [state[name] for name in names]
+            if any(part.numel() for part in parts):  # none where all is skipped or in floating point
+                parts = unpack(tensors.pop(kind, _EMPTY), _TYPES[kind], [part.shape for part in parts])
             tensors |= dict(zip(names, parts, strict=True))
     coded = [(name, layer) for name, layer in _weighted(network) if f"{name}.weight" not in tensors]
     codes: dict[_Weighted, Tensor] = {}

@@ -116,8 +116,6 @@ class TuningConfig(Json):
         device: ``auto`` takes CUDA where it is available.
         workers: processes that load images; None: none for embedded data, else up to two.
         seed: random seed.
-        warmup: share of the steps in which only the gate is trained.
-        ramp: share of the steps over which the target cost falls from full execution to the budget.
         label_weight: weight of the cross-entropy with the labels; 0: there are none, and the original is the only teacher.
         distillation: weight of the distillation loss against the original network; of images that the second pass sees mirrored
             the original sees both views.
@@ -146,8 +144,6 @@ class TuningConfig(Json):
     device: DeviceKind = "auto"
     workers: Annotated[int, Field(ge=0, le=MOST_WORKERS)] | None = None
     seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
-    warmup: Annotated[float, Field(ge=0, le=1)] = 0.15
-    ramp: Annotated[float, Field(ge=0, le=1)] = 0.3
     label_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     distillation: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 2.0

@@ -138,7 +138,6 @@ class StepRecord(NamedTuple):
 
     step: int
     total_steps: int
-    phase: str
     loss: float
     accuracy: float
     cost: float

@@ -132,8 +132,7 @@ class TerminalObserver(_Logged):
 
     def step(self, record: StepRecord) -> None:
         super().step(record)
-        phase = "gate warm-up" if record.phase == "controller" else "tuning"
-        self.progress.update(self.task, completed=record.step, description=phase, figures=self.averages.update(record))
+        self.progress.update(self.task, completed=record.step, figures=self.averages.update(record))
 
     def estimate(self, seconds: float) -> None:
         self.console.print(estimate_text(seconds), highlight=False)

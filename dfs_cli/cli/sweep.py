@@ -79,7 +79,9 @@ def sweep(
     force: options.Force = False,
 ) -> None:
     """Compare dynamic networks with static ones and others at equal cost. An interrupted sweep goes on where it stopped."""
-    wanted = () if budgets == "auto" else options.numbers("--budgets", budgets) or ()
+    wanted = options.numbers("--budgets", None if budgets == "auto" else budgets) or ()
+    if not wanted and budgets != "auto":
+        raise ConfigError("--budgets: expected numbers separated by commas, or auto")
     for budget in wanted:
         check_budget(budget)
     names = tuple(name for name in baselines.split(",") if name != "none")

@@ -94,6 +94,10 @@ class Cascade(NamedTuple):
         right: Tensor = torch.where(self.unsure(split), second.answers, first.answers) == first.targets
         return right
 
+    def share(self, split: str) -> float:
+        """How many of the images of ``held_out`` or ``validation`` run both."""
+        return float(self.unsure(split).double().mean())
+
     @property
     def held_out_top1(self) -> float:
         """In percent."""
@@ -102,7 +106,7 @@ class Cascade(NamedTuple):
     @property
     def cost(self) -> float:
         """Mean cost of a validation image."""
-        return self.cheap.cost + float(self.unsure("validation").double().mean()) * self.expensive.cost
+        return self.cheap.cost + self.share("validation") * self.expensive.cost
 
 
 def best_pair(networks: Sequence[StaticNetwork], budget: float) -> tuple[int, int] | None:

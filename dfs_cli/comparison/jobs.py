@@ -6,14 +6,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from dfs_cli.comparison.config import SweepConfig
-from dfs_cli.comparison.summary import STATIC, affordable
+from dfs_cli.comparison.summary import rivals
 from dfs_cli.config import DynamicConfig
 from dfs_cli.presets import PRESETS
 
 UNIFORM_BITS = (8, 6, 5, 4, 3, 2)
 """Bitwidths of the uniform static networks."""
-
-_RIVALS = 2  # of each budget, tuned with every seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +64,19 @@ def jobs(config: SweepConfig, seed: int) -> list[Job]:
     return planned
 
 
-def repeated_jobs(config: SweepConfig, results: dict[str, Any], first: int, seed: int) -> list[Job]:
-    """The networks of another seed: dynamic ones, and at each budget the two rivals that were the best on held-out images with
-    the ``first`` seed. Before a cascade come the networks that it is made of."""
+def repeated_jobs(config: SweepConfig, results: dict[str, Any], seed: int) -> list[Job]:
+    """The networks of another seed than the first: dynamic ones, and at each budget its rivals. Cascades, before which the
+    networks must be there that they were made of, come last."""
     planned = [Job("dfs", seed, budget=budget) for budget in config.budgets]
-    points = [point for point in results["points"] if point["seed"] == first and point["method"] != "dfs"]
     for budget in config.budgets:
-        rivals = [point for point in affordable(points, budget) if point["method"] in (*config.baselines, *STATIC)]
-        rivals.sort(key=lambda point: -point["held_out_top1"])
-        for rival in rivals[:_RIVALS]:
-            members = [point for point in points if Job.of(point).network in rival.get("members", ())]
-            planned += [Job.of(point, seed) for point in (*members, rival)]
-    return list(dict.fromkeys(planned))
+        for rival in rivals(results, budget):
+            if rival["method"] not in config.baselines:
+                continue
+            members = rival.get("members", ())
+            first = [job for job in map(Job.of, results["points"]) if job.seed == rival["seed"]]
+            planned += [dataclasses.replace(job, seed=seed) for job in first if job.network in members]
+            planned.append(Job.of(rival, seed))
+    return sorted(dict.fromkeys(planned), key=lambda job: job.method == "cascade")
 
 
 class Settings(NamedTuple):

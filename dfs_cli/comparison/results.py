@@ -111,9 +111,9 @@ class Results:
         try:
             record: dict[str, Any] = json.loads(self.path.read_text())
             stored, dynamic = record["dynamic"], self.fresh["dynamic"]
-            same = all(record[key] == value for key, value in self.fresh.items() if key not in _GROWING)
+            same = all(record.get(key) == value for key, value in self.fresh.items() if key not in _GROWING)
             same = same and all(stored.get(budget, value) == value for budget, value in dynamic.items())
-            for point in (*record["points"], *record["skipped"]):
+            for point in (*record["points"], *record["skipped"]) if same else ():
                 Job.of(point)
                 right_answers(point)
             record["dynamic"] = stored | dynamic

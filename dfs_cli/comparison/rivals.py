@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dfs_cli.artifact.artifact import load_artifact
@@ -11,11 +16,12 @@ from dfs_cli.comparison.intervals import answers_record
 from dfs_cli.comparison.jobs import Job, Settings
 from dfs_cli.comparison.results import answers_folder
 from dfs_cli.comparison.summary import STATIC
-from dfs_cli.comparison.tuner import Tuned, Tuner, least_sure
+from dfs_cli.comparison.tuner import Tuner, least_sure
 from dfs_cli.config import GateKind
 from dfs_cli.conversion.setup import Setup
-from dfs_cli.distributed import of_first
-from dfs_cli.errors import DivergedError
+from dfs_cli.distributed import is_first, of_first
+from dfs_cli.errors import ConfigError, DivergedError
+from dfs_cli.nn.network import DynamicResNet
 
 _MOST_LONGER = 16  # times the steps of the other networks
 
@@ -24,7 +30,8 @@ def tune_skipnet(tuner: Tuner, job: Job) -> None:
     """SkipNet's gate (Wang et al., 2018), as strong as it can be made.
 
     It begins with the best static choice of skipped blocks and learns to deviate from it, in twice as many steps again and
-    again, until that gains nothing on held-out images. Where it never is better than the static choice, tuned, it is that.
+    again, until that gains nothing on held-out images, or sixteen times as many are done. Where it never is better than the
+    static choice, tuned, it is that.
     """
     budget, dynamic, spend = tuner.settings(job)
     best: dict[str, Any] = {}
@@ -34,91 +41,91 @@ def tune_skipnet(tuner: Tuner, job: Job) -> None:
         best = {name: value for name, value in earlier.items() if name not in ("tried", "unfinished")}
 
     def attempt(gate: GateKind, longer: int) -> float:
+        """Top-1 on held-out images."""
         nonlocal best
-        if (known := [t["held_out_top1"] for t in tried if (t["gate"], t["longer"]) == (gate, longer)]) != []:
+        if known := [t["held_out_top1"] for t in tried if (t["gate"], t["longer"]) == (gate, longer)]:
             return float(known[0])
+        tuner.observer.job(f"{job.name}, {gate}, {longer} times the steps")
         # The best static choice need not cost just the budget.
         settings = Settings(budget, dynamic.replace(gate=gate), spend and gate != "static")
-        tuned = tuner.tune(job, f"-{gate}-{longer}", settings, longer)
-        found = tuned.dynamic_point()
-        kept = "held_out_top1", "gate", "steps", "cost", "top1"
-        tried.append({"longer": longer, **{name: found[name] for name in kept}})
-        if not best or found["held_out_top1"] > best["held_out_top1"]:
-            best = found
-        tuner.results.add(job, **best | {"tried": tried, "unfinished": True})
+        with tuner.tuned(job, f"-{gate}-{longer}", settings, longer) as tuned:
+            found = tuned.dynamic_point()
+            kept = "held_out_top1", "gate", "steps", "cost", "top1"
+            tried.append({"longer": longer, **{name: found[name] for name in kept}})
+            if not best or found["held_out_top1"] > best["held_out_top1"]:
+                best = found
+            tuner.results.add(job, **best | {"tried": tried, "unfinished": True})
         return float(found["held_out_top1"])
 
     attempt("static", 1)
-    last, longer = attempt("rnn", 1), 2
-    while longer <= _MOST_LONGER:
-        try:
-            found = attempt("rnn", longer)
-        except DivergedError:
-            break
-        if found <= last:
-            break
-        last, longer = found, 2 * longer
+    last, longer = -math.inf, 1
+    with contextlib.suppress(ConfigError, DivergedError):  # of a gate: what there is, is kept
+        while longer <= _MOST_LONGER and (found := attempt("rnn", longer)) > last:
+            last, longer = found, 2 * longer
     tuner.results.add(job, **best | {"tried": tried})
 
 
-def tune_cascade(tuner: Tuner, job: Job, members: list[str] | None = None) -> None:
+def tune_cascade(tuner: Tuner, job: Job) -> None:
     """The best cascade of two static networks for a budget. The second one is tuned again on the share of the training images
     that the first one is least sure of; where that gains nothing on held-out images, the cascade is that of both as they were.
 
     Where the answers of some static networks are missing, or are those of different images, a cascade of the others might be
     worse: an earlier record is kept.
-
-    Args:
-        members: the two networks, as :attr:`Job.network` has them; None: the best two of all.
     """
     results, budget = tuner.results, job.budget
     assert budget is not None, "a cascade has one"
-    points = [p for p in results.record["points"] if p["method"] in STATIC and p["seed"] == job.seed]
-    if members is not None:
-        points = [p for p in points if Job.of(p).network in members]
-    static = of_first([Job.of(point) for point in points])
-    problem, networks = of_first(_load(tuner, static))
+    points = of_first([p for p in results.record["points"] if p["method"] in STATIC and p["seed"] == job.seed])
+    static = [Job.of(point) for point in points]
+    problem, networks = of_first(_load(tuner, static) if is_first() else (None, []))
     before = results.get(job)
     if problem:
         if before is None:
             results.add(job, reason=problem)
-        return
+        return None
     pair = best_pair(networks, budget)
     if pair is None:
         results.add(job, reason=f"no two of {len(static)} static networks fit the budget")
-        return
+        return None
     names = [static[index].network for index in pair]
     if before is not None and before["members"] == names:
-        return
+        return None
     cheap, expensive = (networks[index] for index in pair)
+    plain = cascade_of(cheap, expensive, budget)
+    assert plain is not None, "it fits the budget"
+
+    def record(cascade: Cascade, unreadable: Sequence[str], steps: int) -> None:
+        members = [points[index] for index in pair]
+        results.add(
+            job,
+            cost=cascade.cost,
+            top1=percent(cascade.right("validation")),
+            held_out_top1=cascade.held_out_top1,
+            steps=steps,
+            members=names,
+            second_share=cascade.share("validation"),
+            second_is_tuned_for_it=cascade is not plain,
+            **_answers_record(cascade, unreadable, members),
+        )
+
     first, second = (static[index] for index in pair)
-    cascade = cascade_of(cheap, expensive, budget)
-    assert cascade is not None, "it fits the budget"
-    seen = percent(cascade.unsure("held_out")) / 100
-    network, _ = load_artifact(results.network_path(first))
+    seen, steps = plain.share("held_out"), points[pair[1]]["steps"]
+    if seen < 1:  # else it is tuned for all of them already
+        network = _network(tuner, first)
 
-    def on_what_it_will_see(setup: Setup) -> Setup:
-        images = least_sure(network, setup, seen, tuner.observer)
-        batch = min(setup.tuning.batch_size, len(images))
-        tuning = setup.tuning.replace(steps=setup.steps, epochs=None, batch_size=batch)
-        splits = dataclasses.replace(setup.splits, train=images)
-        return dataclasses.replace(setup, splits=splits, tuning=tuning, steps_per_epoch=len(images) // batch)
+        def on_what_it_will_see(setup: Setup) -> Setup:
+            images = least_sure(network, setup, seen, tuner.observer)
+            batch = min(setup.tuning.batch_size, len(images))
+            tuning = setup.tuning.replace(steps=setup.steps, epochs=None, batch_size=batch)
+            splits = dataclasses.replace(setup.splits, train=images)
+            return dataclasses.replace(setup, splits=splits, tuning=tuning, steps_per_epoch=len(images) // batch)
 
-    tuned = tuner.tune(second, f"-after-{first.network.replace(' ', '-')}", change=on_what_it_will_see)
-    again = cascade_of(cheap, tuner.save(job, tuned), budget)
-    is_better = again is not None and again.held_out_top1 > cascade.held_out_top1
-    chosen = again if again is not None and is_better else cascade
-    results.add(
-        job,
-        cost=chosen.cost,
-        top1=percent(chosen.right("validation")),
-        held_out_top1=chosen.held_out_top1,
-        steps=tuned.setup.steps,
-        members=names,
-        second_share=percent(chosen.unsure("validation")) / 100,
-        second_is_tuned_for_it=is_better,
-        **_answers_record(chosen, tuned, [points[index] for index in pair]),
-    )
+        part = f"-for-{budget:g}-after-{first.network.replace(' ', '-')}"
+        with contextlib.suppress(DivergedError), tuner.tuned(second, part, change=on_what_it_will_see) as tuned:
+            answers = tuner.answers_of(tuned)
+            again = cascade_of(cheap, answers, budget) if answers.is_comparable(cheap) else None
+            if again is not None and again.held_out_top1 > plain.held_out_top1:
+                return record(again, tuned.evaluation.unreadable, steps)
+    return record(plain, points[pair[1]]["unreadable"], steps)
 
 
 def _load(tuner: Tuner, static: list[Job]) -> tuple[str | None, list[StaticNetwork]]:
@@ -133,11 +140,20 @@ def _load(tuner: Tuner, static: list[Job]) -> tuple[str | None, list[StaticNetwo
     return None, networks
 
 
-def _answers_record(cascade: Cascade, tuned: Tuned, members: list[dict[str, Any]]) -> dict[str, Any]:
+def _network(tuner: Tuner, job: Job) -> DynamicResNet:
+    """A static network of the sweep, which the first process alone has saved."""
+    content = of_first(tuner.results.network_path(job).read_bytes() if is_first() else b"")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "network.safetensors"
+        file.write_bytes(content)
+        return load_artifact(file)[0]
+
+
+def _answers_record(cascade: Cascade, unreadable: Sequence[str], members: list[dict[str, Any]]) -> dict[str, Any]:
     """The record of a cascade's answers; empty where those of its members are not of the same images.
 
     Its members' answers were given in another pass over the images than their own records.
     """
-    right, unreadable = cascade.right("validation"), list(tuned.evaluation.unreadable)
+    right = cascade.right("validation")
     seen = [(len(right), sorted(unreadable)), *((point["images"], point["unreadable"]) for point in members)]
     return answers_record(right.numpy(), unreadable) if all(one == seen[0] for one in seen) else {}

@@ -1,4 +1,4 @@
-"""Dynamic networks compared with alternatives at equal cost, steps, data and starting weights."""
+"""Dynamic networks compared with alternatives at equal cost, from the same weights and images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from dfs_cli.checkpoint import Checkpoints
-from dfs_cli.comparison.cascade import save_answers
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.jobs import Job, Settings, jobs, repeated_jobs, settings
 from dfs_cli.comparison.results import open_results
@@ -43,8 +42,8 @@ def sweep(
 ) -> dict[str, Any]:
     """Tune and evaluate every network of a sweep, and write what was measured to ``path`` after each.
 
-    A sweep whose file exists goes on where it stopped. The answers of the static networks, from which cascades are made, are
-    in a folder beside it.
+    A sweep whose file exists goes on where it stopped. The static networks, from which cascades are made, and their answers
+    are in a folder beside it.
 
     Args:
         model: as for :func:`dfs_cli.convert`; so are the other arguments.
@@ -61,7 +60,7 @@ def sweep(
 
     Raises:
         OutputError: the file is of another sweep.
-        ConfigError: a budget cannot be reached; nothing has been tuned then.
+        ConfigError: a budget cannot be reached, and nothing has been tuned; or there is none that tells.
 
     Example:
         >>> import dfs_cli, pathlib, tempfile
@@ -94,14 +93,16 @@ def sweep(
     first = tuning.seed
     if not config.budgets:
         _run(tuner, jobs(config, first))
-        config = config.replace(budgets=of_first(telling_budgets(results.record)))
+        config = config.replace(budgets=of_first(telling_budgets(results.record) if is_first() else ()))
         if not config.budgets:
-            raise ConfigError("uniform static networks lose less than half a point at 2 bits: pass --budgets")
+            raise ConfigError(
+                "no uniform static network loses half a point, or all lose more than four: pass --budgets"
+            )
         observer.note(f"budgets: {', '.join(f'{budget:g}' for budget in config.budgets)}")
         chosen.update(_checked(config.budgets, module, of_budget, preprocessing, config.spend))
         results.add_budgets(chosen)
     for seed in range(first, first + config.seeds):
-        planned = jobs(config, seed) if seed == first else repeated_jobs(config, of_first(results.record), first, seed)
+        planned = jobs(config, seed) if seed == first else repeated_jobs(config, of_first(results.record), seed)
         _run(tuner, planned)
     return results.record
 
@@ -142,10 +143,8 @@ def _measure(tuner: Tuner, job: Job) -> None:
         return tune_skipnet(tuner, job)
     if job.method == "cascade":
         return tune_cascade(tuner, job)
-    tuned = tuner.tune(job)
-    if job.method not in STATIC:
-        return tuner.results.add(job, **tuned.dynamic_point())
-    network = tuner.save(job, tuned)
-    if is_first():
-        save_answers(tuner.results.answers_path(job), network)
-    return tuner.results.add(job, **tuned.point(), layer_bits=tuned.converted.manifest.table.layer_bits)
+    with tuner.tuned(job) as tuned:
+        if job.method not in STATIC:
+            return tuner.results.add(job, **tuned.dynamic_point())
+        tuner.save(job, tuned)
+        return tuner.results.add(job, **tuned.point(), layer_bits=tuned.converted.manifest.table.layer_bits)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dfs_cli.artifact.artifact import save_artifact
+from dfs_cli.artifact.artifact import artifact_file
+from dfs_cli.atomic import write_atomically
 from dfs_cli.checkpoint import Checkpoints
-from dfs_cli.comparison.cascade import Answers, StaticNetwork, confident_answers
+from dfs_cli.comparison.cascade import Answers, StaticNetwork, confident_answers, save_answers
 from dfs_cli.comparison.intervals import answers_record
 from dfs_cli.comparison.jobs import Job, Settings
 from dfs_cli.comparison.results import Results
@@ -20,17 +22,17 @@ from dfs_cli.config import DataConfig, Preprocessing, TuningConfig
 from dfs_cli.conversion import stages
 from dfs_cli.conversion.convert import run
 from dfs_cli.conversion.converted import Converted
-from dfs_cli.conversion.setup import Setup, eval_batch, hard_crops, prepare
+from dfs_cli.conversion.setup import Setup, hard_crops, prepare
 from dfs_cli.data.images import Batch, Images, UnreadableLog
-from dfs_cli.data.loading import eval_loader
 from dfs_cli.distributed import is_first, of_first, share
+from dfs_cli.errors import printable
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.observer import Observer
 from dfs_cli.records import Evaluation
 from dfs_cli.report.cost import dynamics_record, option_shares
 
 
-class Tuned(NamedTuple):
+class TunedNetwork(NamedTuple):
     """A tuned network, how it came about, which validation images (N,) it answers right, and its answers to held-out images as
     hard as new ones."""
 
@@ -72,7 +74,8 @@ class Tuned(NamedTuple):
 
 @dataclasses.dataclass
 class Tuner:
-    """Tunes the networks of a sweep, with the same weights to begin with, images and steps.
+    """Tunes the networks of a sweep, with the same weights to begin with and, unless a baseline gains from others, the same
+    images and as many steps.
 
     Args:
         settings: of a job.
@@ -90,15 +93,16 @@ class Tuner:
     restart: bool
     _has_told: bool = False
 
-    def tune(
+    @contextmanager
+    def tuned(
         self,
         job: Job,
         part: str = "",
         settings: Settings | None = None,
         longer: int = 1,
         change: Callable[[Setup], Setup] = lambda setup: setup,
-    ) -> Tuned:
-        """Tune and evaluate a network.
+    ) -> Iterator[TunedNetwork]:
+        """Tune and evaluate a network. Its checkpoint is there until the end of the context, in which it is recorded.
 
         Args:
             part: where a job has several networks, a name for each.
@@ -129,7 +133,7 @@ class Tuner:
             setup, right = change(setup), list[Tensor]()
             original = self._original(setup)
             converted = run(setup, self.observer, original, checkpoint, on_right=right.append)
-            return Tuned(setup, converted, right[0], self._held_out_answers(setup, converted.network))
+            yield TunedNetwork(setup, converted, right[0], self._held_out_answers(setup, converted.network))
 
     def _original(self, setup: Setup) -> tuple[float, float]:
         """Top-1 and top-5 of the original network, which are measured once."""
@@ -144,17 +148,20 @@ class Tuner:
     def _held_out_answers(self, setup: Setup, network: DynamicResNet) -> Answers:
         images = hard_crops(setup.splits.calibration, setup.preprocessing, setup.tuning)
         self.observer.stage("held-out images", len(share(len(images))))
-        return _answers(network, _loader(images, setup), setup, self.observer)
+        return _answers(network, stages.own_batches(images, setup), setup, self.observer)
 
-    def save(self, job: Job, tuned: Tuned) -> StaticNetwork:
-        """Save a static network, from which cascades are made, and say what it answers."""
-        path, (network, manifest) = self.results.network_path(job), tuned.converted
-        validation = _answers(network, stages.validation_loader(tuned.setup), tuned.setup)
-        if is_first():
-            path.parent.mkdir(exist_ok=True)
-            save_artifact(path, network, manifest, force=True)
-        of_first(None)
+    def answers_of(self, tuned: TunedNetwork) -> StaticNetwork:
+        """What a static network answers."""
+        validation = _answers(tuned.converted.network, stages.validation_loader(tuned.setup), tuned.setup)
         return StaticNetwork(tuned.evaluation.cost, tuned.held_out, validation)
+
+    def save(self, job: Job, tuned: TunedNetwork) -> None:
+        """Save a static network and its answers, from which cascades are made."""
+        answers = self.answers_of(tuned)
+        if is_first():
+            save_answers(self.results.answers_path(job), answers)
+            file = artifact_file(self.results.network_path(job), *tuned.converted)
+            write_atomically(file.path, file.data, file.check)
 
 
 def least_sure(network: DynamicResNet, setup: Setup, part: float, observer: Observer) -> Images:
@@ -163,16 +170,11 @@ def least_sure(network: DynamicResNet, setup: Setup, part: float, observer: Obse
     own = share(len(images))
     observer.stage("training images", len(own))
     names, log = images.names(), UnreadableLog("training", len(images))
-    found = _answers(network, _loader(images, setup), setup, observer, log)
-    readable = [index for index, name in enumerate(names) if name not in log.reasons]
+    found = _answers(network, stages.own_batches(images, setup), setup, observer, log)
+    readable = [index for index, name in enumerate(names) if printable(name) not in log.reasons]
     count = max(round(part * len(readable)), min(setup.tuning.batch_size, len(readable)))
     least = found.confidence.argsort(stable=True)[:count].sort().values
     return setup.splits.train.subset([readable[index] for index in least.tolist()])
-
-
-def _loader(images: Images, setup: Setup) -> DataLoader[Batch]:
-    """This process's share of the images, in order."""
-    return eval_loader(images.subset(share(len(images))), eval_batch(setup.preprocessing), setup.workers, setup.pin)
 
 
 @torch.inference_mode()

@@ -198,6 +198,10 @@ class Controller(nn.Module, ABC):
         """Policies, (L,) each, that together run every layer at each of its bitwidths but floating point."""
         return [torch.full((self.blocks,), i) for i, bits in enumerate(self.bits) if bits != FULL_BITS]
 
+    def first_policy(self) -> Tensor | None:
+        """The options (L,) that all images begin tuning with; None: different ones, or all blocks in full."""
+        return None
+
     @abstractmethod
     def set_operating_point(
         self,

@@ -23,7 +23,7 @@ from dfs_cli.cost.table import CostTable
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.nn.passes import Answer, Output, TuningTarget, View
 
-_FIRST_MULTIPLIER = 10.0  # too low to change a decision of an untrained gate
+_LEAD = 0.1  # of the first choice over any other, in units of the gate's scores
 _TRIED, _HIGHEST, _RATIO = 52, 64.0, 1.15
 """Cost multipliers at which it is tried whether less than the budget does as well: how many, the highest, in units of one over
 the mean cost of a block at its widest, and the ratio of each to the next."""
@@ -49,6 +49,7 @@ class GatedController(Controller):
         self.ceiling = Ceiling(self.blocks, len(self.bits))
         self._operating_point = 0.0
         self._forced: Tensor | None = None
+        self._first: Tensor | None = None
 
     @property
     def operating_point(self) -> float:
@@ -112,21 +113,44 @@ class GatedController(Controller):
         request: Request,
         sample: Tensor,
     ) -> TuningTarget:
-        """The gate prefers what does little harm; the target is approached from full execution. Where no image may cost more
-        than the budget, the ceiling is the best mix that it pays for."""
-        if sensitivity is not None:
-            shift_preference(self.gate.preference, sensitivity.blocks)
+        """The gate prefers what does little harm, and the best mix that the budget pays for to all else: images learn to
+        deviate from it. Where no image may cost more than the budget, that mix is the ceiling."""
+        assert sensitivity is not None, "declared as needed"
+        shift_preference(self.gate.preference, sensitivity.blocks)
         self._normalise_inputs(network, sample)
-        self._operating_point = _FIRST_MULTIPLIER
         self.limit = request.limit
         cost = min(request.budget, request.limit, table.dearest)
-        if request.is_bound and sensitivity is not None:
-            mix = best_block_mix(table, sensitivity.blocks, cost)
-            self.ceiling.highest.copy_(mix)
-            return TuningTarget(self.ceiling.cost(table, 0))
-        if sensitivity is not None and not request.spend:
+        if not (request.spend or request.is_bound):
             cost = min(cost, sufficient_cost(table, sensitivity.blocks, NEGLIGIBLE_HARM))
-        return TuningTarget(max(cost, table.cheapest), approached=True)
+        cost = max(cost, table.cheapest)
+        self._first = best_block_mix(table, sensitivity.blocks, cost)
+        self._operating_point = self._prefer(self._first)
+        if request.is_bound:
+            self.ceiling.highest.copy_(self._first)
+            cost = self.ceiling.cost(table, 0)
+        return TuningTarget(cost)
+
+    @torch.no_grad()
+    def _prefer(self, mix: Tensor) -> float:
+        """Prefer the options ``mix`` (L,) to all others, at the cost multiplier that makes most of them the best anyway."""
+        preference, costs = self.gate.preference, self.option_costs[0].to(self.gate.preference.dtype)
+        wanted = costs.gather(1, mix[:, None]).sum()
+
+        def excess(log_multiplier: float) -> float:
+            chosen = (preference - math.exp(log_multiplier) * costs).argmax(dim=1, keepdim=True)
+            return float(costs.gather(1, chosen).sum() - wanted)
+
+        low, high = -20.0, 20.0
+        for _ in range(60):  # it falls in steps: no root need exist
+            middle = (low + high) / 2
+            low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+        scores = preference - math.exp(high) * costs
+        lacking = scores.max(dim=1, keepdim=True).values - scores.gather(1, mix[:, None])
+        preference.scatter_add_(1, mix[:, None], lacking + _LEAD)
+        return math.exp(high)
+
+    def first_policy(self) -> Tensor | None:
+        return self._first
 
     def _normalise_inputs(self, network: DynamicResNet, images: Tensor) -> None:
         """Scale the gate's inputs to zero mean and unit deviation over ``images`` (N, C, H, W), run in full precision."""

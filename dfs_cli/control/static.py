@@ -130,6 +130,9 @@ class StaticController(Controller):
         """The policy; of a network that has no mix yet, those under which its sensitivities are measured."""
         return [self.policy] if self.has_mix else super().policies()
 
+    def first_policy(self) -> Tensor | None:
+        return self.policy
+
     def set_operating_point(
         self,
         network: DynamicResNet,

@@ -22,8 +22,9 @@ from dfs_cli.distributed import of_first, size
 from dfs_cli.errors import ConfigError
 from dfs_cli.nn.network import DynamicResNet
 from dfs_cli.observer import MEASURING, Observer
+from dfs_cli.presets import FULL_BITS
 from dfs_cli.surgery.equalise import equalise
-from dfs_cli.surgery.initialise import fit_steps
+from dfs_cli.surgery.initialise import fit_float_statistics, fit_steps
 from dfs_cli.surgery.swap import make_dynamic, verify_conversion
 from dfs_cli.tuning.sensitivity import divergence, measure
 from dfs_cli.tuning.step import teacher_logits
@@ -75,6 +76,9 @@ def make_network(setup: Setup, observer: Observer) -> Planned:
         )
         chosen, table = candidates[of_first(harms.index(min(harms)))]
         target = of_first(controller_of(chosen).start(chosen, table, sensitivity, setup.request, shown))
+        policy = controller_of(chosen).first_policy()
+        if policy is not None and FULL_BITS in table.options and not all(table.options[i] for i in policy.tolist()):
+            fit_float_statistics(chosen, sample, policy)
         return Planned(chosen, dynamic, table, target, teacher, unreadable, agreement)
 
     planned = _most_promising(setup, start, compared, observer)

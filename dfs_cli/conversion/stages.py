@@ -94,9 +94,13 @@ def evaluate_original(setup: Setup, observer: Observer) -> tuple[float, float]:
 
 def validation_loader(setup: Setup) -> DataLoader[Batch]:
     """This process's share of the validation images, in order."""
-    validation = setup.splits.validation
-    images = validation.subset(share(len(validation)))
-    return eval_loader(images, eval_batch(setup.preprocessing), setup.workers, setup.pin)
+    return own_batches(setup.splits.validation, setup)
+
+
+def own_batches(images: Images, setup: Setup) -> DataLoader[Batch]:
+    """This process's share of ``images``, in order."""
+    own = images.subset(share(len(images)))
+    return eval_loader(own, eval_batch(setup.preprocessing), setup.workers, setup.pin)
 
 
 def start_tuning(setup: Setup, planned: Planned) -> TuningState:

@@ -2,9 +2,9 @@
 
 Quantization shifts the mean and the variance of a convolution's output, more with fewer bits; normalisation per bitwidth
 corrects that (AdaBits, Jin et al., 2020; Any-Precision DNNs, Yu et al., 2021). So does another size of the images (Touvron et
-al., 2019, arXiv 1906.06423). In floating point the original's statistics and
-parameters are used. Statistics are set once, before tuning, and then kept: a group of images may be too small to estimate
-them.
+al., 2019, arXiv 1906.06423). In floating point the original's statistics and parameters are used, corrected where tuning
+begins with skipped blocks. Statistics are set once, before tuning, and then kept: a group of images may be too small to
+estimate them.
 """
 
 from __future__ import annotations
@@ -153,20 +153,27 @@ def norm_tensors(norm: nn.BatchNorm2d, bits: int) -> NormTensors:
 
 
 def match_statistics(norm: FractionalBatchNorm, row: int, expected: tuple[Tensor, Tensor], x: Tensor) -> None:
-    """Set a row of the statistics from a sample of its input.
-
-    The original's statistics are corrected by the difference that bitwidth and size make on the sample: the sampling error
-    cancels.
+    """Set a row of the statistics from a sample (N, C, H, W) of its input at that bitwidth and size, as :func:`corrected` has
+    them.
 
     Args:
         row: see :meth:`FractionalBatchNorm.row`.
-        expected: mean and variance (C,) of the sample in floating point and at full size.
-        x: (N, C, H, W), the sample at that bitwidth and size.
+    """
+    norm.bit_mean[row], norm.bit_var[row] = corrected(norm, expected, x)
+
+
+def corrected(norm: nn.BatchNorm2d, expected: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """The original's statistics (C,), corrected by the difference that bitwidth, size or skipped blocks make on a sample: its
+    error cancels.
+
+    Args:
+        expected: mean and variance (C,) of the sample in floating point and at full size, where no block is skipped.
+        x: (N, C, H, W), the sample as it comes in now.
     """
     mean, variance = moments(x)
     assert norm.running_mean is not None and norm.running_var is not None
-    norm.bit_mean[row] = norm.running_mean + mean - expected[0]
-    norm.bit_var[row] = norm.running_var * ((variance + norm.eps) / (expected[1] + norm.eps)).clamp(0.1, 10.0)
+    ratio = ((variance + norm.eps) / (expected[1] + norm.eps)).clamp(0.1, 10.0)
+    return norm.running_mean + mean - expected[0], norm.running_var * ratio
 
 
 @torch.no_grad()

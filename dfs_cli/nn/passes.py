@@ -74,14 +74,12 @@ class TuningTarget(NamedTuple):
     Args:
         cost: mean cost of the pass for which the controller chooses block by block, or of the static network.
         share: share of a batch's images that take the second pass, where there is one.
-        approached: the target falls gradually from full execution to ``cost``, after a warm-up of the controller.
         explored: the probability per block that images which skip it run its residual branch as well, without training its
             weights, so that the controller learns what skipping costs.
     """
 
     cost: float
     share: float = 0.0
-    approached: bool = False
     explored: float = 0.1
 
 

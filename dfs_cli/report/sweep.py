@@ -204,9 +204,8 @@ def plot_sweep(results: dict[str, Any]) -> Figure:
     if any(row["seeds"] > 1 for row in rows):
         axes.errorbar([], [], [], fmt="none", color="0.5", elinewidth=0.8, capsize=2, label="spread over seeds")
     if rows:
-        columns = len(_STYLES) + 2
         figure.legend(
-            frameon=False, loc="outside lower center", ncols=columns, columnspacing=1.2, handletextpad=0.5, fontsize=7
+            frameon=False, loc="outside lower center", ncols=5, columnspacing=1.2, handletextpad=0.5, fontsize=7
         )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dfs_cli.nn.features import ByteFeatures, sampled
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.normalisation import FractionalBatchNorm, match_statistics, moments
+from dfs_cli.nn.normalisation import FractionalBatchNorm, corrected, match_statistics, moments
 from dfs_cli.nn.passes import FULL_VIEW, View
 from dfs_cli.presets import FULL_BITS
 
@@ -64,6 +64,33 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
     with hooked(network, FractionalBatchNorm, match), _normalising_apart(network):
         for policy, scale in product(network.controller.policies(), scales):
             network.follow(images, policy.expand(len(images), -1), view=View(scale=scale))
+    network.train(was_training)
+
+
+@torch.no_grad()
+def fit_float_statistics(network: DynamicResNet, images: Tensor, policy: Tensor) -> None:
+    """Correct the statistics that batch-norm has in floating point for what ``policy`` (L,), with which tuning begins, skips,
+    from ``images`` (N, C, H, W)."""
+    expected: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def observe(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        expected[norm] = moments(inputs[0])
+
+    def correct(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        norm = cast(nn.BatchNorm2d, norm)
+        if isinstance(norm, FractionalBatchNorm) and norm.precision.bits != FULL_BITS:
+            return
+        assert norm.running_mean is not None and norm.running_var is not None
+        mean, variance = corrected(norm, expected[norm], inputs[0])
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+
+    was_training = network.training
+    network.eval()
+    with hooked(network.backbone, nn.BatchNorm2d, observe):
+        network.run_in_full(images)
+    with hooked(network.backbone, nn.BatchNorm2d, correct), _normalising_apart(network):
+        network.follow(images, policy.expand(len(images), -1))
     network.train(was_training)
 
 

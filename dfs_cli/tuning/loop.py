@@ -35,12 +35,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def target_at(step: int, total_steps: int, ramp: float, start: float, budget: float) -> float:
-    """The target cost at a step: it falls geometrically from ``start`` to ``budget`` over the first share ``ramp`` of steps."""
-    progress = min(1.0, step / max(1.0, ramp * total_steps))
-    return float(start ** (1 - progress) * budget**progress)
-
-
 def tune(
     state: TuningState,
     teacher: nn.Module,
@@ -73,9 +67,6 @@ def tune(
     network = state.network.to(memory_format=layout).train()
     step_loss = StepLoss(network, teacher.to(memory_format=layout), table, config)
     module: nn.Module | None = None
-    controls = set(cast(nn.Module, network.controller).parameters())
-    trained_later = [p for p in network.parameters() if p.requires_grad and p not in controls and target.approached]
-    warmup_steps = int(config.warmup * state.total_steps) if target.approached else 0
     try:
         for batch in _batches(state, loader):
             unreadable.add(batch.unreadable)
@@ -83,19 +74,8 @@ def tune(
             targets = batch.targets.to(device, non_blocking=True)
             if module is None:
                 module = _distributed(step_loss, state, images, targets, target, note)
-            warming_up = state.step < warmup_steps
-            for parameter in trained_later:
-                parameter.requires_grad_(not warming_up)
-            now = target
-            if target.approached:
-                dearest = min(table.dearest, network.controller.limit)
-                cost = target_at(state.step, state.total_steps, config.ramp, dearest, target.cost)
-                now = target._replace(cost=cost)
-            record = tuning_step(state, module, images, targets, now, config, note)
-            on_step(record._replace(phase="controller" if warming_up else "all"))
+            on_step(tuning_step(state, module, images, targets, target, config, note))
     finally:
-        for parameter in trained_later:
-            parameter.requires_grad_(True)
         network.to(memory_format=torch.contiguous_format).eval()
 
 
@@ -200,7 +180,7 @@ def tuning_step(
     state.step += 1
     multiplier = network.controller.cost_multiplier
     return StepRecord(
-        state.step, state.total_steps, "", figures.loss, figures.accuracy, figures.cost, target.cost, multiplier, lr
+        state.step, state.total_steps, figures.loss, figures.accuracy, figures.cost, target.cost, multiplier, lr
     )
 
 

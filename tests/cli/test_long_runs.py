@@ -49,7 +49,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def record(step: int, loss: float = 1.0) -> StepRecord:
-    return StepRecord(step, 9, "all", loss, 50.0, 0.1, 0.1, 1.0, 1e-3)
+    return StepRecord(step, 9, loss, 50.0, 0.1, 0.1, 1.0, 1e-3)
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -19,7 +19,7 @@ def terminal() -> Console:
 
 
 def step(number: int) -> StepRecord:
-    return StepRecord(number, 4, "controller" if number == 1 else "all", 2.0, 50.0, 0.02, 0.03, 1.0, 1e-3)
+    return StepRecord(number, 4, 2.0, 50.0, 0.02, 0.03, 1.0, 1e-3)
 
 
 def test_a_terminal_sees_bars_figures_and_the_estimate() -> None:
@@ -31,7 +31,7 @@ def test_a_terminal_sees_bars_figures_and_the_estimate() -> None:
         assert observer.progress.tasks[0].completed == 4
         observer.stage("tuning", 4)
         observer.step(step(1))
-        assert observer.progress.tasks[1].description == "gate warm-up"
+        assert observer.progress.tasks[1].completed == 1
         observer.estimate(600.0)
         observer.step(step(2))
         task = observer.progress.tasks[1]

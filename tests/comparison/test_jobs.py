@@ -37,11 +37,9 @@ def test_other_seeds_have_the_two_rivals_that_were_best_on_held_out_images_withi
         ]
     }
     config = SweepConfig((0.03,), seeds=3)
-    assert repeated_jobs(config, results, 0, 1) == [
+    assert repeated_jobs(config, results, 1) == [
         Job("dfs", 1, 0.03),
         *(Job("uniform", 1, bits=bits) for bits in (3, 8)),
-        Job("cascade", 1, 0.03),
         Job("mixed", 1, 0.03, views=2),
+        Job("cascade", 1, 0.03),
     ]
-    fewer = config.replace(baselines=("uniform", "mixed"))
-    assert [job.network for job in repeated_jobs(fewer, results, 0, 2)[1:]] == ["mixed 0.03 2 views", "mixed 0.03"]

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dfs_cli.comparison.intervals import answers_record
-from dfs_cli.comparison.summary import overall, summarise, telling_budgets, verdicts
+from dfs_cli.comparison.summary import overall, rivals, summarise, telling_budgets, verdicts
 from dfs_cli.report.sweep import overall_line, plot_sweep, points_csv, print_sweep, verdict_line
 
 IMAGES = 10_000
@@ -22,6 +22,7 @@ def judged(results: dict[str, Any]) -> dict[str, Any]:
 def point(method: str, cost: float, top1: float, **kwargs: Any) -> dict[str, Any]:
     """A network that answers the first images right, and no others."""
     values: dict[str, Any] = {"budget": None, "bits": None, "views": 1, "seed": 0, "steps": 10, "top5": 99.0}
+    values["held_out_top1"] = top1
     answers = answers_record(np.arange(IMAGES) < round(top1 * IMAGES / 100), [])
     return {"method": method, "cost": cost, "top1": top1, **values, **answers, **kwargs}
 
@@ -159,20 +160,23 @@ def test_csv_and_plot_have_every_point() -> None:
     plot_sweep(judged({**RESULTS, "points": RESULTS["points"][2:]}))  # a sweep whose own networks all diverged
 
 
-def test_a_baseline_of_fewer_seeds_does_not_win_by_luck() -> None:
-    lucky = point("uniform", 0.0244, 89.5, bits=5)
-    rivals = [point("mixed", 0.0299, 87.9, budget=0.03, seed=seed) for seed in (0, 1)]
+def test_with_several_seeds_held_out_images_choose_the_rivals() -> None:
+    lucky = point("uniform", 0.0244, 89.5, bits=5, held_out_top1=80.0)
+    others = [point("mixed", 0.0299, 87.9, budget=0.03, views=views) for views in (1, 2)]
     dynamic = [p for p in RESULTS["points"] if p["method"] == "dfs"]
-    (verdict,) = verdicts({**RESULTS, "points": [*dynamic, lucky, *rivals]})
-    assert verdict["best"]["method"] == "mixed" and verdict["best"]["seeds"] == 2 == verdict["best_static"]["seeds"]
-    (verdict,) = verdicts({**RESULTS, "points": [*dynamic, lucky, rivals[0]]})
+    results = {**RESULTS, "points": [*dynamic, lucky, *others]}
+    assert rivals(results, 0.03) == others
+    (verdict,) = verdicts(results)
+    assert verdict["best"]["method"] == "mixed" and verdict["best_static"]["method"] == "uniform", "the other is there"
+    (verdict,) = verdicts({**results, "points": [dynamic[0], lucky, *others]})
     assert verdict["best"]["method"] == "uniform", "all have one seed"
 
 
 def test_the_telling_budgets_are_where_uniform_networks_have_lost_something() -> None:
     curve = [(8, 1 / 16, 89.9), (6, 0.0352, 89.5), (4, 0.0156, 88.5), (3, 0.0088, 86.5), (2, 0.0039, 87.0)]
     points = [point("uniform", cost, top1, bits=bits) for bits, cost, top1 in curve]
-    results = {**RESULTS, "points": [*points, point("uniform", 0.1, 50.0, bits=6, views=2)]}
+    others = [point("uniform", 0.1, 50.0, bits=6, views=2), point("uniform", 0.0352, 80.0, bits=6, seed=1)]
+    results = {**RESULTS, "points": [*points, *others]}
     # 0.5 was lost at 6 bits, 1 half-way to 4 bits in the logarithm, 2 a quarter of the way from 4 to 3 bits, 4 nowhere.
     assert telling_budgets(results) == (0.035, 0.023, 0.014)
     assert telling_budgets({**results, "points": points[:1]}) == ()

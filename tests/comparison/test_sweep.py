@@ -5,19 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dfs_cli.cli.app import app
 from dfs_cli.comparison.cascade import load_answers, save_answers
 from dfs_cli.comparison.config import SweepConfig
 from dfs_cli.comparison.intervals import right_answers
+from dfs_cli.comparison.jobs import Job
 from dfs_cli.comparison.results import answers_folder
 from dfs_cli.comparison.summary import telling_budgets
 from dfs_cli.comparison.sweep import sweep
+from dfs_cli.comparison.tuner import least_sure
 from dfs_cli.config import DataConfig, DynamicConfig
 from dfs_cli.conversion.convert import convert
 from dfs_cli.conversion.defaults import default_tuning
+from dfs_cli.conversion.setup import hard_crops, prepare
 from dfs_cli.errors import OutputError
+from dfs_cli.observer import Observer
 
 pytestmark = pytest.mark.medium
 
@@ -81,8 +86,8 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     assert_answers_are_those_of_top1(results)
     cascade = next(p for p in results["points"] if p["method"] == "cascade")
     assert len(cascade["members"]) == 2 and 0 < cascade["second_share"] <= 1
-    members = [p["held_out_top1"] for p in results["points"] if p["method"] in ("uniform", "mixed")]
-    assert len(members) == 7 and cascade["held_out_top1"] > min(members)
+    names = [Job.of(p).network for p in results["points"] if p["method"] in ("uniform", "mixed")]
+    assert set(cascade["members"]) <= set(names) and isinstance(cascade["second_is_tuned_for_it"], bool)
     verdict = results["verdicts"][0]
     assert verdict["outcome"] in ("win", "draw", "loss") and verdict["interval"][0] <= verdict["difference"]
     assert all(row["top1_interval"] is not None for row in results["summary"]) and results["overall"] is None
@@ -156,6 +161,31 @@ def test_skipnet_is_tuned_until_that_gains_nothing_and_goes_on_where_it_stopped(
     sweep_digits(path, "--baselines", "skipnet", "--budgets", "0.6")
     again = next(p for p in json.loads(path.read_text())["points"] if p["method"] == "skipnet")
     assert again["tried"] == tried and again["held_out_top1"] == skipnet["held_out_top1"]
+
+
+@pytest.mark.slow
+def test_the_static_choice_is_kept_where_no_gate_can_be_had(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    sweep_digits(path, "--baselines", "skipnet", "--budgets", "0.0125")
+    skipnet = next(p for p in json.loads(path.read_text())["points"] if p["method"] == "skipnet")
+    assert [t["gate"] for t in skipnet["tried"]] == ["static"] and skipnet["cost"] <= 0.0125
+    assert "unfinished" not in skipnet
+
+
+def test_what_a_network_is_least_sure_of_is_found() -> None:
+    data = DataConfig(dataset="digits", num_samples=192)
+    dynamic = DynamicConfig(bits=(3,), gate="static")
+    setup = prepare("resnet20_digits", 1.0, data, dynamic, default_tuning(data))
+    network, _ = convert("resnet20_digits", 1.0, data, dynamic=dynamic, tuning=default_tuning(data).replace(steps=1))
+    chosen = least_sure(network, setup, 0.5, Observer()).indices
+    assert len(chosen) == 96 and list(chosen) == sorted(set(chosen))
+    shown = hard_crops(setup.splits.train, setup.preprocessing, setup.tuning)
+    with torch.inference_mode():
+        logits = network.run(torch.stack([shown[i][0] for i in range(192)])).logits  # type: ignore[misc]
+    confidence = dict(zip(shown.indices, logits.double().softmax(dim=1).amax(dim=1).tolist(), strict=True))
+    others = confidence.keys() - set(chosen)
+    assert max(confidence[i] for i in chosen) <= min(confidence[i] for i in others)
+    assert len(least_sure(network, setup, 0.01, Observer())) == 64, "a batch at least"
 
 
 @pytest.mark.slow

@@ -7,13 +7,14 @@ from common import RNN, SIZE, preactivated_resnet, se_resnet, tiny_resnet
 from timm.models.resnet import Bottleneck
 from torch import nn
 
+from dfs_cli.config import DynamicConfig
 from dfs_cli.cost.decisions import Decisions
 from dfs_cli.errors import UnsupportedModelError
 from dfs_cli.nn.layers import FractionalConv2d
 from dfs_cli.nn.linear import FractionalLinear
-from dfs_cli.nn.normalisation import FractionalBatchNorm2d
+from dfs_cli.nn.normalisation import FractionalBatchNorm2d, moments
 from dfs_cli.nn.pooling import MaxPool2d
-from dfs_cli.surgery.initialise import fit_steps
+from dfs_cli.surgery.initialise import fit_float_statistics, fit_steps, hooked
 from dfs_cli.surgery.plan import find_blocks, plan_costs, plan_surgery
 from dfs_cli.surgery.swap import make_dynamic, verify_conversion
 
@@ -134,3 +135,29 @@ def test_each_batch_norm_of_a_res2net_follows_its_own_convolution() -> None:
     for i in range(3):
         assert norms[f"layer1.0.bns.{i}"] == f"layer1.0.convs.{i}"
     assert norms["layer1.0.bn1"] == "layer1.0.conv1" and norms["layer1.0.bn3"] == "layer1.0.conv3"
+
+
+def test_statistics_in_floating_point_follow_what_tuning_begins_to_skip() -> None:
+    config, images = DynamicConfig(bits=(0, 32), fixed_bits=32, gate="static"), torch.randn(64, *SIZE)
+    model = tiny_resnet()
+    network = make_dynamic(model, config, plan_costs(model, config, SIZE)).network.eval()
+    norms = [m for m in network.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def seen(policy: torch.Tensor) -> dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+        found = {}
+        with hooked(network.backbone, nn.BatchNorm2d, lambda norm, inputs: found.update({norm: moments(inputs[0])})):
+            network.follow(images, policy.expand(len(images), -1))
+        return found
+
+    with torch.no_grad():
+        for _ in norms:  # those of the sample itself, from the first layer on
+            for norm, (mean, variance) in seen(torch.ones(5, dtype=torch.long)).items():
+                norm.running_mean, norm.running_var = mean, variance
+        dense = seen(torch.ones(5, dtype=torch.long))
+        skipping = torch.tensor([1, 0, 1, 0, 1])
+        fit_float_statistics(network, images, skipping)
+        after = seen(skipping)
+    assert 0 < len(after) < len(norms) and any(not torch.equal(after[norm][0], dense[norm][0]) for norm in after)
+    for norm, (mean, variance) in after.items():
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(norm.running_var, variance, rtol=1e-3, atol=1e-3)

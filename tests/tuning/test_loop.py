@@ -16,7 +16,7 @@ from dfs_cli.errors import ConfigError, DivergedError
 from dfs_cli.nn.passes import TuningTarget
 from dfs_cli.records import StepRecord
 from dfs_cli.surgery.plan import plan_costs
-from dfs_cli.tuning.loop import seed_everything, target_at, tune
+from dfs_cli.tuning.loop import seed_everything, tune
 from dfs_cli.tuning.state import start_state
 from dfs_cli.tuning.step import StepLoss, taught_images, teacher_logits
 
@@ -50,9 +50,7 @@ class Run:
         self.network = make_dynamic(self.model, dynamic)
         harm = Sensitivity(torch.linspace(1.0, 0.1, len(dynamic.bits)).repeat(5, 1))
         controller, request = controller_of(self.network), Request(budget, True, 64, 64)
-        self.target = TuningTarget(budget, approached=True)
-        if dynamic.gate not in ("rnn", "ff"):
-            self.target = controller.start(self.network, self.table, harm, request, torch.randn(8, *SIZE))
+        self.target = controller.start(self.network, self.table, harm, request, torch.randn(8, *SIZE))
         self.data = images()
         self.sampler = EpochSampler(len(self.data), config.seed)
         self.loader = train_loader(self.data, self.sampler, config.batch_size, config.workers or 0, pin=False)
@@ -67,26 +65,13 @@ class Run:
         tune(self.state, self.model, self.table, self.target, self.loader, self.config, CPU, log, record, note)
 
 
-def test_target_falls_geometrically_and_stays() -> None:
-    values = [target_at(step, 100, 0.5, 1.0, 0.01) for step in (0, 25, 50, 99)]
-    assert values == pytest.approx([1.0, 0.1, 0.01, 0.01])
-
-
-def test_warm_up_moves_the_gate_only_then_everything_moves() -> None:
-    run = Run(SETTINGS.replace(warmup=0.5))
+def test_everything_moves_from_the_first_step_on() -> None:
+    run = Run(SETTINGS.replace(epochs=None, steps=1))
     before = copy.deepcopy(run.network.state_dict())
-    changed_in: dict[str, set[str]] = {"controller": set(), "all": set()}
-
-    def watch(record: StepRecord) -> None:
-        for name, value in run.network.state_dict().items():
-            if not torch.equal(value, before[name]):
-                changed_in[record.phase].add(name)
-                before[name] = value.clone()
-
-    run.go(watch)
-    assert changed_in["controller"] and all(name.startswith("controller.") for name in changed_in["controller"])
-    assert any("log_weight_steps" in n for n in changed_in["all"])
-    assert any(n.endswith("conv1.weight") for n in changed_in["all"])
+    run.go()
+    changed = {n for n, v in run.network.state_dict().items() if not torch.equal(v, before[n])}
+    assert any(n.startswith("controller.gate.") for n in changed) and any("log_weight_steps" in n for n in changed)
+    assert any(n.endswith("conv1.weight") for n in changed)
 
 
 def test_frozen_backbone_does_not_move() -> None:
@@ -150,17 +135,6 @@ def test_a_saved_run_of_another_length_is_refused() -> None:
         Run(SETTINGS.replace(batch_size=32)).state.load_state_dict(state)
 
 
-def test_an_interrupted_warm_up_freezes_nothing() -> None:
-    run = Run(SETTINGS.replace(warmup=1.0))
-
-    def stop(_: StepRecord) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run.go(stop)
-    assert all(p.requires_grad for p in run.network.parameters())
-
-
 def test_nan_loss_stops_with_step_and_learning_rate() -> None:
     run = Run(SETTINGS.replace(lr=0.5, distillation=0.0))
 
@@ -209,14 +183,11 @@ def test_the_teacher_sees_both_views_of_images_that_enter_a_mirrored_second_pass
         assert len(chosen) == taught == len(chosen.unique())
 
 
-def test_every_step_is_recorded_and_the_target_is_approached() -> None:
-    run = Run(SETTINGS.replace(warmup=0.25, ramp=0.5))
+def test_every_step_is_recorded() -> None:
+    run = Run()
     run.go()
     assert [record.step for record in run.records] == list(range(1, 13)) and run.state.step == 12
-    assert [record.phase for record in run.records] == ["controller"] * 3 + ["all"] * 9
-    dearest = run.table.dearest
-    expected = [dearest ** (1 - step / 6) * 0.2 ** (step / 6) for step in range(6)] + [0.2] * 6
-    assert [record.target for record in run.records] == pytest.approx(expected)
+    assert {record.target for record in run.records} == {0.2}
     rates = [record.lr for record in run.records]
     # Five times the learning rate for the controller, then a cosine to zero.
     assert rates[0] == pytest.approx(5e-3) and rates == sorted(rates, reverse=True)
@@ -231,8 +202,7 @@ def test_other_controllers_tune_by_the_same_loop(gate: str) -> None:
     changed = {name for name, value in run.network.state_dict().items() if not torch.equal(value, before[name])}
     assert any("log_input_steps" in name for name in changed) and any("conv1.weight" in name for name in changed)
     assert any(name.startswith("controller.gate.") for name in changed) == (gate == "probe")
-    assert {record.target for record in run.records} == {run.target.cost}, "the target is not approached"
-    assert {record.phase for record in run.records} == {"all"}, "there is no warm-up"
+    assert {record.target for record in run.records} == {run.target.cost}
 
 
 def test_a_batch_in_pieces_has_the_gradients_of_the_whole() -> None:

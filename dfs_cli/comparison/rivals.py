@@ -24,14 +24,16 @@ from dfs_cli.errors import ConfigError, DivergedError
 from dfs_cli.nn.network import DynamicResNet
 
 _MOST_LONGER = 16  # times the steps of the other networks
+# Times their learning rate: on held-out images a ResNet-56 with half of its blocks has 84.8 then, and 82.9 with theirs.
+_RATE = 3.0
 
 
 def tune_skipnet(tuner: Tuner, job: Job) -> None:
     """SkipNet's gate (Wang et al., 2018), as strong as it can be made.
 
     It begins with the best static choice of skipped blocks and learns to deviate from it, in twice as many steps again and
-    again, until that gains nothing on held-out images, or sixteen times as many are done. Where it never is better than the
-    static choice, tuned, it is that.
+    again, until that gains nothing on held-out images, or sixteen times as many are done; at a learning rate for networks in
+    floating point. Where it never is better than the static choice, tuned, it is that.
     """
     budget, dynamic, spend = tuner.settings(job)
     best: dict[str, Any] = {}
@@ -48,7 +50,12 @@ def tune_skipnet(tuner: Tuner, job: Job) -> None:
         tuner.observer.job(f"{job.name}, {gate}, {longer} times the steps")
         # The best static choice need not cost just the budget.
         settings = Settings(budget, dynamic.replace(gate=gate), spend and gate != "static")
-        with tuner.tuned(job, f"-{gate}-{longer}", settings, longer) as tuned:
+
+        def for_floats(setup: Setup) -> Setup:
+            steps, rate = longer * setup.steps, _RATE * setup.tuning.lr
+            return dataclasses.replace(setup, tuning=setup.tuning.replace(steps=steps, epochs=None, lr=rate))
+
+        with tuner.tuned(job, f"-{gate}-{longer}", settings, for_floats) as tuned:
             found = tuned.dynamic_point()
             kept = "held_out_top1", "gate", "steps", "cost", "top1"
             tried.append({"longer": longer, **{name: found[name] for name in kept}})

@@ -99,7 +99,6 @@ class Tuner:
         job: Job,
         part: str = "",
         settings: Settings | None = None,
-        longer: int = 1,
         change: Callable[[Setup], Setup] = lambda setup: setup,
     ) -> Iterator[TunedNetwork]:
         """Tune and evaluate a network. Its checkpoint is there until the end of the context, in which it is recorded.
@@ -107,7 +106,6 @@ class Tuner:
         Args:
             part: where a job has several networks, a name for each.
             settings: in place of the job's.
-            longer: how many times as many steps.
             change: what is different from a conversion of these settings.
         """
         budget, dynamic, spend = settings or self.settings(job)
@@ -127,9 +125,6 @@ class Tuner:
                 checkpoint=checkpoint,
             )
             self._has_told = True
-            if longer > 1:
-                tuning = setup.tuning.replace(steps=longer * setup.steps, epochs=None)
-                setup = dataclasses.replace(setup, tuning=tuning)
             setup, right = change(setup), list[Tensor]()
             original = self._original(setup)
             converted = run(setup, self.observer, original, checkpoint, on_right=right.append)

@@ -216,7 +216,7 @@ def test_list() -> None:
         (["resnet20_digits", "--budget", "0.4", "--bits", "few"], "--bits 'few'"),
         (["resnet20_digits", "--budget", "0.4", "--spend", "--bits", "lowbit"], "cost at most"),
         (["resnet20_digits", "--budget", "0.4", "--epochs", "2", "--steps", "9"], "give one of them"),
-        (["resnet20_digits", "--budget", "0.4", "--gate", "static", "--mirror"], "second pass"),
+        (["resnet20_digits", "--budget", "0.4", "--gate", "rnn", "--mirror"], "second pass"),
         (["resnet20_digits", "--budget", "0.4", "--fixed-bits", "1"], "bitwidth 1"),
         (["resnet20_digits", "--budget", "0.4", "--lr", "-1"], "lr -1"),
         (["resnet20_digits", "--budget", "0.4", "--epochs", "0"], "epochs 0"),

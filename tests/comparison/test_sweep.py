@@ -79,8 +79,8 @@ def test_a_sweep_measures_every_method_and_goes_on_where_it_stopped(tmp_path: Pa
     methods = [p["method"] for p in results["points"]]
     assert {"dfs", "uniform", "mixed", "cascade"} <= set(methods) and methods.count("uniform") == 6
     assert {s["method"] for s in results["skipped"]} | set(methods) >= {"skipnet"}
-    steps = {p["steps"] for p in results["points"]}
-    assert steps == {3}
+    assert {p["steps"] for p in results["points"] if p["method"] != "skipnet"} == {3}
+    assert {p["steps"] for p in results["points"]} <= {3, 6, 12, 24, 48}, "SkipNet's gate may need more"
     for p in results["points"]:
         assert {"method", "budget", "bits", "cost", "top1", "seed", "steps"} <= set(p)
     assert_answers_are_those_of_top1(results)

@@ -152,28 +152,22 @@ def norm_tensors(norm: nn.BatchNorm2d, bits: int) -> NormTensors:
     return NormTensors(norm.running_mean, norm.running_var, norm.weight, norm.bias)
 
 
-def match_statistics(norm: FractionalBatchNorm, row: int, expected: tuple[Tensor, Tensor], x: Tensor) -> None:
-    """Set a row of the statistics from a sample (N, C, H, W) of its input at that bitwidth and size, as :func:`corrected` has
-    them.
+def match_statistics(norm: nn.BatchNorm2d, bits: int, expected: tuple[Tensor, Tensor], x: Tensor) -> None:
+    """Set the statistics of a bitwidth, for the images as they are seen at present, from a sample of its input.
+
+    The original's statistics are corrected by the difference that bitwidth, size and skipped blocks make on the sample: the
+    sampling error cancels.
 
     Args:
-        row: see :meth:`FractionalBatchNorm.row`.
-    """
-    norm.bit_mean[row], norm.bit_var[row] = corrected(norm, expected, x)
-
-
-def corrected(norm: nn.BatchNorm2d, expected: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """The original's statistics (C,), corrected by the difference that bitwidth, size or skipped blocks make on a sample: its
-    error cancels.
-
-    Args:
+        norm: fractional or not; in floating point the original's statistics themselves are corrected.
         expected: mean and variance (C,) of the sample in floating point and at full size, where no block is skipped.
-        x: (N, C, H, W), the sample as it comes in now.
+        x: (N, C, H, W), the sample at that bitwidth and size.
     """
     mean, variance = moments(x)
-    assert norm.running_mean is not None and norm.running_var is not None
+    original, matched = norm_tensors(norm, FULL_BITS), norm_tensors(norm, bits)
     ratio = ((variance + norm.eps) / (expected[1] + norm.eps)).clamp(0.1, 10.0)
-    return norm.running_mean + mean - expected[0], norm.running_var * ratio
+    matched.mean.copy_(original.mean + mean - expected[0])
+    matched.variance.copy_(original.variance * ratio)
 
 
 @torch.no_grad()

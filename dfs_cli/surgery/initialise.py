@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dfs_cli.nn.features import ByteFeatures, sampled
 from dfs_cli.nn.layers import FractionalConv2d, FractionalLayer
 from dfs_cli.nn.network import DynamicResNet
-from dfs_cli.nn.normalisation import FractionalBatchNorm, corrected, match_statistics, moments
+from dfs_cli.nn.normalisation import FractionalBatchNorm, match_statistics, moments
 from dfs_cli.nn.passes import FULL_VIEW, View
 from dfs_cli.presets import FULL_BITS
 
@@ -58,7 +58,7 @@ def fit_steps(network: DynamicResNet, images: Tensor) -> None:
     def match(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         norm = cast(FractionalBatchNorm, norm)
         if (bits := norm.precision.bits) != FULL_BITS:
-            match_statistics(norm, norm.row(bits), expected[norm], inputs[0])
+            match_statistics(norm, bits, expected[norm], inputs[0])
 
     scales = dict.fromkeys(view.scale for view in (FULL_VIEW, *network.controller.views))
     with hooked(network, FractionalBatchNorm, match), _normalising_apart(network):
@@ -77,13 +77,8 @@ def fit_float_statistics(network: DynamicResNet, images: Tensor, policy: Tensor)
         expected[norm] = moments(inputs[0])
 
     def correct(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        norm = cast(nn.BatchNorm2d, norm)
-        if isinstance(norm, FractionalBatchNorm) and norm.precision.bits != FULL_BITS:
-            return
-        assert norm.running_mean is not None and norm.running_var is not None
-        mean, variance = corrected(norm, expected[norm], inputs[0])
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
+        if not isinstance(norm, FractionalBatchNorm) or norm.precision.bits == FULL_BITS:
+            match_statistics(cast(nn.BatchNorm2d, norm), FULL_BITS, expected[norm], inputs[0])
 
     was_training = network.training
     network.eval()

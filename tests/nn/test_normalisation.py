@@ -13,7 +13,7 @@ def test_normalisation_follows_the_bitwidth_and_full_precision_keeps_its_own() -
     fractional = FractionalBatchNorm2d.adopt(norm, precision)
     torch.testing.assert_close(fractional(x), norm(x))
     quantized = 1.5 * x + 0.25
-    match_statistics(fractional, 1, moments(x), quantized)
+    match_statistics(fractional, 8, moments(x), quantized)
     with precision.at(8):
         torch.testing.assert_close(fractional(quantized), norm(x), rtol=1e-4, atol=1e-4)
     with precision.at(4):

@@ -41,7 +41,7 @@ def controller_macs(config: DynamicConfig, channels: Sequence[int], features: in
     """
     nothing = ((0,) * len(channels),)
     if config.gate == "static":
-        return nothing * (1 + config.mirror)
+        return nothing * compulsory_passes(config)
     if config.gate == "probe" and config.alike:
         return nothing * 2
     if config.gate == "probe":

@@ -58,7 +58,7 @@ class StaticController(Controller):
         target: TuningTarget | None = None,
     ) -> Output:
         """See :meth:`dfs_cli.nn.network.DynamicResNet.run`."""
-        decisions = _alike(self.policy, len(self.views), len(images)) if decisions is None else decisions
+        decisions = Decisions.alike(self.policy, len(images), len(self.views)) if decisions is None else decisions
         explored = target.explored if target else 0.0
         logits, answers = images.new_zeros(()), []
         for index, view in enumerate(self.views[: decisions.passes]):
@@ -148,7 +148,7 @@ class StaticController(Controller):
         return OperatingPoint(0.0, cost, top1)
 
     def movable(self, table: CostTable) -> tuple[float, float]:
-        cost = table.cost(_alike(self.policy.cpu(), table.passes, 1)).item()
+        cost = table.cost(Decisions.alike(self.policy.cpu(), 1, table.passes)).item()
         return cost, cost
 
     def check(self, table: CostTable) -> None:
@@ -160,12 +160,7 @@ class StaticController(Controller):
 
 def _static_cost(table: CostTable) -> float:
     """The cost of an image in a static network with these costs."""
-    return table.cost(_alike(policy_of(table), table.passes, 1)).item()
-
-
-def _alike(policy: Tensor, passes: int, images: int) -> Decisions:
-    """The same ``policy`` (L,) in every pass for every image."""
-    return Decisions.alike(policy.expand(passes, -1), images)
+    return table.cost(Decisions.alike(policy_of(table), 1, table.passes)).item()
 
 
 def policy_of(table: CostTable) -> Tensor:

@@ -37,9 +37,9 @@ class Decisions:
         return cls(options[:, None])
 
     @classmethod
-    def alike(cls, policy: Tensor, images: int) -> Decisions:
-        """The same ``policy``, (L,) for one pass or (P, L), for each of the ``images``."""
-        rows = policy if policy.dim() == 2 else policy[None]
+    def alike(cls, policy: Tensor, images: int, passes: int = 1) -> Decisions:
+        """The same ``policy``, (P, L) or (L,) for each of so many passes, for each of the ``images``."""
+        rows = policy if policy.dim() == 2 else policy.expand(passes, -1)
         return cls(rows.expand(images, -1, -1))
 
     @classmethod

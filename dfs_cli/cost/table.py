@@ -93,7 +93,11 @@ class CostTable(Json):
         if costs.options != self.options:
             raise ConfigError("the costs are of other options than the network's")
         passes = {len(deciding) for deciding in costs.deciding.values()}
-        if len(costs.deciding) > 1 or not passes <= {self.passes} or (self.passes > 1 and not passes):
+        if (
+            len(costs.deciding) > 1
+            or not passes <= {self.passes}
+            or (self.passes > self.compulsory_passes and not passes)
+        ):
             raise ConfigError(f"the costs of deciding are not those of one gate with {self.passes} passes")
         if not costs.fixed and not any(map(any, costs.blocks.values())):
             raise ConfigError("the costs are all zero")
@@ -258,10 +262,7 @@ class CostTable(Json):
         Raises:
             ConfigError: the costs are of another network, of other options, or not of this gate.
         """
-        device = costs.narrowed(self.options, gate, self.first_view)
-        if self.compulsory_passes == self.passes > 1:  # two views, nothing decided
-            device = device.replace(deciding={gate: ((0.0, 0.0),) * self.passes})
-        return dataclasses.replace(self, device=device)
+        return dataclasses.replace(self, device=costs.narrowed(self.options, gate, self.first_view))
 
     def most_in_one_pass(self, budget: float) -> float:
         """What a pass for all images may cost. Measured times are no more exact than the share by which a budget may be

@@ -70,7 +70,7 @@ class StaticWriter(ControllerWriter):
 
     def __init__(self, controller: StaticController) -> None:
         self._views = controller.views
-        self.decisions = Decisions.alike(controller.policy.cpu().expand(len(self._views), -1), 1)
+        self.decisions = Decisions.alike(controller.policy.cpu(), 1, len(self._views))
 
     def follow(self, graph: Graph, writer: PartWriter, images: str, decisions: Decisions) -> str:
         logits = [

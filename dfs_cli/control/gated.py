@@ -134,20 +134,15 @@ class GatedController(Controller):
     def _prefer(self, mix: Tensor) -> float:
         """Prefer the options ``mix`` (L,) to all others, at the cost multiplier that makes most of them the best anyway."""
         preference, costs = self.gate.preference, self.option_costs[0].to(self.gate.preference.dtype)
-        wanted = costs.gather(1, mix[:, None]).sum()
 
-        def excess(log_multiplier: float) -> float:
-            chosen = (preference - math.exp(log_multiplier) * costs).argmax(dim=1, keepdim=True)
-            return float(costs.gather(1, chosen).sum() - wanted)
+        def cost_at(multiplier: float) -> Tensor:
+            return costs.gather(1, (preference - multiplier * costs).argmax(dim=1, keepdim=True)).sum()
 
-        low, high = -20.0, 20.0
-        for _ in range(60):  # it falls in steps: no root need exist
-            middle = (low + high) / 2
-            low, high = (middle, high) if excess(middle) > 0 else (low, middle)
-        scores = preference - math.exp(high) * costs
+        multiplier = find_operating_point(cost_at, float(costs.gather(1, mix[:, None]).sum())).value
+        scores = preference - multiplier * costs
         lacking = scores.max(dim=1, keepdim=True).values - scores.gather(1, mix[:, None])
         preference.scatter_add_(1, mix[:, None], lacking + _LEAD)
-        return math.exp(high)
+        return multiplier
 
     def first_policy(self) -> Tensor | None:
         return self._first

@@ -109,20 +109,20 @@ class Cascade(NamedTuple):
         return self.cheap.cost + self.share("validation") * self.expensive.cost
 
 
-def best_pair(networks: Sequence[StaticNetwork], budget: float) -> tuple[int, int] | None:
-    """The indices of the cheap and of the expensive network whose cascade has the best top-1 on held-out images, where it keeps
-    ``budget``.
+def best_pair(networks: Sequence[StaticNetwork], budget: float) -> tuple[Cascade, int, int] | None:
+    """The cascade with the best top-1 on held-out images, where it keeps ``budget``, and the indices of its cheap and of its
+    expensive network.
 
     Returns:
         None where no pair fits the budget.
     """
-    found = []
-    for cheap, expensive in permutations(range(len(networks)), 2):
-        if networks[expensive].cost > networks[cheap].cost:
-            cascade = cascade_of(networks[cheap], networks[expensive], budget)
-            if cascade is not None:
-                found.append((cascade.held_out_top1, cheap, expensive))
-    return max(found, key=lambda pair: pair[0])[1:] if found else None
+    found = [
+        (cascade, cheap, expensive)
+        for cheap, expensive in permutations(range(len(networks)), 2)
+        if networks[expensive].cost > networks[cheap].cost
+        and (cascade := cascade_of(networks[cheap], networks[expensive], budget)) is not None
+    ]
+    return max(found, key=lambda pair: pair[0].held_out_top1, default=None)
 
 
 def cascade_of(cheap: StaticNetwork, expensive: StaticNetwork, budget: float) -> Cascade | None:

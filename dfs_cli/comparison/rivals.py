@@ -89,34 +89,30 @@ def tune_cascade(tuner: Tuner, job: Job) -> None:
         if before is None:
             results.add(job, reason=problem)
         return None
-    pair = best_pair(networks, budget)
-    if pair is None:
+    best = best_pair(networks, budget)
+    if best is None:
         results.add(job, reason=f"no two of {len(static)} static networks fit the budget")
         return None
-    names = [static[index].network for index in pair]
+    plain, *pair = best
+    (first, second), members = (static[index] for index in pair), [points[index] for index in pair]
+    names = [first.network, second.network]
     if before is not None and before["members"] == names:
         return None
-    cheap, expensive = (networks[index] for index in pair)
-    plain = cascade_of(cheap, expensive, budget)
-    assert plain is not None, "it fits the budget"
 
-    def record(cascade: Cascade, unreadable: Sequence[str], steps: int) -> None:
-        members = [points[index] for index in pair]
+    def record(cascade: Cascade, unreadable: Sequence[str]) -> None:
         results.add(
             job,
             cost=cascade.cost,
             top1=percent(cascade.right("validation")),
             held_out_top1=cascade.held_out_top1,
-            steps=steps,
+            steps=members[1]["steps"],
             members=names,
             second_share=cascade.share("validation"),
             second_is_tuned_for_it=cascade is not plain,
             **_answers_record(cascade, unreadable, members),
         )
 
-    first, second = (static[index] for index in pair)
-    seen, steps = plain.share("held_out"), points[pair[1]]["steps"]
-    if seen < 1:  # else it is tuned for all of them already
+    if (seen := plain.share("held_out")) < 1:  # else it is tuned for all of them already
         network = _network(tuner, first)
 
         def on_what_it_will_see(setup: Setup) -> Setup:
@@ -124,15 +120,15 @@ def tune_cascade(tuner: Tuner, job: Job) -> None:
             batch = min(setup.tuning.batch_size, len(images))
             tuning = setup.tuning.replace(steps=setup.steps, epochs=None, batch_size=batch)
             splits = dataclasses.replace(setup.splits, train=images)
-            return dataclasses.replace(setup, splits=splits, tuning=tuning, steps_per_epoch=len(images) // batch)
+            return dataclasses.replace(setup, splits=splits, tuning=tuning)
 
         part = f"-for-{budget:g}-after-{first.network.replace(' ', '-')}"
         with contextlib.suppress(DivergedError), tuner.tuned(second, part, change=on_what_it_will_see) as tuned:
             answers = tuner.answers_of(tuned)
-            again = cascade_of(cheap, answers, budget) if answers.is_comparable(cheap) else None
+            again = cascade_of(plain.cheap, answers, budget) if answers.is_comparable(plain.cheap) else None
             if again is not None and again.held_out_top1 > plain.held_out_top1:
-                return record(again, tuned.evaluation.unreadable, steps)
-    return record(plain, points[pair[1]]["unreadable"], steps)
+                return record(again, tuned.evaluation.unreadable)
+    return record(plain, members[1]["unreadable"])
 
 
 def _load(tuner: Tuner, static: list[Job]) -> tuple[str | None, list[StaticNetwork]]:

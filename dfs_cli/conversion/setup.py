@@ -67,7 +67,6 @@ class Setup:
         alternatives: settings and costs of the networks that can be made, the first ones as above: on a device, of several
             sizes of what the first pass sees, and of a static one, of which that is made which promises most.
         device: where to compute.
-        steps_per_epoch: of tuning.
     """
 
     model: nn.Module
@@ -85,7 +84,6 @@ class Setup:
     table: CostTable
     alternatives: tuple[tuple[DynamicConfig, CostTable], ...]
     device: torch.device
-    steps_per_epoch: int
     configuration: Configuration = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +104,11 @@ class Setup:
             threads=torch.get_num_threads(),
         )
         object.__setattr__(self, "configuration", configuration)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of the training images."""
+        return len(self.splits.train) // self.tuning.batch_size
 
     @property
     def steps(self) -> int:
@@ -215,7 +218,6 @@ def prepare(
         table=table,
         alternatives=tuple(zip(settings, tables, strict=True)),
         device=device,
-        steps_per_epoch=len(splits.train) // batch_size,
     )
 
 

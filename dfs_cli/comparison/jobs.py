@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from dfs_cli.comparison.config import SweepConfig
-from dfs_cli.comparison.summary import rivals
+from dfs_cli.comparison.summary import of_first_seed, rivals
 from dfs_cli.config import DynamicConfig
 from dfs_cli.presets import PRESETS
 
@@ -39,14 +39,13 @@ class Job:
         return all(point[key] == value for key, value in dataclasses.asdict(self).items())
 
     @classmethod
-    def of(cls, point: dict[str, Any], seed: int | None = None) -> Job:
-        """The job of a point of the results, or the same with another seed.
+    def of(cls, point: dict[str, Any]) -> Job:
+        """The job of a point of the results.
 
         Raises:
             KeyError: it is no such point.
         """
-        values = {field.name: point[field.name] for field in dataclasses.fields(cls)}
-        return cls(**values if seed is None else {**values, "seed": seed})
+        return cls(**{field.name: point[field.name] for field in dataclasses.fields(cls)})
 
 
 def jobs(config: SweepConfig, seed: int) -> list[Job]:
@@ -68,14 +67,11 @@ def repeated_jobs(config: SweepConfig, results: dict[str, Any], seed: int) -> li
     """The networks of another seed than the first: dynamic ones, and at each budget its rivals. Cascades, before which the
     networks must be there that they were made of, come last."""
     planned = [Job("dfs", seed, budget=budget) for budget in config.budgets]
-    for budget in config.budgets:
-        for rival in rivals(results, budget):
-            if rival["method"] not in config.baselines:
-                continue
-            members = rival.get("members", ())
-            first = [job for job in map(Job.of, results["points"]) if job.seed == rival["seed"]]
-            planned += [dataclasses.replace(job, seed=seed) for job in first if job.network in members]
-            planned.append(Job.of(rival, seed))
+    first = [Job.of(point) for point in of_first_seed(results["points"])]
+    for rival in (rival for budget in config.budgets for rival in rivals(results, budget)):
+        if rival["method"] in config.baselines:
+            names = *rival.get("members", ()), Job.of(rival).network
+            planned += [dataclasses.replace(job, seed=seed) for job in first if job.network in names]
     return sorted(dict.fromkeys(planned), key=lambda job: job.method == "cascade")
 
 

@@ -123,11 +123,16 @@ def within_budget(rows: Points, budget: float, cost: float = 0.0) -> Points:
     return [row for row in rows if row["cost"] <= limit * (1 + 1e-9)]
 
 
+def of_first_seed(points: Points) -> Points:
+    """Those of the smallest seed."""
+    first = min((point["seed"] for point in points), default=0)
+    return [point for point in points if point["seed"] == first]
+
+
 def rivals(results: dict[str, Any], budget: float) -> Points:
     """The points of the two baselines within a budget that are the best on held-out images, with the first seed: neither luck
     with a seed nor the validation images choose them."""
-    first = min((point["seed"] for point in results["points"]), default=0)
-    points = [point for point in results["points"] if point["seed"] == first and point["method"] != "dfs"]
+    points = [point for point in of_first_seed(results["points"]) if point["method"] != "dfs"]
     return sorted(within_budget(points, budget), key=lambda point: -point["held_out_top1"])[:_RIVALS]
 
 
@@ -139,9 +144,9 @@ def telling_budgets(results: dict[str, Any]) -> tuple[float, ...]:
     lost has no budget.
     """
     dense = results["original"]["top1"]
-    uniform = [point for point in results["points"] if point["method"] == "uniform" and point["views"] == 1]
-    first = min((point["seed"] for point in uniform), default=0)
-    by_cost = sorted((point for point in uniform if point["seed"] == first), key=lambda point: -point["cost"])
+    points = of_first_seed(results["points"])
+    uniform = [point for point in points if point["method"] == "uniform" and point["views"] == 1]
+    by_cost = sorted(uniform, key=lambda point: -point["cost"])
     curve = [(point["cost"], dense - point["top1"]) for point in by_cost]
     budgets = []
     for lost in LOST:

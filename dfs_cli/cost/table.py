@@ -93,11 +93,8 @@ class CostTable(Json):
         if costs.options != self.options:
             raise ConfigError("the costs are of other options than the network's")
         passes = {len(deciding) for deciding in costs.deciding.values()}
-        if (
-            len(costs.deciding) > 1
-            or not passes <= {self.passes}
-            or (self.passes > self.compulsory_passes and not passes)
-        ):
+        is_missing = not passes and self.passes > self.compulsory_passes
+        if is_missing or len(costs.deciding) > 1 or not passes <= {self.passes}:
             raise ConfigError(f"the costs of deciding are not those of one gate with {self.passes} passes")
         if not costs.fixed and not any(map(any, costs.blocks.values())):
             raise ConfigError("the costs are all zero")

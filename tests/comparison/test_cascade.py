@@ -25,11 +25,8 @@ def test_a_cascade_by_hand() -> None:
     both = cheap, dear = networks([0, 1, 0, 1])
     best, found = best_pair(both, 0.023), cascade_of(cheap, dear, 0.023)
     assert best is not None and best[1:] == (0, 1)
-    assert (
-        found is not None
-        and best[0].threshold == found.threshold
-        and found.held_out_top1 == 100 == percent(found.right("validation"))
-    )
+    assert found is not None and best[0].threshold == found.threshold
+    assert found.held_out_top1 == 100 == percent(found.right("validation"))
     assert found.unsure("validation").tolist() == [False, False, False, True] * 1000
     assert found.cost == pytest.approx(0.02) and cheap.held_out.top1 == 75
     first, second = networks([0, 1, 1, 1])

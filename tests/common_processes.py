@@ -9,6 +9,7 @@ from common import SIZE, tiny_resnet
 from torch.multiprocessing.spawn import spawn
 
 from dfs_cli import distributed
+from dfs_cli.comparison.cascade import Answers
 from dfs_cli.config import DynamicConfig, TuningConfig
 from dfs_cli.control.base import Request, Sensitivity, controller_of
 from dfs_cli.data.images import Images, UnreadableLog
@@ -78,11 +79,13 @@ def right_in(images: Images) -> dict[str, Any]:
     model = tiny_resnet()
     table = plan_costs(model, DYNAMIC["static"], SIZE)
     network = make_dynamic(model, DYNAMIC["static"], table).network
-    told: list[torch.Tensor] = []
+    told: list[Answers] = []
     loader = eval_loader(images.subset(distributed.share(len(images))), 16, 0)
     log = UnreadableLog("validation", len(images))
-    found = evaluate_network(network, table, loader, torch.device("cpu"), log, on_right=told.append)
-    return {"right": told, "unreadable": list(found.unreadable), "top1": found.top1}
+    found = evaluate_network(
+        network, table, loader, torch.device("cpu"), log, on_logits=lambda *batch: told.append(Answers.of(*batch))
+    )
+    return {"right": [Answers.join(told).right], "unreadable": list(found.unreadable), "top1": found.top1}
 
 
 def right_in_all(rank: int, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -25,10 +25,26 @@ class Answers(NamedTuple):
     answers: Tensor
     targets: Tensor
 
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> Answers:
+        """Those of a batch, by its logits (N, classes)."""
+        confidence, answers = logits.double().softmax(dim=1).max(dim=1)
+        return cls(confidence, answers, targets)
+
+    @classmethod
+    def join(cls, batches: Sequence[Answers]) -> Answers:
+        """Those of all batches of all processes, in order, on the CPU."""
+        return cls(*(join_batches([getattr(batch, name) for batch in batches]) for name in cls._fields))
+
+    @property
+    def right(self) -> Tensor:
+        """Which images (N,) are answered right."""
+        return self.answers == self.targets
+
     @property
     def top1(self) -> float:
         """In percent."""
-        return percent(self.answers == self.targets)
+        return percent(self.right)
 
 
 class StaticNetwork(NamedTuple):
@@ -62,17 +78,6 @@ def load_answers(path: Path) -> StaticNetwork:
         Answers(*(tensors[f"{split}_{name}"] for name in Answers._fields)) for split in ("held_out", "validation")
     )
     return StaticNetwork(float(tensors["cost"]), held_out, validation)
-
-
-def confident_answers(logits: Iterable[Tensor], targets: Sequence[Tensor]) -> Answers:
-    """The answers in ``logits``, a tensor (N, classes) for each batch, and in those of other processes.
-
-    Args:
-        targets: (N,) for each batch; read after ``logits``.
-    """
-    tops = [batch.double().softmax(dim=1).max(dim=1) for batch in logits]
-    confidence, answers = join_batches([top.values for top in tops]), join_batches([top.indices for top in tops])
-    return Answers(confidence, answers, join_batches(targets))
 
 
 class Cascade(NamedTuple):

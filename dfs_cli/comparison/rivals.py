@@ -124,7 +124,7 @@ def tune_cascade(tuner: Tuner, job: Job) -> None:
 
         part = f"-for-{budget:g}-after-{first.network.replace(' ', '-')}"
         with contextlib.suppress(DivergedError), tuner.tuned(second, part, change=on_what_it_will_see) as tuned:
-            answers = tuner.answers_of(tuned)
+            answers = tuned.answers
             again = cascade_of(plain.cheap, answers, budget) if answers.is_comparable(plain.cheap) else None
             if again is not None and again.held_out_top1 > plain.held_out_top1:
                 return record(again, tuned.evaluation.unreadable)
@@ -153,10 +153,7 @@ def _network(tuner: Tuner, job: Job) -> DynamicResNet:
 
 
 def _answers_record(cascade: Cascade, unreadable: Sequence[str], members: list[dict[str, Any]]) -> dict[str, Any]:
-    """The record of a cascade's answers; empty where those of its members are not of the same images.
-
-    Its members' answers were given in another pass over the images than their own records.
-    """
+    """The record of a cascade's answers; empty where those of its members are not of the same images."""
     right = cascade.right("validation")
     seen = [(len(right), sorted(unreadable)), *((point["images"], point["unreadable"]) for point in members)]
     return answers_record(right.numpy(), unreadable) if all(one == seen[0] for one in seen) else {}

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from dfs_cli.artifact.artifact import artifact_file
 from dfs_cli.atomic import write_atomically
 from dfs_cli.checkpoint import Checkpoints
-from dfs_cli.comparison.cascade import Answers, StaticNetwork, confident_answers, save_answers
+from dfs_cli.comparison.cascade import Answers, StaticNetwork, save_answers
 from dfs_cli.comparison.intervals import answers_record
 from dfs_cli.comparison.jobs import Job, Settings
 from dfs_cli.comparison.results import Results
@@ -23,7 +22,7 @@ from dfs_cli.conversion import stages
 from dfs_cli.conversion.convert import run
 from dfs_cli.conversion.converted import Converted
 from dfs_cli.conversion.setup import Setup, hard_crops, prepare
-from dfs_cli.data.images import Batch, Images, UnreadableLog
+from dfs_cli.data.images import Images, UnreadableLog
 from dfs_cli.distributed import is_first, of_first, share
 from dfs_cli.errors import printable
 from dfs_cli.nn.network import DynamicResNet
@@ -33,12 +32,11 @@ from dfs_cli.report.cost import dynamics_record, option_shares
 
 
 class TunedNetwork(NamedTuple):
-    """A tuned network, how it came about, which validation images (N,) it answers right, and its answers to held-out images as
-    hard as new ones."""
+    """A tuned network, how it came about, and its answers to validation images and to held-out ones as hard as new ones."""
 
     setup: Setup
     converted: Converted
-    right: Tensor
+    validation: Answers
     held_out: Answers
 
     @property
@@ -47,6 +45,11 @@ class TunedNetwork(NamedTuple):
         evaluation = self.converted.manifest.validation
         assert evaluation is not None, "a conversion ends with an evaluation"
         return evaluation
+
+    @property
+    def answers(self) -> StaticNetwork:
+        """What a static network answers, at which cost."""
+        return StaticNetwork(self.evaluation.cost, self.held_out, self.validation)
 
     def point(self) -> dict[str, Any]:
         """What the results record of every network."""
@@ -58,7 +61,7 @@ class TunedNetwork(NamedTuple):
             "held_out_top1": self.held_out.top1,
             "steps": self.setup.steps,
             "agreement": manifest.agreement.to_dict() if manifest.agreement else None,
-            **answers_record(self.right.numpy(), evaluation.unreadable),
+            **answers_record(self.validation.right.numpy(), evaluation.unreadable),
         }
 
     def dynamic_point(self) -> dict[str, Any]:
@@ -125,10 +128,15 @@ class Tuner:
                 checkpoint=checkpoint,
             )
             self._has_told = True
-            setup, right = change(setup), list[Tensor]()
+            setup, validation = change(setup), list[Answers]()
             original = self._original(setup)
-            converted = run(setup, self.observer, original, checkpoint, on_right=right.append)
-            yield TunedNetwork(setup, converted, right[0], self._held_out_answers(setup, converted.network))
+
+            def on_logits(logits: Tensor, targets: Tensor) -> None:
+                validation.append(Answers.of(logits, targets))
+
+            converted = run(setup, self.observer, original, checkpoint, on_logits)
+            held_out = self._held_out_answers(setup, converted.network)
+            yield TunedNetwork(setup, converted, Answers.join(validation), held_out)
 
     def _original(self, setup: Setup) -> tuple[float, float]:
         """Top-1 and top-5 of the original network, which are measured once."""
@@ -143,18 +151,12 @@ class Tuner:
     def _held_out_answers(self, setup: Setup, network: DynamicResNet) -> Answers:
         images = hard_crops(setup.splits.calibration, setup.preprocessing, setup.tuning)
         self.observer.stage("held-out images", len(share(len(images))))
-        return _answers(network, stages.own_batches(images, setup), setup, self.observer)
-
-    def answers_of(self, tuned: TunedNetwork) -> StaticNetwork:
-        """What a static network answers."""
-        validation = _answers(tuned.converted.network, stages.validation_loader(tuned.setup), tuned.setup)
-        return StaticNetwork(tuned.evaluation.cost, tuned.held_out, validation)
+        return _answers(network, images, setup, self.observer)
 
     def save(self, job: Job, tuned: TunedNetwork) -> None:
         """Save a static network and its answers, from which cascades are made."""
-        answers = self.answers_of(tuned)
         if is_first():
-            save_answers(self.results.answers_path(job), answers)
+            save_answers(self.results.answers_path(job), tuned.answers)
             file = artifact_file(self.results.network_path(job), *tuned.converted)
             write_atomically(file.path, file.data, file.check)
 
@@ -162,10 +164,9 @@ class Tuner:
 def least_sure(network: DynamicResNet, setup: Setup, part: float, observer: Observer) -> Images:
     """The ``part`` of the training images that ``network`` is least sure of, as hard as new ones; at least one batch."""
     images = hard_crops(setup.splits.train, setup.preprocessing, setup.tuning)
-    own = share(len(images))
-    observer.stage("training images", len(own))
+    observer.stage("training images", len(share(len(images))))
     names, log = images.names(), UnreadableLog("training", len(images))
-    found = _answers(network, stages.own_batches(images, setup), setup, observer, log)
+    found = _answers(network, images, setup, observer, log)
     readable = [index for index, name in enumerate(names) if printable(name) not in log.reasons]
     count = max(round(part * len(readable)), min(setup.tuning.batch_size, len(readable)))
     least = found.confidence.argsort(stable=True)[:count].sort().values
@@ -174,26 +175,16 @@ def least_sure(network: DynamicResNet, setup: Setup, part: float, observer: Obse
 
 @torch.inference_mode()
 def _answers(
-    network: DynamicResNet,
-    loader: DataLoader[Batch],
-    setup: Setup,
-    observer: Observer | None = None,
-    log: UnreadableLog | None = None,
+    network: DynamicResNet, images: Images, setup: Setup, observer: Observer, log: UnreadableLog | None = None
 ) -> Answers:
-    """What ``network`` answers to the images of ``loader``, and of those of other processes."""
-    network, targets = network.to(setup.device).eval(), list[Tensor]()
-
-    def logits() -> Iterator[Tensor]:
-        for batch in loader:
-            if log is not None:
-                log.add(batch.unreadable)
-            if observer is not None:
-                observer.advance(len(batch.targets) + len(batch.unreadable))
-            if len(batch.targets):
-                targets.append(batch.targets)
-                yield network.run(batch.images.to(setup.device)).logits
-
-    answers = confident_answers(logits(), targets)
+    """What ``network`` answers to ``images``, of which each process has its share."""
+    network, found = network.to(setup.device).eval(), list[Answers]()
+    for batch in stages.own_batches(images, setup):
+        observer.advance(len(batch.targets) + len(batch.unreadable))
+        if log is not None:
+            log.add(batch.unreadable)
+        if len(batch.targets):
+            found.append(Answers.of(network.run(batch.images.to(setup.device)).logits, batch.targets))
     if log is not None:
         log.join()
-    return answers
+    return Answers.join(found)

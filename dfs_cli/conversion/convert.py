@@ -88,14 +88,14 @@ def run(
     observer: Observer,
     original: tuple[float, float] | None = None,
     checkpoint: Checkpoint | None = None,
-    on_right: Callable[[Tensor], None] = lambda right: None,
+    on_logits: Callable[[Tensor, Tensor], None] = lambda logits, targets: None,
 ) -> Converted:
     """Go through all stages.
 
     Args:
         original: top-1 and top-5 of the original network, where they are known already.
         checkpoint: as for :func:`prepare`.
-        on_right: called at the end with which of the validation images (N,) were answered right, in order.
+        on_logits: of the validation images, as for :func:`dfs_cli.evaluation.evaluate.evaluate_network`.
     """
     observer.configured(setup.configuration, setup.table)
     with stages.own_generators(setup.tuning.seed):
@@ -124,7 +124,7 @@ def run(
         )
         point = stages.set_operating_point(planned.network, planned.table, held_out, setup.request, observer)
         planned.unreadable.join()
-        return stages.finish(setup, planned, point, original, observer, on_right)
+        return stages.finish(setup, planned, point, original, observer, on_logits)
 
 
 def _tune(setup: Setup, planned: stages.Planned, state: TuningState, observer: Observer, progress: Progress) -> None:

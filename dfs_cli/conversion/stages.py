@@ -195,21 +195,21 @@ def finish(
     point: OperatingPoint,
     original: tuple[float, float] | None,
     observer: Observer,
-    on_right: Callable[[Tensor], None] = lambda right: None,
+    on_logits: Callable[[Tensor, Tensor], None] = lambda logits, targets: None,
 ) -> Converted:
     """Evaluate the network on the validation split, and describe it.
 
     Args:
         original: top-1 and top-5 of the original, which are recorded beside the network's own; None: its answers
             are the labels.
-        on_right: as for :func:`dfs_cli.evaluation.evaluate.evaluate_network`.
+        on_logits: as for :func:`dfs_cli.evaluation.evaluate.evaluate_network`.
     """
     validation = setup.splits.validation
     observer.stage("validation", len(share(len(validation))))
     log = UnreadableLog("validation", len(validation))
     network, table = planned.network, planned.table
     evaluation = evaluate_network(
-        network, table, validation_loader(setup), setup.device, log, on_batch=observer.advance, on_right=on_right
+        network, table, validation_loader(setup), setup.device, log, on_batch=observer.advance, on_logits=on_logits
     )
     top1, top5 = original or (None, None)
     is_synthetic = setup.synthesis is not None

@@ -30,7 +30,7 @@ def evaluate_network(
     amp: bool = False,
     layout: torch.memory_format = torch.contiguous_format,
     on_batch: Callable[[int], None] = lambda images: None,
-    on_right: Callable[[Tensor], None] = lambda right: None,
+    on_logits: Callable[[Tensor, Tensor], None] = lambda logits, targets: None,
 ) -> Evaluation:
     """Run the network over ``batches``, and once more with the most common policy where there is more than one.
 
@@ -39,8 +39,8 @@ def evaluate_network(
             are those of all together.
         layout: memory format of images; the network's weights should have the same.
         on_batch: called after each batch is loaded with the number of its images, readable or not.
-        on_right: called once with which of all readable images (N,) were answered right; those of all processes, in the order
-            of the split.
+        on_logits: called for each batch with the logits (N, classes) and the class indices (N,) of this process's readable
+            images, in the order of the split.
 
     Raises:
         DataError: there is no readable image, or too many are unreadable.
@@ -59,6 +59,7 @@ def evaluate_network(
             output = network.run(images)
         seconds += _now(device) - began
         hits.append(_hits(output.logits, batch.targets))
+        on_logits(output.logits, batch.targets)
         parts.append(output.decisions.cpu())
     unreadable.join()
     own = Decisions.join(parts)
@@ -68,9 +69,7 @@ def evaluate_network(
     cost = table.cost(decisions)
     common = decisions.most_common()
     correct = _with_policy(network, common, torch.cat(hits)[:, 0], own.equal(common), batches, device, amp, layout)
-    all_hits = joined_rows(torch.cat(hits))[0]
-    on_right(all_hits[:, 0])
-    top1, top5 = 100 * all_hits.double().mean(dim=0)
+    top1, top5 = 100 * joined_rows(torch.cat(hits))[0].double().mean(dim=0)
     dynamics = Dynamics(
         policies=decisions.distinct(),
         choice_entropy=choice_entropy(decisions),

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dfs_cli.comparison.cascade import StaticNetwork, best_pair, cascade_of, confident_answers, percent
+from dfs_cli.comparison.cascade import Answers, StaticNetwork, best_pair, cascade_of, percent
 
 
 def networks(validation: list[int]) -> list[StaticNetwork]:
@@ -14,7 +14,9 @@ def networks(validation: list[int]) -> list[StaticNetwork]:
     made = []
     for cost, logits in ((0.01, cheap), (0.04, dear)):
         held_out, others = (
-            confident_answers(logits.repeat(1000, 1).split(700), torch.tensor(classes).repeat(1000).split(700))
+            Answers.join(
+                list(map(Answers.of, logits.repeat(1000, 1).split(700), torch.tensor(classes).repeat(1000).split(700)))
+            )
             for classes in ([0, 1, 0, 1], validation)
         )
         made.append(StaticNetwork(cost, held_out, others))

@@ -25,7 +25,11 @@ def test_what_is_measured_agrees_with_a_plain_loop_over_single_images() -> None:
     seen: list[int] = []
     told: list[torch.Tensor] = []
     log = UnreadableLog("validation", 50)
-    found = evaluate_network(network, TABLE, batches(), CPU, log, on_batch=seen.append, on_right=told.append)
+
+    def tell(logits: torch.Tensor, targets: torch.Tensor) -> None:
+        told.append(logits.argmax(dim=1) == targets)
+
+    found = evaluate_network(network, TABLE, batches(), CPU, log, on_batch=seen.append, on_logits=tell)
     with torch.no_grad():
         outputs = [network.run(x[None]) for batch in batches() for x in batch.images]
     decisions = Decisions.join(output.decisions for output in outputs)
@@ -33,7 +37,7 @@ def test_what_is_measured_agrees_with_a_plain_loop_over_single_images() -> None:
     right = torch.cat([output.logits.argmax(dim=1) for output in outputs]) == targets
     cost = TABLE.cost(decisions)
     assert found.images == 50 and seen == [20, 20, 10]
-    assert len(told) == 1 and torch.equal(told[0], right)
+    assert [len(part) for part in told] == seen and torch.equal(torch.cat(told), right)
     assert found.top1 == pytest.approx(100 * right.double().mean().item()) and found.top5 == 100
     assert found.cost == pytest.approx(cost.mean().item()) and found.cost_max == pytest.approx(cost.max().item())
     assert found.cost_p50 == pytest.approx(cost.quantile(0.5).item())
@@ -68,10 +72,10 @@ def test_unreadable_images_are_left_out_and_named() -> None:
     network = make_dynamic(tiny_resnet())
     good, *_ = batches(20)
     mixed = [Batch(good.images, good.targets, (Unreadable("a.jpg", "broken"),)), empty("b.jpg")]
-    told: list[torch.Tensor] = []
+    told: list[int] = []
     log = UnreadableLog("validation", 1000)
-    found = evaluate_network(network, TABLE, mixed, CPU, log, on_right=told.append)
-    assert found.images == len(told[0]) == 20 and found.unreadable == ("a.jpg", "b.jpg")
+    found = evaluate_network(network, TABLE, mixed, CPU, log, on_logits=lambda _, targets: told.append(len(targets)))
+    assert told == [found.images] == [20] and found.unreadable == ("a.jpg", "b.jpg")
     with pytest.raises(DataError, match="no image to evaluate"):
         evaluate_network(network, TABLE, [empty("b.jpg")], CPU, UnreadableLog("validation", 1000))
     with pytest.raises(DataError, match="more than 1%"):
